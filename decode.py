@@ -1,0 +1,137 @@
+"""
+Look at what a world model imagines: truth beside imagination, on held-out episodes.
+
+    python decode.py                                    # out/rollout.mp4 and out/rollout.png
+    python decode.py --train=True                       # first train a decoder of latents, out/decoder.safetensors
+    python decode.py --ckpt=runs/robot/ckpt.safetensors --steps=30 --rows=2
+
+Pictures come from the decoder where one has been trained, else from the inverse of `pixels`, else they are the
+leading principal components of the latents as colours.
+"""
+import math
+import os
+import sys
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import data
+from model import Decoder, load, load_decoder, pictures, restore_encoder, rollout
+
+# --------------------------------------------------------------------------------------------------------------------
+ckpt = 'out/ckpt.safetensors'
+out_dir = ''                # '' = the folder of the checkpoint
+encoder_path = ''           # the encoder's weights; '' = where training found them
+labelled = ''               # datasets to look at; '' = those of training
+rows = 4                    # clips
+steps = 20                  # imagined frames of each
+K = 4                       # denoising steps per frame
+seed = 0
+# the decoder
+train = False
+train_frames = 2048         # pictures that it learns from, kept in memory
+train_steps = 1000
+batch_size = 32
+learning_rate = 2e-3        # then down to 0 along a cosine
+channels = 128
+device = 'auto'
+dtype = 'auto'              # float32 or bfloat16; auto = bfloat16 where the hardware multiplies it
+config = data.override(globals(), sys.argv[1:])
+# --------------------------------------------------------------------------------------------------------------------
+
+for name in ('rows', 'steps', 'train_frames', 'train_steps', 'batch_size', 'channels'):
+    if config[name] < 1:
+        sys.exit(f'--{name}: wants at least 1, got {config[name]}')
+data.one_of('dtype', dtype, ('auto', 'float32', 'bfloat16'))
+device = data.pick_device(device)
+autocast = data.autocast(device, dtype)
+model, trained = load(ckpt, device)
+if K < 1 or K & (K - 1) or K > model.config['k_max']:
+    sys.exit(f'--K={K}: wants a power of two up to {model.config["k_max"]}, the k_max that {ckpt} was trained with')
+encode = restore_encoder(trained, model.stats, encoder_path).to(device)
+out_dir = out_dir or os.path.dirname(ckpt) or '.'
+kind = 'labelled' if labelled or trained['labelled'] else 'unlabelled'
+sets = [data.LeRobot(f.strip(), trained['camera'], trained['action'] if kind == 'labelled' else 'none')
+        for f in (labelled or trained[kind]).split(',')]
+clips = data.Clips(*((sets, []) if kind == 'labelled' else ([], sets)), trained['frames'], trained['frameskip'],
+                   (encode.size, encode.width), 1, 1.0, trained['val_share'])
+if clips.A != model.config['action_dim']:
+    sys.exit(f'--labelled: actions are {clips.A} wide per model step, {ckpt} was trained on {model.config["action_dim"]}')
+
+
+@torch.no_grad()
+def latents(x):
+    """Raw latents (n, N, D) of uint8 frames (n, 3, H, W)."""
+    with autocast:
+        return torch.cat([encode(part.to(device).float() / 255).float() for part in x.split(64)])
+
+
+def psnr(x, y):
+    return -10 * math.log10(max(1e-10, (x.float() - y.float()).div(255).square().mean().item()))
+
+
+os.makedirs(out_dir, exist_ok=True)
+if train:       # on frozen latents: no gradient reaches the encoder or the world model
+    per = 16
+    x = torch.cat([clips.sets[s].frames(e, f, clips.size) for s, e, f in clips.sample(-(-train_frames // per), per)])
+    z = latents(x)
+    torch.manual_seed(seed)
+    decoder = Decoder(encode.dim, encode.grid, encode.size, encode.width, channels).to(device)
+    decoder.mean.copy_(z.mean(dim=(0, 1)))
+    decoder.std.copy_(z.std(dim=(0, 1)).clamp(min=1e-6))
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=learning_rate, weight_decay=0.01)
+    bar = tqdm(range(train_steps), disable=not sys.stderr.isatty())
+    for step in bar:
+        for group in optimizer.param_groups:
+            group['lr'] = learning_rate * min(1, (step + 1) / 50) * (1 + math.cos(math.pi * step / train_steps)) / 2
+        pick = torch.randint(len(x), (batch_size,))
+        with autocast:
+            y = decoder(z[pick.to(device)])
+        loss = F.mse_loss(y.float(), x[pick].to(device).float() / 255)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step % 100 == 99 or step == train_steps - 1:
+            loss = loss.item()
+            if not math.isfinite(loss):
+                sys.exit(f'decoder step {step}: the loss is not finite; nothing has been saved')
+            bar.set_postfix_str(f'loss {loss:.5f}')
+            if bar.disable:
+                print(f'decoder step {step + 1}: loss {loss:.5f}', flush=True)
+    path = os.path.join(out_dir, 'decoder.safetensors')
+    safetensors.torch.save_file({k: v.cpu().contiguous() for k, v in decoder.state_dict().items()}, path + '.tmp')
+    os.replace(path + '.tmp', path)
+    print('wrote', path)
+
+decoder = load_decoder(out_dir, encode)
+context = trained['eval_context']
+batch = clips.held_out(context + steps, rows)[kind]
+x = batch['x']                                                                            # (B, T, 3, H, W) uint8
+B, T = x.shape[:2]
+z_raw = latents(x.flatten(0, 1)).unflatten(0, (B, T))
+z = (z_raw - model.stats['z_mean']) / model.stats['z_std']
+with autocast:
+    found = rollout(model, z[:, :context], batch['a'].to(device), batch['a_mask'].to(device), K=K, seed=seed)
+found = torch.cat((z[:, :context], found.float()), dim=1) * model.stats['z_std'] + model.stats['z_mean']
+# truth and imagination go through one call: colours of principal components are only comparable within it
+seen, dreamt = pictures(torch.cat((z_raw, found)).flatten(0, 1), encode, decoder).unflatten(0, (2, B, T))
+real = batch['z_mask'][:, context:]
+by = 'decoder' if decoder is not None else 'inverse of pixels' if encode.name == 'pixels' else ''
+if by:
+    future = [v[:, context:][real] for v in (x, seen, dreamt)]
+    print(f'PSNR through the {by}: of the true latents {psnr(future[0], future[1]):.2f} dB, of the imagined '
+          f'{psnr(future[0], future[2]):.2f} dB, of repeating the last frame '
+          f'{psnr(future[0], x[:, context - 1:context].expand(-1, steps, -1, -1, -1)[real]):.2f} dB')
+else:
+    print('no decoder has been trained (--train=True): pictures are principal components of the latents')
+seen, dreamt, x = (data.enlarge(v.flatten(0, 1)).unflatten(0, (B, T)) for v in (seen, dreamt, x))
+sides = torch.cat((x, seen, dreamt), dim=4)             # camera | latents of the camera's frames | imagined
+video = torch.cat(list(sides), dim=2)                   # one clip per row
+data.write_video(os.path.join(out_dir, 'rollout.mp4'), video, sets[0].fps / trained['frameskip'])
+at = torch.linspace(0, T - 1, min(T, 8)).round().long()
+strip = torch.cat([torch.cat(list(v[b, at]), dim=2) for b in range(B) for v in (x, seen, dreamt)], dim=1)
+data.write_image(os.path.join(out_dir, 'rollout.png'), strip)
+print(f'wrote {os.path.join(out_dir, "rollout.mp4")} (camera | latents of the camera | imagined) and '
+      f'{os.path.join(out_dir, "rollout.png")} (the same as rows, frames {", ".join(map(str, at.tolist()))})')

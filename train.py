@@ -1,0 +1,354 @@
+"""
+Train a world model on LeRobot datasets.
+
+    python train.py                                              # the demo world: minutes on a laptop, no download
+    python train.py --labelled=path/to/dataset --encoder=dinov2_vits14 --frame_height=112 --size=tiny
+    torchrun --nproc_per_node=8 train.py --batch_size=64 ...     # batch_size is the total over all processes
+    python train.py --resume=True ...                            # goes on where out_dir stopped, bit for bit
+
+Leaves out_dir/ckpt.safetensors, out_dir/optim.pt and out_dir/log.jsonl.
+"""
+import contextlib
+import copy
+import json
+import math
+import os
+import signal
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import data
+from model import WorldModel, load, load_encoder, model_config, rollout, save, shortcut_loss
+
+# --------------------------------------------------------------------------------------------------------------------
+# data
+labelled = 'demo/labelled'      # LeRobot datasets with actions: folders, comma-separated
+unlabelled = 'demo/unlabelled'  # datasets used without actions; demo/... is written if it is not there
+labelled_share = 0.75           # share of labelled clips in every batch, where there are datasets of both kinds
+camera = ''                     # e.g. 'front,wrist': each dataset's first match; '' = its first camera
+action = ''                     # action keys, comma-separated; '' = action, else actions, else all action.*
+frameskip = 2                   # dataset frames per model step
+frames = 4                      # model steps of a training clip
+val_share = 0.1                 # share of the episodes that are held out for evaluation
+cache = True                    # encode every frame once, at the start, and keep the latents in memory as float16
+workers = 2                     # processes that decode video, where cache is False
+# encoder
+encoder = 'pixels'              # or dinov2_vits14 .. dinov3_vit7b16
+encoder_path = ''               # weights, .safetensors or .pth; '' = from the hub
+layer = -1                      # the block whose tokens are used, -1 = the last
+frame_height = 0                # pixels that the encoder sees, 0 = its own
+frame_width = 0                 # 0 = square
+pool = 1                        # 2 averages 2x2 patches
+whiten = 0.3                    # latents are divided by std^whiten per channel: 1 = unit variance, 0 = one scale for all
+# model (0 = as in the preset)
+size = 'nano'                   # nano, tiny, small, base or large
+width = 0
+layers = 0
+heads = 0
+kv_heads = 0
+registers = 2
+context = 4                     # frames that the model sees, the current one included
+time_every = 4                  # one layer of so many attends over time
+k_max = 8                       # steps of the finest sampling
+soft_cap = 50.0
+action_on = 'all'               # all: add the action to every latent token; token: its own token alone
+# objective
+objective = 'shortcut'          # shortcut, diffusion or direct
+bootstrap = 0.25                # share of rows that learn large steps from small ones
+bootstrap_start = 0.4           # after this share of the run
+tau_schedule = 'shift'          # shift or uniform
+p_image = 0.1                   # share of clips seen as separate images
+p_null = 0.05                   # share of clips with their actions hidden
+# optimisation
+batch_size = 32                 # clips per step, over all processes
+max_steps = 2000
+learning_rate = 2e-3            # after warmup steps; then down linearly to min_lr
+min_lr = 5e-5
+warmup = 50
+weight_decay = 0.01             # on matrices
+beta1 = 0.9
+beta2 = 0.95
+grad_clip = 1.0                 # 0 = none
+ema = 0.995                     # decay of the averaged weights, which are evaluated and planned with
+seed = 0
+# evaluation and files
+out_dir = 'out'
+resume = False
+eval_interval = 500             # steps
+eval_clips = 64                 # of each kind, from held-out episodes
+eval_context = 2                # frames that are given before the imagined ones
+K = 4                           # denoising steps per imagined frame
+save_interval = 500
+log_interval = 50
+# machine
+device = 'auto'                 # auto, cpu, cuda, cuda:1, mps
+dtype = 'auto'                  # float32 or bfloat16 (autocast); auto = bfloat16 where the hardware multiplies it
+compile = False                 # torch.compile: a minute at the start, then up to twice as fast
+config = data.override(globals(), sys.argv[1:])
+# --------------------------------------------------------------------------------------------------------------------
+
+data.one_of('tau_schedule', tau_schedule, ('shift', 'uniform'))
+data.one_of('dtype', dtype, ('auto', 'float32', 'bfloat16'))
+for name, least in (('frameskip', 1), ('frames', 2), ('batch_size', 1), ('max_steps', 1), ('eval_context', 1),
+                    ('eval_clips', 2), ('eval_interval', 1), ('save_interval', 1), ('log_interval', 1)):
+    if config[name] < least:
+        sys.exit(f'--{name}: wants at least {least}, got {config[name]}')
+for name in ('labelled_share', 'val_share', 'whiten', 'bootstrap', 'bootstrap_start', 'p_image', 'p_null', 'ema'):
+    if not 0 <= config[name] <= 1:
+        sys.exit(f'--{name}: wants a number from 0 to 1, got {config[name]}')
+if K < 1 or K & (K - 1) or K > k_max:
+    sys.exit(f'--K: wants a power of two up to k_max {k_max}, got {K}')
+
+# processes and devices
+ddp = 'RANK' in os.environ
+rank, world = (int(os.environ[k]) for k in ('RANK', 'WORLD_SIZE')) if ddp else (0, 1)
+if batch_size % world:
+    sys.exit(f'--batch_size={batch_size} is the total and does not divide by {world} processes')
+device = data.pick_device(device, int(os.environ.get('LOCAL_RANK', 0)))
+if device.type == 'cuda':
+    torch.cuda.set_device(device)
+if ddp:
+    dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+autocast = data.autocast(device, dtype)
+say = print if rank == 0 else lambda *_, **__: None
+
+ckpt, optim = os.path.join(out_dir, 'ckpt.safetensors'), os.path.join(out_dir, 'optim.pt')
+if resume:
+    for path in (ckpt, optim):
+        if not os.path.isfile(path):
+            sys.exit(f'--resume=True: there is no {path} to go on from')
+
+# the encoder and the model's shape come first: they are checked before anything is written
+encode = load_encoder(encoder, encoder_path, layer, frame_height, frame_width, pool).to(device)
+shape = model_config(size, encode.dim, encode.grid, 0, width=width, layers=layers, heads=heads, kv_heads=kv_heads,
+                     registers=registers, context=context, time_every=time_every, k_max=k_max, soft_cap=soft_cap,
+                     action_on=action_on, objective=objective)
+
+# data
+sets = {'labelled': [], 'unlabelled': []}
+for kind, folders in (('labelled', labelled), ('unlabelled', unlabelled)):
+    for folder in filter(None, (f.strip() for f in folders.split(','))):
+        if folder in ('demo/labelled', 'demo/unlabelled') and not os.path.isdir(folder):
+            if rank == 0:
+                say(f'writing the demo world to {folder}', flush=True)
+                data.write_demo(folder, 200, kind == 'labelled', seed=len(kind))
+            if ddp:
+                dist.barrier()
+        sets[kind].append(data.LeRobot(folder, camera, action if kind == 'labelled' else 'none'))
+        if kind == 'labelled' and not sets[kind][-1].action_dim:
+            sys.exit(f'--labelled: {folder} has no actions (features: {", ".join(sets[kind][-1].features)}); '
+                     'name them by --action=..., or give it as --unlabelled')
+if not sets['labelled'] + sets['unlabelled']:
+    sys.exit('--labelled and --unlabelled are both empty: there is nothing to learn from')
+clips = data.Clips(sets['labelled'], sets['unlabelled'], frames, frameskip, (encode.size, encode.width),
+                   batch_size // world, labelled_share, val_share, seed, rank)
+shape['action_dim'] = clips.A
+
+
+@torch.no_grad()
+def latents(x):
+    """Raw latents (..., N, D) float32 of uint8 frames x (..., 3, H, W), on the device."""
+    with autocast:
+        z = [encode(part.to(device).float() / 255).float() for part in x.flatten(0, -4).split(64)]
+    return torch.cat(z).unflatten(0, x.shape[:-3])
+
+
+def normalised(batch):
+    """z, a, a_mask, z_mask of a batch on the device."""
+    z = batch['z'].to(device, non_blocking=True).float() if 'z' in batch else latents(batch['x'])
+    return ((z - stats['z_mean']) / stats['z_std'],
+            *(batch[k].to(device, non_blocking=True) for k in ('a', 'a_mask', 'z_mask')))
+
+
+if resume:
+    saved, old = load(ckpt, device, ema=False)
+    for name in (*sets, 'camera', 'action', 'frameskip', 'frames', 'val_share', 'labelled_share', 'batch_size', 'seed',
+                 'encoder', 'layer', 'frame_height', 'frame_width', 'pool', 'whiten', 'size', 'objective'):
+        if config[name] != old[name]:
+            sys.exit(f'--{name}: {config[name]!r} cannot go on from {ckpt}, which has {old[name]!r}')
+    if saved.config != shape:
+        wrong = next(k for k in shape if saved.config[k] != shape[k])
+        sys.exit(f'--{wrong}: {shape[wrong]} cannot go on from {ckpt}, which has {saved.config[wrong]}')
+    for name in config:
+        if name != 'resume' and config[name] != old[name]:
+            say(f'resume: {name} was {old[name]}, now {config[name]}')
+    stats = saved.stats
+else:
+    say('measuring the latents', flush=True)
+    x = torch.cat([clips.sets[s].frames(e, f, clips.size) for s, e, f in clips.sample(64, 16)])
+    if encoder == 'pixels':
+        encode.fit(x.to(device).float() / 255)
+    z = latents(x).flatten(0, -2)                                                         # (frames x N, D)
+    std = z.std(dim=0).clamp(min=1e-6)
+    std = std ** whiten * std.square().mean().sqrt() ** (1 - whiten)
+    std *= (z.std(dim=0) / std).square().mean().sqrt()      # 1.0 is the variance of the data, whatever the exponent
+    stats = dict(z_mean=z.mean(dim=0), z_std=std) | {f'a_{k}': v for k, v in clips.action_stats().items()}
+    stats |= {f'encoder.{k}': v for k, v in encode.state_dict().items() if encoder == 'pixels'}
+    del x, z
+if encoder == 'pixels':
+    encode.load_state_dict({k[8:]: v for k, v in stats.items() if k.startswith('encoder.')})
+if cache:
+    todo = [(s, e) for s, ds in enumerate(clips.sets) for e in range(len(ds.episodes))]
+    tokens = {}
+    for s, e in tqdm(todo, 'encoding', unit='episode', disable=rank > 0 or not sys.stderr.isatty()):
+        ds = clips.sets[s]
+        parts = [range(f, min(f + 64, ds.episodes[e]['length'])) for f in range(0, ds.episodes[e]['length'], 64)]
+        tokens[s, e] = torch.cat([latents(ds.frames(e, f, clips.size)).half().cpu() for f in parts])
+    clips.tokens = tokens
+    say(f'encoded {len(tokens)} episodes: {sum(v.nbytes for v in tokens.values()) / 1e6:,.0f} MB in memory', flush=True)
+held_out = clips.held_out(eval_context + 20, eval_clips)
+
+# model and optimiser
+torch.manual_seed(seed)
+model = WorldModel(shape).to(device)
+if resume:
+    model.load_state_dict(saved.state_dict())
+average = copy.deepcopy(model).requires_grad_(False).eval()
+params = list(model.parameters())
+optimizer = torch.optim.AdamW([dict(params=[p for p in params if p.dim() >= 2], weight_decay=weight_decay),
+                               dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0)],
+                              lr=learning_rate, betas=(beta1, beta2), fused=device.type in ('cpu', 'cuda'))
+rms = torch.ones(2, device=device)      # running mean squares of the loss terms
+step = 0
+if resume:
+    average.load_state_dict(load(ckpt, device)[0].state_dict())
+    state = torch.load(optim, map_location=device, weights_only=True)
+    if state['step'] != saved.step:
+        sys.exit(f'{optim} is of step {state["step"]}, {ckpt} of step {saved.step}: they do not belong together')
+    optimizer.load_state_dict(state['optimizer'])
+    rms, step = state['rms'], state['step']
+elif rank == 0:
+    data.move_aside(out_dir, 'ckpt.safetensors')
+if rank == 0:
+    os.makedirs(out_dir, exist_ok=True)
+run = torch.compile(model) if compile else model
+if ddp:
+    run = torch.nn.parallel.DistributedDataParallel(run, device_ids=[device.index] if device.type == 'cuda' else None)
+
+tokens_per_frame = registers + math.prod(encode.grid) + 2
+for name, value in config.items():
+    say(f'{name} = {value}')
+say(f'{sum(p.numel() for p in params) / 1e6:.2f}M parameters, {batch_size * frames * tokens_per_frame:,} tokens a step, '
+    f'{device}, {"bfloat16" if autocast.fast_dtype == torch.bfloat16 and autocast._enabled else "float32"}, '
+    f'torch {torch.__version__}', flush=True)
+
+
+@torch.no_grad()
+def evaluate():
+    """{kind: {method: {horizon: mse}}} on held-out episodes with the averaged weights; padded frames do not count."""
+    out = {}
+    for kind, batch in held_out.items():
+        z, a, a_mask, z_mask = normalised(batch)
+        ways = {'model': (a, a_mask)}
+        if kind == 'labelled':
+            ways |= {'shuffled': (a.roll(1, 0), a_mask), 'hidden': (a, torch.zeros_like(a_mask))}
+        with autocast:
+            found = {name: rollout(average, z[:, :eval_context], *way, K=K) for name, way in ways.items()}
+        found['repeat'] = z[:, eval_context - 1:eval_context].expand(-1, 20, -1, -1)
+        out[kind] = {name: {} for name in sorted(found)}
+        for name, f in found.items():
+            error = (f - z[:, eval_context:]).square().mean(dim=(2, 3))                   # (B, 20)
+            for h in (1, 5, 10, 20):
+                real = z_mask[:, eval_context + h - 1]
+                out[kind][name][str(h)] = error[real, h - 1].mean().item() if real.any() else None
+    return out
+
+
+def log(**entry):
+    with open(os.path.join(out_dir, 'log.jsonl'), 'a') as f:
+        f.write(json.dumps(entry) + '\n')
+
+
+def save_all():
+    save(ckpt + '.new', model, config, dict(average.named_parameters()), stats, step)
+    torch.save(dict(optimizer=optimizer.state_dict(), rms=rms, step=step), optim + '.new')
+    for path in (ckpt, optim):
+        os.replace(path + '.new', path)
+
+
+stop = False
+
+
+def on_signal(*_):
+    global stop
+    stop = True
+
+
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, on_signal)
+loader = iter(torch.utils.data.DataLoader(clips, batch_size=None, sampler=range(step, max_steps),
+                                          num_workers=0 if cache else workers, pin_memory=device.type == 'cuda'))
+bar = tqdm(total=max_steps, initial=step, disable=rank > 0 or not sys.stderr.isatty(), dynamic_ncols=True)
+bad = torch.full((), -1, device=device)         # the first step whose loss is not finite, seen at the next sync
+first, clock = step, time.perf_counter()
+while step < max_steps and not stop:
+    z, a, a_mask, z_mask = normalised(next(loader))
+    torch.manual_seed((seed * world + rank) * 10_000_019 + step)    # noise too depends on seed, rank and step alone
+    lr = learning_rate * (step + 1) / warmup if step < warmup else \
+        min_lr + (learning_rate - min_lr) * (max_steps - step) / max(1, max_steps - warmup)
+    for group in optimizer.param_groups:
+        group['lr'] = lr
+    with autocast:
+        loss, metrics = shortcut_loss(run, z, a, a_mask, z_mask, objective, k_max,
+                                      bootstrap if step >= bootstrap_start * max_steps else 0.0, p_image, p_null,
+                                      tau_schedule, rms)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        decay = min(ema, (step + 1) / (step + 10))
+        torch._foreach_lerp_(list(average.parameters()), params, 1 - decay)
+        seen = torch.stack([metrics[k].square() if k in metrics else rms[i] for i, k in enumerate(('flow', 'bootstrap'))])
+        if ddp:
+            dist.all_reduce(seen)
+            seen /= world
+        rms.lerp_(seen.float(), 0.05)
+        bad = torch.where((bad < 0) & ~(loss.isfinite() & norm.isfinite()), step, bad)
+    step += 1
+    bar.update()
+
+    if ddp and step % 10 == 0:                  # all processes stop at the same step, or the others wait forever
+        flag = torch.tensor(float(stop), device=device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        stop = bool(flag)
+    elif ddp:
+        stop, stop_later = False, stop
+        if stop_later:
+            on_signal()
+    last = step == max_steps or stop
+    if step % log_interval == 0 or step % save_interval == 0 or step % eval_interval == 0 or last:
+        if bad >= 0:                            # the one sync point
+            sys.exit(f'step {bad.item()}: the loss or its gradient is not finite; nothing has been saved since')
+        seconds = (time.perf_counter() - clock) / (step - first)
+        entry = dict(step=step, loss=loss.item(), flow=metrics['flow'].item(),
+                     bootstrap=metrics['bootstrap'].item() if 'bootstrap' in metrics else None, lr=lr,
+                     tokens_per_s=batch_size * frames * tokens_per_frame / seconds, mfu=None)
+        first, clock = step, time.perf_counter()
+        if rank == 0:
+            log(**entry)
+            bar.set_postfix_str(f'loss {entry["loss"]:.3f}') if not bar.disable else \
+                print(f'step {step}: loss {entry["loss"]:.4f}, flow {entry["flow"]:.4f}, lr {lr:.1e}, '
+                      f'{1000 * seconds:.0f} ms/step, {entry["tokens_per_s"]:,.0f} tokens/s, '
+                      f'{(max_steps - step) * seconds / 60:.1f} min left', flush=True)
+    if rank == 0 and (step % eval_interval == 0 or last):
+        val = evaluate()
+        log(step=step, val=val)
+        for kind, ways in val.items():
+            bar.write(f'step {step}: {kind} error at 1/5/10/20 steps: ' + ', '.join(
+                f'{name} ' + '/'.join('-' if e is None else f'{e:.3f}' for e in errors.values())
+                for name, errors in ways.items()), file=sys.stdout)
+        sys.stdout.flush()
+    if rank == 0 and (step % save_interval == 0 or last):
+        save_all()
+    if step % eval_interval == 0 or step % save_interval == 0:
+        first, clock = step, time.perf_counter()
+bar.close()
+say(f'stopped at step {step}: python train.py --resume=True goes on' if step < max_steps else f'trained {step} steps')
+say(f'wrote {ckpt}, {optim} and {os.path.join(out_dir, "log.jsonl")}')
+if ddp:
+    dist.destroy_process_group()
