@@ -7,6 +7,7 @@ LeRobot's formats: v2.0 and v2.1 keep one parquet and one mp4 per episode, v3.0 
 (github.com/huggingface/lerobot). Here they are read with pyarrow and PyAV alone.
 """
 import collections
+import contextlib
 import difflib
 import fractions
 import functools
@@ -92,102 +93,104 @@ def move_aside(folder, mark):
 # pictures and video
 
 # One reformatter for everything: it keeps its swscale tables while the geometry stays the same (a fresh one per frame
-# costs a quarter to a half of the speed). swscale widens a kernel by the scale factor, so shrinking is low-passed;
-# of its kernels BICUBIC comes nearest to the antialiased bicubic resize that image encoders are trained with, and
-# unlike a box filter (AREA, a tenth faster) it enlarges well.
-REFORMATTER = av.video.reformatter.VideoReformatter()
+# costs a quarter to a half of the speed). swscale low-passes when it shrinks; of its kernels BICUBIC comes nearest to
+# the antialiased resize that image encoders are trained with, and unlike AREA, a tenth faster, it enlarges well.
+_reformat = functools.partial(av.video.reformatter.VideoReformatter().reformat, interpolation='BICUBIC', threads=1)
 MAX_OPEN = 8  # containers kept open per process; one holds a decoder's frames, a few MB
+MP4 = dict(format='mp4', options={'movflags': '+faststart'})
 _open = collections.OrderedDict()
 
 
 def _rgb(frame, size):
     """uint8 (H, W, 3) array of a decoded frame: colour and scale in one pass."""
     h, w = (size, size) if isinstance(size, int) else size
-    return REFORMATTER.reformat(frame, w or frame.width, h or frame.height, 'rgb24', interpolation='BICUBIC',
-                                threads=1).to_ndarray()
+    return _reformat(frame, w or frame.width, h or frame.height, 'rgb24').to_ndarray()
 
 
-def _fault(path, error):
-    """The ValueError to raise when a file cannot be read: names it, and says what it looks like."""
-    if not os.path.isfile(path):
-        return ValueError(f'{path}: no such file')
-    with open(path, 'rb') as f:
-        head = f.read(30)
-    if head.startswith(b'version https://git-lfs'):
-        return ValueError(f'{path}: is a git-LFS pointer, not the file itself (git lfs pull)')
-    return ValueError(f'{path}: cannot be read ({" ".join(str(error).split())})')
+@contextlib.contextmanager
+def _reading(path):
+    """Whatever fails in here becomes a ValueError of one line that names the file and says what it looks like."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, av.FFmpegError, pa.ArrowException) as error:
+        if (os.getpid(), path) in _open:  # a decoder that failed is not used again
+            _open.pop((os.getpid(), path)).close()
+        if not os.path.isfile(path):
+            raise ValueError(f'{path}: no such file') from None
+        with open(path, 'rb') as f:
+            if f.read(30).startswith(b'version https://git-lfs'):
+                raise ValueError(f'{path}: is a git-LFS pointer, not the file itself (git lfs pull)') from None
+        reason = f'no {error} in it' if isinstance(error, KeyError) else ' '.join(str(error).split())
+        raise ValueError(f'{path}: cannot be read ({reason})') from None
 
 
-def _picture(file, size):
-    """uint8 (H, W, 3) array of a picture in an open binary file."""
-    with av.open(file) as container:
+def _picture(data, size):
+    """uint8 (H, W, 3) array of a picture's file, given as bytes."""
+    if data[:2] == b'\xff\xd8' and b'\xff\xd9' not in data[-1024:]:  # ffmpeg forgives a JPEG without its end
+        raise ValueError('truncated')
+    with av.open(io.BytesIO(data)) as container:
         # without the tty check any text file would be "decoded" as ANSI art
         if not container.streams.video or container.format.name == 'tty':
             raise ValueError('no picture in it')
         # else the missing half of a truncated picture would come out grey, with a message at most
         container.streams.video[0].codec_context.options = {'err_detect': 'explode'}
-        for frame in container.decode(video=0):
-            if frame.is_corrupt:
-                raise ValueError('truncated')
-            return _rgb(frame, size)
-    raise ValueError('no picture in it')
+        frame = next(container.decode(video=0), None)
+        if frame is None or frame.is_corrupt:
+            raise ValueError('truncated')
+        return _rgb(frame, size)
 
 
 def read_image(path, size=0):
     """uint8 tensor (3, H, W) of any picture that ffmpeg knows, resized exactly like a video's frames."""
     try:
         with open(path, 'rb') as f:
-            data = f.read()
-        if data[:2] == b'\xff\xd8' and b'\xff\xd9' not in data[-1024:]:  # ffmpeg forgives a JPEG without its end
-            raise ValueError('truncated')
-        return torch.from_numpy(_picture(io.BytesIO(data), size)).permute(2, 0, 1)
+            return torch.from_numpy(_picture(f.read(), size)).permute(2, 0, 1)
     except (OSError, ValueError, av.FFmpegError) as error:
         sys.exit(f'{path}: not a readable picture ({getattr(error, "strerror", None) or error})')
 
 
+def resize(x, size):
+    """uint8 (n, 3, H, W) -> (n, 3, *size), by the same resampling as a video's frames."""
+    frames = [av.VideoFrame.from_ndarray(rgb, 'rgb24') for rgb in x.permute(0, 2, 3, 1).contiguous().numpy()]
+    return torch.from_numpy(np.stack([_rgb(f, size) for f in frames])).permute(0, 3, 1, 2)
+
+
+def enlarge(x, side=128):
+    """uint8 (n, 3, H, W) -> the same with every pixel repeated until a picture is about `side` pixels high."""
+    k = max(1, round(side / x.shape[2]))
+    return x.repeat_interleave(k, dim=2).repeat_interleave(k, dim=3)
+
+
 def write_image(path, x):
-    """Write uint8 (3, H, W) as PNG, aside and then renamed."""
+    """Write uint8 (3, H, W) as PNG."""
     assert x.dtype == torch.uint8 and x.ndim == 3, f'wants uint8 (3, H, W), got {x.dtype} {tuple(x.shape)}'
     codec = av.CodecContext.create('png', 'w')
     codec.height, codec.width, codec.pix_fmt, codec.time_base = *x.shape[1:], 'rgb24', fractions.Fraction(1)
     frame = av.VideoFrame.from_ndarray(x.permute(1, 2, 0).contiguous().cpu().numpy(), 'rgb24')
-    data = b''.join(map(bytes, codec.encode(frame) + codec.encode(None)))
-    with open(f'{path}.tmp', 'wb') as f:
-        f.write(data)
-    os.replace(f'{path}.tmp', path)
+    with open(path, 'wb') as f:
+        f.writelines(map(bytes, codec.encode(frame) + codec.encode(None)))
 
 
-def _add_frame(container, i, rgb, fps, **options):
-    """Encode uint8 (H, W, 3) as frame i, shown at i / fps exactly, of an mp4 that is being written."""
-    H, W = rgb.shape[:2]
-    if H % 2 or W % 2:  # yuv420p halves both sides
-        rgb = np.pad(rgb, ((0, H % 2), (0, W % 2), (0, 0)), 'edge')
+def _encode(container, x, fps, start=0, **options):
+    """Append uint8 (T, H, W, 3) to an mp4 as frames start, start + 1, ...: frame i is shown at i / fps exactly."""
+    H, W = x.shape[1:3]
     rate = fractions.Fraction(fps).limit_denominator(1001)
-    if i == 0:  # without B-frames packets lie in the order of display
+    if start == 0:  # without B-frames packets lie in the order of display
         stream = container.add_stream('libx264', rate=rate, options={'bf': '0', **options})
         stream.width, stream.height, stream.pix_fmt = W + W % 2, H + H % 2, 'yuv420p'
-    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), 'rgb24')
-    frame = REFORMATTER.reformat(frame, format='yuv420p', interpolation='BICUBIC', threads=1)
-    frame.pts, frame.time_base = i, 1 / rate
-    container.mux(container.streams.video[0].encode(frame))
-
-
-def _new_mp4(path):
-    return av.open(path, 'w', format='mp4', options={'movflags': '+faststart'})
-
-
-def _finish_mp4(container):
-    container.mux(container.streams.video[0].encode(None))
-    container.close()
+    for i, rgb in enumerate(x, start):
+        rgb = np.pad(rgb, ((0, H % 2), (0, W % 2), (0, 0)), 'edge')  # yuv420p halves both sides
+        frame = _reformat(av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), 'rgb24'), format='yuv420p')
+        frame.pts, frame.time_base = i, 1 / rate
+        container.mux(container.streams.video[0].encode(frame))
 
 
 def write_video(path, x, fps):
     """Write uint8 (T, 3, H, W) as H.264 mp4, aside and then renamed; odd sides grow by one repeated line."""
     assert x.dtype == torch.uint8 and x.ndim == 4, f'wants uint8 (T, 3, H, W), got {x.dtype} {tuple(x.shape)}'
-    with _new_mp4(f'{path}.tmp') as container:
-        for i, rgb in enumerate(x.permute(0, 2, 3, 1).cpu().numpy()):
-            _add_frame(container, i, rgb, fps, crf='12')
-        _finish_mp4(container)
+    with av.open(f'{path}.tmp', 'w', **MP4) as container:
+        _encode(container, x.permute(0, 2, 3, 1).cpu().numpy(), fps, crf='12')
+        container.mux(container.streams.video[0].encode(None))
     os.replace(f'{path}.tmp', path)
 
 
@@ -197,11 +200,9 @@ def _container(path):
     if key not in _open:
         container = av.open(path)
         if not container.streams.video:
-            container.close()
             raise ValueError('no video stream')
-        # frame threads delay every seek; parallelism belongs to processes
-        container.streams.video[0].codec_context.thread_type = 'NONE'
-        container.streams.video[0].codec_context.thread_count = 1
+        codec = container.streams.video[0].codec_context
+        codec.thread_type, codec.thread_count = 'NONE', 1  # frame threads delay every seek; we have processes
         _open[key] = container
         if len(_open) > MAX_OPEN:
             _open.popitem(last=False)[1].close()
@@ -210,92 +211,67 @@ def _container(path):
 
 
 def _decode(path, wanted, fps):
-    """Yield (index, frame) for the sorted integer indices `wanted` of a video; others may come too.
+    """Yield (index, frame) for the set `wanted` of indices of a video; others may come too.
 
-    One seek, then forward. Groups of pictures that hold no wanted frame are demuxed but not decoded, which makes
-    strides cheap where key frames are dense. An open group (B-frames shown before their key frame) needs the one
-    before it as well.
+    One seek, then forward. Groups of pictures without a wanted frame are not decoded: strides are cheap where key
+    frames are dense. An open group (B-frames shown before their key frame) needs the one before it as well.
     """
     container = _container(path)
-    stream, wanted = container.streams.video[0], set(wanted)
+    stream = container.streams.video[0]
     codec, first, last = stream.codec_context, min(wanted), max(wanted)
     origin, unit = stream.start_time or 0, stream.time_base * fractions.Fraction(fps)
+
+    def packets():
+        return (packet for packet in container.demux(stream) if packet.size)
 
     def index(packet):
         return round((packet.pts - origin) * unit)
 
-    def feed(packets):
-        for packet in packets:
-            for frame in codec.decode(packet):
-                if frame.pts is not None:
-                    yield index(frame), frame
-
-    def finish():  # what the decoder still holds back; then clean for the next group
-        yield from feed([None])
-        codec.flush_buffers()
-
-    def groups():  # lists of packets that begin with a key frame
-        group = []
-        for packet in container.demux(stream):
-            if packet.size and packet.is_keyframe and group:
-                yield group
-                group = []
-            if packet.size:
-                group.append(packet)
-        if group:
-            yield group
+    def feed(group):
+        for packet in group:
+            yield from ((index(frame), frame) for frame in codec.decode(packet) if frame.pts is not None)
 
     # mp4 seeks by decoding time, which runs ahead of display by the reordering of B-frames
     container.seek(origin + round((first - codec.has_b_frames) / unit), stream=stream, backward=True)
-    before, fed = [], False  # the group before this one, and whether the decoder has seen it
-    for number, group in enumerate(groups()):
-        times = [math.inf if p.pts is None else index(p) for p in group]
-        if number == 0 and times[0] > first >= 0 and container.seek(origin, stream=stream) is None:
-            yield from feed(p for p in container.demux(stream) if p.size)  # the file's index misled the seek
-            break
-        if wanted.intersection(times) or math.inf in times:
-            if not fed and min(times) < times[0]:
-                yield from feed(before)
-            yield from feed(group)
-            fed = True
-        elif fed:
-            yield from finish()
-            fed = False
-        if times[0] > last:
-            break
-        before = group
-    yield from finish()
+    before, group, fed = [], [], False  # two groups in a row, and whether the decoder has seen the one before
+    for packet in itertools.chain(packets(), [None]):
+        if group and (packet is None or packet.is_keyframe):  # the group is complete
+            times = [math.inf if p.pts is None else index(p) for p in group]
+            if not before and times[0] > first >= 0 and container.seek(origin, stream=stream) is None:
+                yield from feed(packets())  # the file's index misled the seek
+                break
+            if wanted.intersection(times) or math.inf in times:
+                if not fed and min(times) < times[0]:
+                    yield from feed(before)
+                yield from feed(group)
+                fed = True
+            elif fed:  # what the decoder still holds back; then clean for the next group
+                yield from feed([None])
+                codec.flush_buffers()
+                fed = False
+            if times[0] > last:
+                break
+            before, group = group, []
+        group.append(packet)
+    yield from feed([None])  # the next seek flushes
 
 
 def read_frames(path, indices, fps, size=0):
-    """uint8 tensor (n, 3, H, W): the frames of a video at integer indices (any order, may repeat).
+    """uint8 tensor (n, 3, H, W): the frames shown i / fps seconds after a video's start, for indices i in any order.
 
-    Index i is the frame shown at i / fps seconds after the start. Raises ValueError, naming the file, for a video
-    that cannot be read and for an index that is not there.
+    A ValueError names the file that cannot be read, or that lacks a frame.
     """
-    rows = collections.defaultdict(list)
-    for row, i in enumerate(indices):
-        rows[int(i)].append(row)
-    out, missing = None, set(rows)
-    try:
-        for i, frame in _decode(path, list(rows), fps):
-            if i not in missing:
-                continue
-            rgb = _rgb(frame, size)
-            if out is None:
-                out = np.empty((len(indices), *rgb.shape), np.uint8)
-            out[rows[i]] = rgb
-            missing.discard(i)
-            if not missing:
+    wanted, found = {int(i) for i in indices}, {}
+    with _reading(path):
+        for i, frame in _decode(path, wanted, fps):
+            if i in wanted and i not in found:
+                found[i] = _rgb(frame, size)
+            if len(found) == len(wanted):
                 break
-        if missing:
+        else:
             n = _container(path).streams.video[0].frames
-            raise ValueError(f'frame {min(missing)} is missing, of {n} frames')
-    except (OSError, ValueError, av.FFmpegError) as error:
-        if (os.getpid(), path) in _open:  # a decoder that failed is not used again
-            _open.pop((os.getpid(), path)).close()
-        raise _fault(path, error) from None
-    return torch.from_numpy(out).permute(0, 3, 1, 2)
+            raise ValueError(f'frame {min(wanted - found.keys())} is missing, of {n} frames')
+        return torch.from_numpy(np.stack([found[int(i)] for i in indices])).permute(0, 3, 1, 2)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -306,13 +282,12 @@ QUANTILES = {'q01': .01, 'q10': .1, 'q50': .5, 'q90': .9, 'q99': .99}
 
 
 def _pool(parts):
-    """One dict of statistics from those of disjoint parts (dicts of arrays with a count of rows).
+    """The statistics of a whole from those of its parts (dicts of arrays with a count of rows).
 
-    mean = sum n_i m_i / n, var = sum n_i (s_i^2 + (m_i - mean)^2) / n: exact, and free of the cancellation of
-    E[x^2] - E[x]^2. Quantiles can only be averaged (as lerobot does): they are approximate.
+    var = sum n_i (s_i^2 + (m_i - mean)^2) / n: without the cancellation of E[x^2] - E[x]^2. Quantiles can only be
+    averaged (as lerobot does): they are approximate.
     """
-    keys = set.intersection(*(set(p) for p in parts))
-    parts = {k: np.stack([np.asarray(p[k], np.float64) for p in parts]) for k in keys}
+    parts = {k: np.stack([np.asarray(p[k], np.float64) for p in parts]) for k in set.intersection(*map(set, parts))}
     n = parts['count'].sum(0)
     weight = (parts['count'] / n).reshape(-1, *[1] * (parts['mean'].ndim - 1))
     out = {k: (weight * v).sum(0) for k, v in parts.items() if k == 'mean' or k in QUANTILES}
@@ -327,30 +302,26 @@ def _describe(x):
     return {**out, **dict(zip(QUANTILES, np.quantile(x, list(QUANTILES.values()), axis=0)))}
 
 
+def _table(path, names=()):
+    """Those of the named columns that a parquet file has; without names, all."""
+    file = pq.ParquetFile(path, memory_map=True)
+    return file.read([k for k in names or file.schema_arrow.names if k in file.schema_arrow.names])
+
+
 @functools.lru_cache(maxsize=32)
 def _columns(path, keys):
     """{key: array (rows, width)} of numeric columns; float32, but int64 for episode_index. Nulls are NaN."""
-    try:
-        file = pq.ParquetFile(path, memory_map=True)
-        table = file.read([k for k in keys if k in file.schema_arrow.names])
-        out = {}
-        for key in keys:
-            if key not in table.column_names:
-                continue
-            column, valid = table[key].combine_chunks(), table[key].is_valid().to_numpy()
-            nested = not pa.types.is_primitive(column.type)
+    with _reading(path):
+        table, out = _table(path, keys), {}
+        for key in table.column_names:
+            column, valid = table[key].combine_chunks().drop_null(), table[key].is_valid().to_numpy()
             while not pa.types.is_primitive(column.type):
-                column = column.flatten()  # of lists and fixed-size lists alike; it leaves null rows out
-            values = column.to_numpy(zero_copy_only=False)
-            values = values.astype(np.int64 if key == 'episode_index' else np.float32)
-            if nested and not valid.all():
-                some = values.reshape(valid.sum(), -1)
-                values = np.full((len(valid), some.shape[1]), np.nan, np.float32)
-                values[valid] = some
-            out[key] = values.reshape(len(valid), -1)
+                column = column.flatten()  # of lists and fixed-size lists alike
+            values = column.to_numpy(zero_copy_only=False).reshape(valid.sum(), -1)
+            kind, null = (np.int64, -1) if key == 'episode_index' else (np.float32, np.nan)
+            out[key] = np.full((len(valid), values.shape[1]), null, kind)
+            out[key][valid] = values
         return out
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise _fault(path, error) from None
 
 
 @functools.lru_cache(maxsize=4)
@@ -362,10 +333,10 @@ def _row_group(path, group, key):
 class LeRobot:
     """A LeRobot dataset v2.0, v2.1 or v3.0 in a local folder.
 
-    camera: a key or its last part ('front'), or a comma-separated list of which the first that exists is taken;
-    '' is the first camera. action: comma-separated keys; '' is `action`, else `actions`, else all `action.*`, else
-    nothing; 'none' ignores actions. `episode` is everywhere a position in `.episodes`. What is wrong with the dataset
-    as a whole ends the program with one line; what is wrong with one file is a ValueError that names it.
+    camera: a key or its last part ('front'), or a comma-separated list of which the first that exists is taken; '' is
+    the first camera. action: comma-separated keys; '' is `action`, else `actions`, else all `action.*`, else nothing;
+    'none' ignores actions. `episode` is a position in `.episodes`. What is wrong with the dataset as a whole ends the
+    program with one line; what is wrong with one file is a ValueError that names it.
     """
 
     def __init__(self, root, camera='', action=''):
@@ -376,39 +347,20 @@ class LeRobot:
             sys.exit(f'{root}: a LeRobot dataset of v1, which is too old: convert it to v2.1 or v3.0 with lerobot')
         if not os.path.isfile(self._file('meta/info.json')):
             sys.exit(f'{root}: not a LeRobot dataset: it has no meta/info.json')
-        self.info = self._json('meta/info.json')
-        info, where = self.info, self._file('meta/info.json')
-        version = str(info.get('codebase_version') if isinstance(info, dict) else None)
-        if version.startswith('v1'):
-            sys.exit(f'{where}: LeRobot {version} is too old: convert it to v2.1 or v3.0 with lerobot')
-        if version not in ('v2.0', 'v2.1', 'v3.0'):
-            sys.exit(f'{where}: wants codebase_version v2.0, v2.1 or v3.0, got {version}')
-        if not isinstance(info.get('features'), dict) or not isinstance(info.get('fps'), (int, float)):
-            sys.exit(f'{where}: wants features and fps, has only {", ".join(info)}')
-        self.v3, self.features, self.fps = version == 'v3.0', info['features'], info['fps']
-        chunk = ('chunk-{chunk_index:03d}/file-{file_index:03d}' if self.v3 else
-                 'chunk-{episode_chunk:03d}/%sepisode_{episode_index:06d}')
-        self.data_path = info.get('data_path') or 'data/' + chunk.replace('%s', '') + '.parquet'
-        self.video_path = info.get('video_path') or ('videos/{video_key}/' + chunk if self.v3 else
-                                                     'videos/' + chunk % '{video_key}/') + '.mp4'
-        self._choose_camera(camera)
-        self._choose_action(action)
-        self.episodes = sorted(self._read_episodes(), key=lambda e: e['index'])
-        if not self.episodes:
-            sys.exit(f'{root}: has no episodes')
-        self._data_file(self.episodes[0])  # so that a template which leaves the folder is refused at once
-        if self.is_video:
-            self._video_file(self.episodes[0])
-        self.tasks = self._read_tasks()
-        self.stats = self._read_stats() if self.action_dim else None
-
-    # -- where things are
+        try:
+            self._read_info(camera, action)
+            self.episodes = sorted(self._read_episodes(), key=lambda e: e['index'])
+            if not self.episodes:
+                sys.exit(f'{root}: has no episodes')
+            for kind in ('data', 'video')[:1 + self.is_video]:
+                self._place(self.episodes[0], kind)  # so that a template which leaves the folder is refused at once
+            self.tasks = self._read_tasks()
+            self.stats = self._read_stats() if self.action_dim else None
+        except ValueError as error:
+            sys.exit(str(error))
 
     def _file(self, template, **values):
-        """The path of one file of the dataset: everything that is read goes through here.
-
-        Checked by spelling alone: the hub's cache is made of symlinks that do lead elsewhere.
-        """
+        """The path of a file of the dataset. Checked by spelling: links may lead elsewhere, as in the hub's cache."""
         try:
             path = os.path.normpath(os.path.join(self.root, template.format(**values)))
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
@@ -417,137 +369,105 @@ class LeRobot:
             sys.exit(f'{self.root}: refused: {template!r} leads out of the dataset, to {path}')
         return path
 
-    def _data_file(self, e):
-        return self._file(self.data_path, **e['data'])
+    def _place(self, e, kind):
+        """The file of an episode's rows ('data') or frames ('video')."""
+        return self._file(self.info.get(f'{kind}_path'), video_key=self.camera, **e[kind])
 
-    def _video_file(self, e):
-        return self._file(self.video_path, video_key=self.camera, **e['video'])
-
-    def _json(self, name, lines=False):
+    def _load(self, name):
+        """What a file of the dataset holds: a list of rows unless it is .json; {} if there is no such file."""
         path = self._file(name)
-        try:
-            with open(path, encoding='utf-8') as f:
-                return [json.loads(line) for line in f if line.strip()] if lines else json.load(f)
-        except (OSError, ValueError) as error:
-            sys.exit(str(_fault(path, error)))
+        if not os.path.isfile(path):
+            return {}
+        with _reading(path), open(path, 'rb') as f:
+            if name.endswith('.parquet'):
+                return _table(path).to_pylist()
+            return [json.loads(line) for line in f if line.strip()] if name.endswith('.jsonl') else json.load(f)
 
-    def _table(self, path, columns=None):
-        try:
-            file = pq.ParquetFile(path)
-            return file.read([c for c in columns or file.schema_arrow.names if c in file.schema_arrow.names])
-        except (OSError, ValueError, pa.ArrowException) as error:
-            sys.exit(str(_fault(path, error)))
-
-    # -- what there is
-
-    def _choose_camera(self, camera):
-        def depth(f):
-            flags = {**f, **(f.get('video_info') or {}), **(f.get('info') or {})}  # the flag may be the text "false"
-            return any(str(flags.get(k)).lower() == 'true' for k in ('is_depth_map', 'video.is_depth_map'))
-
-        features = self.features
-        self.cameras = [k for k, f in features.items() if f.get('dtype') in ('video', 'image') and not depth(f)]
+    def _read_info(self, camera, action):
+        self.info, where = self._load('meta/info.json'), self._file('meta/info.json')
+        version = str(self.info.get('codebase_version') if isinstance(self.info, dict) else None)
+        if version not in ('v2.0', 'v2.1', 'v3.0'):
+            sys.exit(f'{where}: wants codebase_version v2.0, v2.1 or v3.0 (lerobot converts older ones), got {version}')
+        self.v3, self.features, self.fps = version == 'v3.0', self.info.get('features'), self.info.get('fps')
+        if not isinstance(self.features, dict) or not isinstance(self.fps, (int, float)):
+            sys.exit(f'{where}: wants features and fps, has only {", ".join(self.info)}')
+        self.cameras, numeric = [], []
+        for k, f in self.features.items():
+            flags = {**f, **(f.get('video_info') or {}), **(f.get('info') or {})}  # a flag may be the text "false"
+            depth = 'true' in (str(flags.get(n)).lower() for n in ('is_depth_map', 'video.is_depth_map'))
+            if f.get('dtype') in ('video', 'image') and not depth:
+                self.cameras.append(k)
+            if str(f.get('dtype')).startswith(('float', 'int', 'uint', 'bool')):  # an action of text exists as well
+                numeric.append(k)
         if not self.cameras:
-            sys.exit(f'{self.root}: has no cameras, only {", ".join(features)}')
-        wanted = [name.strip() for name in camera.split(',')] if camera else [self.cameras[0]]
+            sys.exit(f'{self.root}: has no cameras, only {", ".join(self.features)}')
+        wanted = [name.strip() for name in camera.split(',')] if camera else self.cameras[:1]
         found = [k for name in wanted for k in self.cameras if name in (k, k.rpartition('.')[2])]
         if not found:
             sys.exit(f'{self.root}: has no camera {camera!r}, only {", ".join(self.cameras)}')
-        self.camera, self.is_video = found[0], features[found[0]]['dtype'] == 'video'
-
-    def _choose_action(self, action):
-        kinds = 'float', 'int', 'uint', 'bool'  # an action of text exists as well
-        numeric = [k for k, f in self.features.items() if str(f.get('dtype')).startswith(kinds)]
-        if action in ('', 'none'):
-            found = [k for k in ('action', 'actions') if k in numeric][:1] or [k for k in numeric if k[:7] == 'action.']
-            self.action_keys = found if action == '' else []
-        else:
-            self.action_keys = [k.strip() for k in action.split(',')]
-            for key in self.action_keys:
-                if key not in numeric:
-                    sys.exit(f'{self.root}: has no numeric {key!r} to be an action, only {", ".join(numeric)}')
+        self.camera, self.is_video = found[0], self.features[found[0]]['dtype'] == 'video'
+        default = [k for k in ('action', 'actions') if k in numeric][:1] or [k for k in numeric if k[:7] == 'action.']
+        self.action_keys = default if not action else [] if action == 'none' else [k.strip() for k in action.split(',')]
+        for key in set(self.action_keys) - set(numeric):
+            sys.exit(f'{self.root}: has no numeric {key!r} to be an action, only {", ".join(numeric)}')
         self.widths = [math.prod(self.features[k].get('shape') or [1]) for k in self.action_keys]
         self.action_dim = sum(self.widths)
 
     def _read_episodes(self):
-        def tasks(x):
-            return [x] if isinstance(x, str) else list(x or [])
-
         if not self.v3:
             size, total = self.info.get('chunks_size') or 1000, self.info.get('total_episodes')
-            for r in self._json('meta/episodes.jsonl', lines=True):
+            for r in self._load('meta/episodes.jsonl'):
                 i = r['episode_index']
                 place = dict(episode_index=i, episode_chunk=i // size, total_episodes=total)
-                yield dict(index=i, length=r['length'], tasks=tasks(r.get('tasks')), data=place, video=place, base=0)
+                yield dict(index=i, length=r['length'], tasks=r.get('tasks') or [], data=place, video=place, base=0)
             return
-        names = ['episode_index', 'length', 'tasks', 'data/chunk_index', 'data/file_index']
-        video = [f'videos/{self.camera}/{k}' for k in ('chunk_index', 'file_index', 'from_timestamp')]
-        for shard in sorted(glob.glob('*/*.parquet', root_dir=self._file('meta/episodes'))):
-            path = self._file('meta/episodes/' + shard.replace('{', '{{').replace('}', '}}'))
-            table = self._table(path, names + video * self.is_video)
-            for name in names[:2] + names[3:] + video * self.is_video:
-                if name not in table.column_names:
-                    sys.exit(f'{path}: has no column {name}')
-            for r in table.to_pylist():
-                e = dict(index=r['episode_index'], length=r['length'], tasks=tasks(r.get('tasks')))
-                e['data'] = dict(chunk_index=r[names[3]], file_index=r[names[4]])
-                if self.is_video:  # to_timestamp is off by a frame in some datasets: only the beginning is used
-                    e['video'] = dict(chunk_index=r[video[0]], file_index=r[video[1]])
-                    e['base'] = round((r[video[2]] or 0) * self.fps)
-                yield e
+        video, file = f'videos/{self.camera}/', ('chunk_index', 'file_index')
+        names = ['episode_index', 'length', 'tasks', video + 'from_timestamp']
+        names += [place + k for place in ('data/', video) for k in file]
+        for path in sorted(glob.glob(glob.escape(self._file('meta/episodes')) + '/*/*.parquet')):
+            with _reading(path):  # a KeyError names the column that is not there
+                for r in _table(path, names).to_pylist():
+                    e = dict(index=r['episode_index'], length=r['length'], tasks=r.get('tasks') or [])
+                    e['data'] = {k: r['data/' + k] for k in file}
+                    if self.is_video:  # to_timestamp is off by a frame in some datasets: only the beginning is used
+                        e['video'] = {k: r[video + k] for k in file}
+                        e['base'] = round((r[video + 'from_timestamp'] or 0) * self.fps)
+                    yield e
 
-    def _read_tasks(self):
-        if self.v3 and os.path.isfile(self._file('meta/tasks.parquet')):  # the text is pandas' index: any column name
-            rows = [list(r.items()) for r in self._table(self._file('meta/tasks.parquet')).to_pylist()]
-            return {v: next(t for k, t in r if k != 'task_index') for r in rows for k, v in r if k == 'task_index'}
-        if not self.v3 and os.path.isfile(self._file('meta/tasks.jsonl')):
-            return {r['task_index']: r['task'] for r in self._json('meta/tasks.jsonl', lines=True)}
-        return {}
+    def _read_tasks(self):  # in v3.0 the text is pandas' index: its column may have any name
+        rows = self._load('meta/tasks.parquet' if self.v3 else 'meta/tasks.jsonl')
+        return {r['task_index']: r.get('task') or next(r[k] for k in r if k != 'task_index') for r in rows}
 
     def _read_stats(self):
-        stats = {}
-        if os.path.isfile(self._file('meta/stats.json')):
-            stats = self._json('meta/stats.json')
-        elif os.path.isfile(self._file('meta/episodes_stats.jsonl')):
-            parts = [line.get('stats', {}) for line in self._json('meta/episodes_stats.jsonl', lines=True)]
-            try:
-                stats = {k: _pool([p[k] for p in parts]) for k in self.action_keys}
-            except (KeyError, ValueError, TypeError):
-                stats = {}  # incomplete
+        stats = self._load('meta/stats.json')
+        parts = [] if stats else [line.get('stats', {}) for line in self._load('meta/episodes_stats.jsonl')]
         try:
-            out = {s: np.concatenate([np.asarray(stats[k][s], np.float32).ravel() for k in self.action_keys])
-                   for s in STATS}
-            widths = [np.asarray(stats[k][s]).size for k in self.action_keys for s in STATS]
-            usable = widths == [w for w in self.widths for _ in STATS] and np.isfinite([*out.values()]).all()
+            stats = stats or {k: _pool([p[k] for p in parts]) for k in self.action_keys}
+            out = {s: np.concatenate([np.asarray(stats[k][s], np.float32).reshape(width)
+                                      for k, width in zip(self.action_keys, self.widths)]) for s in STATS}
+            if np.isfinite([*out.values()]).all():
+                return out
         except (KeyError, ValueError, TypeError):
-            usable = False
-        if usable:
-            return out
-        parts = []  # missing or of another shape: measured, without the rows that are not finite
-        for i in range(len(self.episodes)):
-            a = self.rows(i)
-            a = a[np.isfinite(a).all(1)]
-            parts += [_describe(a)] if len(a) else []
+            pass  # missing, incomplete or of another shape: measured, without the rows that are not finite
+        finite = (a[np.isfinite(a).all(1)] for a in map(self.rows, range(len(self.episodes))))
+        parts = [_describe(a) for a in finite if len(a)]
         if not parts:
             sys.exit(f'{self.root}: no finite row in {", ".join(self.action_keys)}')
         return {k: v.astype(np.float32) for k, v in _pool(parts).items() if k in STATS}
 
-    # -- rows, frames, clips
-
     def _span(self, episode):
         """(file, first row, last row + 1) of an episode in its data file."""
         e = self.episodes[episode]
-        path, first = self._data_file(e), 0
-        if self.v3:
-            # dataset_from_index is scrambled in some converted datasets; the column in the file itself is not
-            index = _columns(path, ('episode_index',)).get('episode_index')
-            if index is not None:
-                rows = np.flatnonzero(index[:, 0] == e['index'])
-                if len(rows) != e['length'] or rows[-1] - rows[0] != len(rows) - 1:
-                    raise ValueError(f'{path}: episode {e["index"]} has {len(rows)} rows here, expected {e["length"]}')
-                return path, rows[0], rows[-1] + 1
-            first = sum(o['length'] for o in self.episodes[:episode] if o['data'] == e['data'])
-        return path, first, first + e['length']
+        path = self._place(e, 'data')
+        # dataset_from_index is scrambled in some converted datasets; the column in the file itself is not
+        index = _columns(path, ('episode_index',)).get('episode_index') if self.v3 else None
+        if index is None:
+            first = sum(o['length'] for o in self.episodes[:episode] if o['data'] == e['data']) if self.v3 else 0
+            return path, first, first + e['length']
+        rows = np.flatnonzero(index[:, 0] == e['index'])
+        if len(rows) != e['length'] or rows[-1] - rows[0] != len(rows) - 1:
+            raise ValueError(f'{path}: episode {e["index"]} has {len(rows)} rows here, expected {e["length"]}')
+        return path, rows[0], rows[-1] + 1
 
     def rows(self, episode):
         """float32 (length, action_dim): the raw actions of an episode; NaN where the file has none."""
@@ -565,26 +485,19 @@ class LeRobot:
         """uint8 (n, 3, H, W) of the chosen camera at frame numbers of an episode."""
         e = self.episodes[episode]
         if len(indices) == 0 or min(indices) < 0 or max(indices) >= e['length']:
-            asked = f'{min(indices)} to {max(indices)}' if len(indices) else 'none'
-            raise ValueError(f'{self.root}: episode {e["index"]} has frames 0 to {e["length"] - 1}, asked: {asked}')
+            raise ValueError(f'{self.root}: episode {e["index"]} has {e["length"]} frames, not {[*map(int, indices)]}')
         if self.is_video:
-            return read_frames(self._video_file(e), [e['base'] + int(i) for i in indices], self.fps, size)
+            return read_frames(self._place(e, 'video'), [e['base'] + int(i) for i in indices], self.fps, size)
         path, begin, _ = self._span(episode)
-        try:
+        out = []
+        with _reading(path):
             meta = pq.ParquetFile(path, memory_map=True).metadata
             ends = np.cumsum([meta.row_group(g).num_rows for g in range(meta.num_row_groups)])
-            out = []
             for row in begin + np.asarray(indices):
                 group = int(np.searchsorted(ends, row, 'right'))
                 cell = _row_group(path, group, self.camera)[int(row - ends[group])].as_py()  # counted from the end
-                cell = cell if isinstance(cell, dict) else dict(bytes=cell)
-                if cell.get('bytes') is None:
-                    with open(self._file('{path}', path=cell['path']), 'rb') as f:
-                        cell['bytes'] = f.read()
-                out.append(_picture(io.BytesIO(cell['bytes']), size))
-        except (OSError, ValueError, KeyError, IndexError, av.FFmpegError, pa.ArrowException) as error:
-            raise _fault(path, error) from None
-        return torch.from_numpy(np.stack(out)).permute(0, 3, 1, 2)
+                out.append(_picture(cell['bytes'], size))
+            return torch.from_numpy(np.stack(out)).permute(0, 3, 1, 2)
 
     def clip(self, episode, start, T, frameskip, size=0, pixels=True):
         """dict(x, a, a_mask, z_mask, task): T model steps of `frameskip` dataset frames each.
@@ -592,32 +505,29 @@ class LeRobot:
         x (T, 3, H, W) uint8 is frame f(t) = start + t frameskip of the episode. Row i of the dataset's actions is what
         was done after frame i, so a[t] (frameskip * action_dim,) float32, raw, holds rows f(t-1) .. f(t)-1: what led
         from x[t-1] to x[t]. a_mask (T,) is False where that is not known: at t = 0, in padding, and where a row is not
-        finite; a is 0 there. Past the end the last real frame is repeated and z_mask (T,) is False. pixels=False leaves out x.
+        finite; a is 0 there. Past the end the last real frame is repeated and z_mask (T,) is False. pixels=False: no x.
         """
         e = self.episodes[episode]
         if not 0 <= start < e['length']:
-            raise ValueError(f'{self.root}: episode {e["index"]} has frames 0 to {e["length"] - 1}, asked: {start}')
+            raise ValueError(f'{self.root}: episode {e["index"]} has {e["length"]} frames, not {start}')
         f = start + np.arange(T) * frameskip
         z_mask = f < e['length']
-        a = np.zeros((T, frameskip * self.action_dim), np.float32)
-        a_mask = np.zeros(T, bool)
-        if self.action_dim:
-            rows, real = self.rows(episode), int(z_mask.sum())
-            a[1:real] = rows[start:f[real - 1]].reshape(real - 1, a.shape[1])
-            a_mask[1:real] = np.isfinite(a[1:real]).all(1)
-            a[~a_mask] = 0
+        a, a_mask = np.zeros((T, frameskip * self.action_dim), np.float32), np.zeros(T, bool)
+        rows, real = self.rows(episode), int(z_mask.sum())
+        a[1:real] = rows[start:f[real - 1]].reshape(real - 1, a.shape[1])
+        a_mask[1:real] = np.isfinite(a[1:real]).all(1) & (self.action_dim > 0)
+        a[~a_mask] = 0
         x = dict(x=self.frames(episode, np.where(z_mask, f, f[z_mask][-1]), size)) if pixels else {}
         return x | dict(a=torch.from_numpy(a), a_mask=torch.from_numpy(a_mask), z_mask=torch.from_numpy(z_mask),
                         task=e['tasks'][0] if e['tasks'] else '')
 
 
 def write_lerobot(root, episodes, fps, names={}, robot_type='', crf=18, gop=2):
-    """Write a LeRobot v3.0 dataset; returns nothing.
+    """Write a LeRobot v3.0 dataset.
 
-    episodes: an iterable of dicts with the same keys: 'observation.images.<name>' uint8 (L, H, W, 3), 'action' and
-    'observation.state' float32 (L, width), both optional, and 'task', a string. They are taken one by one. names:
-    {'action': [...]}, the names of dimensions. All episodes of a camera are one H.264 stream with a key frame every
-    `gop` frames, so that a random clip costs little. Written into root.tmp and renamed; an existing root is refused.
+    episodes: dicts of the same keys, read one by one: 'observation.images.<name>' uint8 (L, H, W, 3), 'task', a string,
+    and perhaps 'action' and 'observation.state' float32 (L, width), whose dimensions names may name: {'action': [...]}.
+    A camera's video has a key frame every `gop` frames: random clips cost little. Written as root.tmp, then renamed.
     """
     root, tmp = str(root).rstrip('/'), str(root).rstrip('/') + '.tmp'
     if os.path.exists(root):
@@ -632,43 +542,38 @@ def write_lerobot(root, episodes, fps, names={}, robot_type='', crf=18, gop=2):
     scalars = dict(timestamp='float32', frame_index='int64', episode_index='int64', index='int64', task_index='int64')
     schema = pa.schema([(k, pa.list_(pa.float32(), d)) for k, d in vectors.items()] +
                        [(k, pa.type_for_alias(t)) for k, t in scalars.items()])
-    paths = {k: f'{tmp}/videos/{k}/chunk-000/file-000.mp4' for k in cameras}
-    for path in [*paths.values(), *(f'{tmp}/{d}/chunk-000/_' for d in ('data', 'meta/episodes'))]:
-        os.makedirs(os.path.dirname(path))
-    tasks, rows, total = {}, [], 0
-
-    videos = {k: _new_mp4(path) for k, path in paths.items()}
+    for folder in ('data', 'meta/episodes', *(f'videos/{k}' for k in cameras)):
+        os.makedirs(f'{tmp}/{folder}/chunk-000')
+    tasks, rows, parts, total = {}, [], [], 0
+    videos = {k: av.open(f'{tmp}/videos/{k}/chunk-000/file-000.mp4', 'w', **MP4) for k in cameras}
     with pq.ParquetWriter(f'{tmp}/data/chunk-000/file-000.parquet', schema) as writer:
         for i, e in enumerate(itertools.chain([first], episodes)):
             L = len(e[cameras[0]])
             if set(e) != set(first) or L == 0 or any(len(e[k]) != L for k in [*cameras, *vectors]):
                 raise ValueError(f'{root}: episode {i} wants {", ".join(first)}, of one length')
-            task = tasks.setdefault(e['task'], len(tasks))
-            frame = np.arange(L)
+            task, frame = tasks.setdefault(e['task'], len(tasks)), np.arange(L)
             columns = {k: np.asarray(e[k], np.float32).reshape(L, d) for k, d in vectors.items()}
             columns |= dict(timestamp=(frame / fps).astype(np.float32), frame_index=frame, episode_index=np.full(L, i),
                             index=total + frame, task_index=np.full(L, task))
-            writer.write_table(pa.table([pa.FixedSizeListArray.from_arrays(pa.array(v.ravel()), v.shape[1])
-                                         if v.ndim == 2 else pa.array(v) for k, v in columns.items()],
-                                        schema=schema))  # one table, one row group
+            writer.write_table(pa.table({k: list(v) for k, v in columns.items()}, schema))  # one table, one row group
             r = {'episode_index': i, 'tasks': [e['task']], 'length': L, 'data/chunk_index': 0, 'data/file_index': 0,
                  'dataset_from_index': total, 'dataset_to_index': total + L}
-            stats = {k: _describe(columns[k].reshape(L, -1)) for k in vectors}
+            stats = {k: _describe(v.reshape(L, -1)) for k, v in columns.items()}
             for k in cameras:
                 r |= {f'videos/{k}/chunk_index': 0, f'videos/{k}/file_index': 0,
                       f'videos/{k}/from_timestamp': total / fps, f'videos/{k}/to_timestamp': (total + L) / fps}
                 x = np.asarray(e[k])
-                for j, rgb in enumerate(x):
-                    _add_frame(videos[k], total + j, rgb, fps, crf=str(crf), g=str(gop))
+                _encode(videos[k], x, fps, total, crf=str(crf), g=str(gop))
                 # at most 100 frames of about 128 pixels' side: statistics for other readers need no more
                 x = x[::-(-L // 100), ::-(-x.shape[1] // 128), ::-(-x.shape[2] // 128)]
-                image = _describe(x.reshape(-1, 3) / 255)
-                stats[k] = {s: np.array([L]) if s == 'count' else v.reshape(3, 1, 1) for s, v in image.items()}
-            stats |= {k: _describe(columns[k].reshape(L, 1)) for k in scalars}
-            rows.append((r, stats))
+                stats[k] = _describe(x.reshape(-1, 3, 1, 1) / 255) | dict(count=np.array([L]))
+            r |= {f'stats/{k}/{s}': v.tolist() for k in (*vectors, *cameras, *scalars) for s, v in stats[k].items()}
+            rows.append(r | {'meta/episodes/chunk_index': 0, 'meta/episodes/file_index': 0})
+            parts.append(stats)
             total += L
     for video in videos.values():
-        _finish_mp4(video)
+        video.mux(video.streams.video[0].encode(None))
+        video.close()
 
     features = {k: dict(dtype='float32', shape=[d], names=list(names.get(k) or [f'{k}_{j}' for j in range(d)]))
                 for k, d in vectors.items()}
@@ -684,14 +589,11 @@ def write_lerobot(root, episodes, fps, names={}, robot_type='', crf=18, gop=2):
                 data_path='data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet',
                 video_path='videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4',
                 robot_type=robot_type or None, splits={'train': f'0:{len(rows)}'})
-    pooled = {k: {s: v.tolist() for s, v in _pool([stats[k] for _, stats in rows]).items()} for k in rows[0][1]}
+    pooled = {k: {s: v.tolist() for s, v in _pool([stats[k] for stats in parts]).items()} for k in features}
     for name, value in ('info', info), ('stats', pooled):
         with open(f'{tmp}/meta/{name}.json', 'w') as f:
             json.dump(value, f, indent=4)
-    for r, stats in rows:
-        r |= {f'stats/{k}/{s}': v.tolist() for k, d in stats.items() for s, v in d.items()}
-        r |= {'meta/episodes/chunk_index': 0, 'meta/episodes/file_index': 0}
-    pq.write_table(pa.Table.from_pylist([r for r, _ in rows]), f'{tmp}/meta/episodes/chunk-000/file-000.parquet')
+    pq.write_table(pa.Table.from_pylist(rows), f'{tmp}/meta/episodes/chunk-000/file-000.parquet')
     # pandas.read_parquet must find the text as the index: that is where lerobot looks for it
     kinds = [dict(name='task_index', field_name='task_index', pandas_type='int64', numpy_type='int64', metadata=None),
              dict(name='task', field_name='task', pandas_type='unicode', numpy_type='object', metadata=None)]
@@ -717,8 +619,8 @@ class Clips(torch.utils.data.Dataset):
     """Batches of clips from several datasets; clips[step] is a pure function of (seed, step, rank).
 
     labelled and unlabelled: lists of LeRobot (the actions of unlabelled ones are not read). A batch holds
-    x (B, T, 3, H, W) uint8, or z (B, T, N, D) float16 where `tokens` has been set ({(dataset, episode): (length, N, D)}),
-    a (B, T, A) normalised by each dataset's own mean and std, clipped at +-5 and padded to the widest, a_mask and z_mask
+    x (B, T, 3, H, W) uint8, or z (B, T, N, D) float16 where `tokens` is set ({(dataset, episode): (length, N, D)}),
+    a (B, T, A) normalised by each dataset's own mean and std, clipped at +-5, padded to the widest, a_mask and z_mask
     (B, T). Of any 1/labelled_share consecutive clips of a rank exactly one is labelled (0.05: one of 20). Every window
     of a group's training episodes is as likely as any other; episodes shorter than a clip are padded.
     """
@@ -737,7 +639,7 @@ class Clips(torch.utils.data.Dataset):
                         for group in (False, True)]
 
     def action_stats(self):
-        """{name: tensor (labelled datasets, A)}: mean, std, low and high of the raw actions of a model step; their width."""
+        """{name: tensor (labelled datasets, A)}: mean, std, low and high of a model step's raw actions; their width."""
         out = {k: torch.zeros(self.groups[0], self.A) for k in ('mean', 'std', 'low', 'high')}
         out['width'] = torch.tensor([ds.action_dim * self.frameskip for ds in self.sets[:self.groups[0]]])
         for s, ds in enumerate(self.sets[:self.groups[0]]):
@@ -787,7 +689,7 @@ class Clips(torch.utils.data.Dataset):
         return torch.utils.data.default_collate([self.clip(*pick, self.T) for pick in self.picks(step)])
 
     def held_out(self, T, n):
-        """{'labelled' and/or 'unlabelled': a batch of about n clips of T steps, spread over the validation episodes}."""
+        """{'labelled' and/or 'unlabelled': a batch of about n clips of T steps, spread over validation episodes}."""
         out = {}
         for name, begin, end in (('labelled', 0, self.groups[0]), ('unlabelled', self.groups[0], len(self.sets))):
             windows = [(s, e, start) for s in range(begin, end) for e in self.val[s]
@@ -802,14 +704,14 @@ class Clips(torch.utils.data.Dataset):
 # the demo world: a table seen from above; an arm's tip, moved by (dx, dy), pushes a disc
 
 DEMO_FPS, DEMO_STEP = 10, 0.05  # frames per second; the longest move of the tip in a frame, in table widths
-TIP, DISC = 0.11, 0.15          # radii, in table widths
+TIP, DISC, HALO = 0.11, 0.15, 0.3   # radii, in table widths
 DEMO_NEAR = 0.08                # what counts as reached, in table widths
 
 
 def demo_step(state, action):
     """state (n, 4): x, y of the tip and of the disc, in [0, 1]; action (n, 2): move of the tip -> next state."""
     tip, disc = state[:, :2], state[:, 2:]
-    tip = np.clip(tip + np.clip(action, -DEMO_STEP, DEMO_STEP), 0, 1)
+    tip = np.clip(tip + np.clip(action, -DEMO_STEP, DEMO_STEP), TIP, 1 - TIP)
     away = disc - tip
     far = np.linalg.norm(away, axis=1, keepdims=True)
     push = np.maximum(TIP + DISC - far, 0) * away / np.maximum(far, 1e-6)
@@ -817,39 +719,32 @@ def demo_step(state, action):
     away = disc - tip           # at the border the disc stops, and stops the tip
     far = np.linalg.norm(away, axis=1, keepdims=True)
     tip = tip - np.maximum(TIP + DISC - far, 0) * away / np.maximum(far, 1e-6)
-    return np.concatenate((np.clip(tip, 0, 1), disc), axis=1)
-
-
-def resize(x, size):
-    """uint8 (n, 3, H, W) -> (n, 3, *size), by the same resampling as a video's frames."""
-    frames = [av.VideoFrame.from_ndarray(rgb, 'rgb24') for rgb in x.permute(0, 2, 3, 1).contiguous().numpy()]
-    return torch.from_numpy(np.stack([_rgb(f, size) for f in frames])).permute(0, 3, 1, 2)
-
-
-def enlarge(x, side=128):
-    """uint8 (n, 3, H, W) -> the same with every pixel repeated until a picture is about `side` pixels high."""
-    k = max(1, round(side / x.shape[2]))
-    return x.repeat_interleave(k, dim=2).repeat_interleave(k, dim=3)
+    return np.concatenate((np.clip(tip, TIP, 1 - TIP), disc), axis=1)
 
 
 def demo_draw(state, size=64):
-    """uint8 (n, size, size, 3): soft, large shapes with halos, so that pictures stay similar over a distance."""
+    """uint8 (n, size, size, 3): large shapes with wide halos.
+
+    A distance between pictures must say how far a shape is from its goal also where the two do not overlap; for the
+    same reason no shape can leave the table: half a tip off the edge is closer to any goal than a whole one.
+    """
     at = (np.arange(size, dtype=np.float32) + 0.5) / size
     image = np.broadcast_to(np.float32((0.86, 0.84, 0.80)), (len(state), size, size, 3)).copy()
     for centre, radius, colour in ((state[:, 2:], DISC, (0.15, 0.35, 0.80)), (state[:, :2], TIP, (0.85, 0.25, 0.15))):
         d2 = [((at - centre[:, i, None].astype(np.float32)) ** 2) for i in (0, 1)]
         far = np.sqrt(d2[1][:, :, None] + d2[0][:, None, :])                              # (n, rows = y, columns = x)
         cover = np.clip((radius - far) / 0.03 + 0.5, 0, 1)
-        cover = np.maximum(cover, 0.45 * np.exp(-(far / (1.7 * radius)) ** 2))[..., None]
+        cover = np.maximum(cover, 0.45 * np.exp(-(far / HALO) ** 2))[..., None]
         image += cover * (np.float32(colour) - image)
     return np.uint8(image * 255 + 0.5)
 
 
 def demo_start(n, rng):
     """n states with the tip clear of the disc."""
-    state = rng.uniform((0.05, 0.05, 0.22, 0.22), (0.95, 0.95, 0.78, 0.78), (n, 4))
+    low, high = (0.12, 0.12, 0.22, 0.22), (0.88, 0.88, 0.78, 0.78)
+    state = rng.uniform(low, high, (n, 4))
     while len(near := np.flatnonzero(np.linalg.norm(state[:, :2] - state[:, 2:], axis=1) < TIP + DISC + 0.02)):
-        state[near, :2] = rng.uniform(0.05, 0.95, (len(near), 2))
+        state[near] = rng.uniform(low, high, (len(near), 4))
     return state
 
 

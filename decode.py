@@ -14,11 +14,12 @@ import sys
 
 import safetensors.torch
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from model import Decoder, load, load_decoder, pictures, restore_encoder, rollout
+from model import load, pictures, read_tensors, restore_encoder, rollout
 
 # --------------------------------------------------------------------------------------------------------------------
 ckpt = 'out/ckpt.safetensors'
@@ -58,7 +59,45 @@ sets = [data.LeRobot(f.strip(), trained['camera'], trained['action'] if kind == 
 clips = data.Clips(*((sets, []) if kind == 'labelled' else ([], sets)), trained['frames'], trained['frameskip'],
                    (encode.size, encode.width), 1, 1.0, trained['val_share'])
 if clips.A != model.config['action_dim']:
-    sys.exit(f'--labelled: actions are {clips.A} wide per model step, {ckpt} was trained on {model.config["action_dim"]}')
+    sys.exit(f'--labelled: actions are {clips.A} wide per model step, '
+             f'{ckpt} was trained on {model.config["action_dim"]}')
+
+
+class Decoder(nn.Module):
+    """Raw latents (B, N, D) -> frames (B, 3, height, width) in [0, 1]: transposed convolutions, twice the side each."""
+    def __init__(self, dim, grid, height, width, channels=128):
+        super().__init__()
+        self.grid, self.side = grid, (height, width)
+        self.register_buffer('mean', torch.zeros(dim))
+        self.register_buffer('std', torch.ones(dim))
+        stages = math.ceil(math.log2(height / grid[0]))
+        sides = [max(16, channels >> i) for i in range(stages + 1)]
+        self.stem = nn.Conv2d(dim, channels, 3, padding=1)
+        self.up = nn.ModuleList(nn.ConvTranspose2d(i, o, 4, 2, 1) for i, o in zip(sides, sides[1:]))
+        self.out = nn.Conv2d(sides[-1], 3, 3, padding=1)
+
+    def forward(self, z):
+        x = ((z - self.mean) / self.std).transpose(1, 2).unflatten(2, self.grid)          # (B, D, rows, columns)
+        x = self.stem(x)
+        for up in self.up:
+            x = up(F.silu(x))
+        x = F.interpolate(x, self.side, mode='bilinear', antialias=True)
+        return torch.sigmoid(self.out(F.silu(x)))
+
+
+def load_decoder(folder, encoder):
+    """The Decoder that decode.py has trained in a checkpoint's folder, or None; for the same latents or not at all."""
+    path = os.path.join(folder, 'decoder.safetensors')
+    if not os.path.isfile(path):
+        return None
+    tensors = read_tensors(path)
+    decoder = Decoder(encoder.dim, encoder.grid, encoder.size, encoder.width, len(tensors.get('stem.bias', '0')))
+    for k, v in decoder.state_dict().items():
+        if k not in tensors or tensors[k].shape != v.shape:
+            sys.exit(f'{path}: {k} is {tuple(tensors[k].shape) if k in tensors else "missing"}, the latents want '
+                     f'{tuple(v.shape)}: train it again with decode.py --train=True')
+    decoder.load_state_dict(tensors)
+    return decoder.to(device).eval()
 
 
 @torch.no_grad()

@@ -43,7 +43,7 @@ layer = -1                      # the block whose tokens are used, -1 = the last
 frame_height = 0                # pixels that the encoder sees, 0 = its own
 frame_width = 0                 # 0 = square
 pool = 1                        # 2 averages 2x2 patches
-whiten = 0.3                    # latents are divided by std^whiten per channel: 1 = unit variance, 0 = one scale for all
+whiten = 0.3                    # latents are divided by std^whiten per channel: 1 = unit variance, 0 = one scale
 # model (0 = as in the preset)
 size = 'nano'                   # nano, tiny, small, base or large
 width = 0
@@ -135,7 +135,7 @@ for kind, folders in (('labelled', labelled), ('unlabelled', unlabelled)):
         if folder in ('demo/labelled', 'demo/unlabelled') and not os.path.isdir(folder):
             if rank == 0:
                 say(f'writing the demo world to {folder}', flush=True)
-                data.write_demo(folder, 200, kind == 'labelled', seed=len(kind))
+                data.write_demo(folder, *((300, True, 1) if kind == 'labelled' else (100, False, 2)))
             if ddp:
                 dist.barrier()
         sets[kind].append(data.LeRobot(folder, camera, action if kind == 'labelled' else 'none'))
@@ -232,8 +232,9 @@ if ddp:
 tokens_per_frame = registers + math.prod(encode.grid) + 2
 for name, value in config.items():
     say(f'{name} = {value}')
-say(f'{sum(p.numel() for p in params) / 1e6:.2f}M parameters, {batch_size * frames * tokens_per_frame:,} tokens a step, '
-    f'{device}, {"bfloat16" if autocast.fast_dtype == torch.bfloat16 and autocast._enabled else "float32"}, '
+say(f'{sum(p.numel() for p in params) / 1e6:.2f}M parameters, '
+    f'{batch_size * frames * tokens_per_frame:,} tokens a step, {device}, '
+    f'{"bfloat16" if autocast.fast_dtype == torch.bfloat16 and autocast._enabled else "float32"}, '
     f'torch {torch.__version__}', flush=True)
 
 
@@ -303,7 +304,8 @@ while step < max_steps and not stop:
     with torch.no_grad():
         decay = min(ema, (step + 1) / (step + 10))
         torch._foreach_lerp_(list(average.parameters()), params, 1 - decay)
-        seen = torch.stack([metrics[k].square() if k in metrics else rms[i] for i, k in enumerate(('flow', 'bootstrap'))])
+        seen = torch.stack([metrics[k].square() if k in metrics else rms[i]
+                            for i, k in enumerate(('flow', 'bootstrap'))])
         if ddp:
             dist.all_reduce(seen)
             seen /= world

@@ -1,4 +1,6 @@
 import os
+import runpy
+import signal
 import sys
 from pathlib import Path
 
@@ -6,6 +8,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+import data  # noqa: E402, from the root
 
 
 @pytest.fixture
@@ -15,3 +19,45 @@ def shared():
     if not folder.is_dir():
         pytest.skip(f'no real data: {folder} does not exist (NANOWM_SHARED names another folder)')
     return folder
+
+
+def script(name, *options):
+    """Run a script of the project in this process, with its command line; returns its globals."""
+    argv, sys.argv = sys.argv, [name, *options]
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        return runpy.run_path(str(ROOT / name), run_name='__main__')
+    finally:
+        sys.argv = argv
+        for n, handler in handlers.items():
+            signal.signal(n, handler)
+
+
+def ends(name, *options):
+    """The one line that a script ends with when an option or a file is wrong."""
+    with pytest.raises(SystemExit) as error:
+        script(name, *options)
+    assert isinstance(error.value.code, str) and '\n' not in error.value.code, error.value.code
+    return error.value.code
+
+
+# a model that trains in a second
+SMALL = ('--width=32', '--layers=2', '--heads=2', '--kv_heads=1', '--batch_size=4', '--eval_clips=4', '--warmup=2',
+         '--K=2', '--dtype=float32', '--device=cpu')
+
+
+@pytest.fixture(scope='session')
+def demo(tmp_path_factory):
+    """Options for training on a demo world of a few episodes."""
+    folder = tmp_path_factory.mktemp('world')
+    data.write_demo(folder / 'labelled', 6, True, seed=0)
+    data.write_demo(folder / 'unlabelled', 4, False, seed=1)
+    return f'--labelled={folder / "labelled"}', f'--unlabelled={folder / "unlabelled"}'
+
+
+@pytest.fixture(scope='session')
+def trained(demo, tmp_path_factory):
+    """The folder of a checkpoint that has seen a few steps."""
+    out = tmp_path_factory.mktemp('trained') / 'out'
+    script('train.py', *demo, *SMALL, '--max_steps=20', f'--out_dir={out}')
+    return out

@@ -251,14 +251,13 @@ def test_a_mangled_pytorch_file_runs_no_code(tiny, tmp_path):
 def test_weights_come_from_the_hub(tiny, tmp_path):
     """The real client against a server on this machine: a whole file, a split one, and a repository that is gated."""
     file, state = tiny
-    listing = json.dumps({'id': 'nobody/split', 'sha': '1' * 40, 'siblings': [{'rfilename': 'part.safetensors'},
-                                                                              {'rfilename': 'large.bin'}]}).encode()
-    weights = Path(file).read_bytes()
-    tree = json.dumps([dict(type='file', path='part.safetensors', size=len(weights), oid='2' * 40)]).encode()
-    files = {'/nobody/tiny2/resolve/main/model.safetensors': weights,
-             '/api/models/nobody/split/revision/main': listing,
-             f'/api/models/nobody/split/tree/{"1" * 40}': tree,
-             f'/nobody/split/resolve/{"1" * 40}/part.safetensors': weights}
+    weights, files = Path(file).read_bytes(), {}
+    for repo, part in (('nobody/tiny2', 'model.safetensors'), ('nobody/split', 'part.safetensors')):
+        files |= {f'/api/models/{repo}/revision/main': json.dumps(
+                      dict(id=repo, sha='1' * 40, siblings=[dict(rfilename=part), dict(rfilename='large.bin')])).encode(),
+                  f'/api/models/{repo}/tree/{"1" * 40}': json.dumps(
+                      [dict(type='file', path=part, size=len(weights), oid='2' * 40)]).encode(),
+                  f'/{repo}/resolve/{"1" * 40}/{part}': weights}
 
     class Hub(http.server.BaseHTTPRequestHandler):
         def do_GET(self):

@@ -1,0 +1,46 @@
+"""What README.md tells people to type must exist."""
+import ast
+import re
+
+import pytest
+
+from conftest import ROOT
+
+TEXT = (ROOT / 'README.md').read_text()
+COMMANDS = [c.strip() for c in re.findall(r'^    (\S.*)$', TEXT.replace('\\\n', ' '), re.M) if '.py' in c]
+
+
+def constants(name):
+    """The options of a script: its top-level constants before the call of override."""
+    out = {}
+    for node in ast.parse((ROOT / name).read_text()).body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
+            break
+        if isinstance(node, ast.Assign):
+            out[node.targets[0].id] = ast.literal_eval(node.value)
+    return out
+
+
+def test_there_are_two_commands_to_begin_with():
+    start = TEXT.split('## Quick start')[1].split('##')[0]
+    assert len([line for line in start.splitlines() if 'pip install' in line and line.startswith('    ')]) == 2
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_files_and_options_exist(command):
+    scripts = re.findall(r'\b(train|plan|decode)\.py((?:\s+--?\S+)*)', command)
+    assert scripts
+    for name, options in scripts:
+        known = constants(f'{name}.py')
+        for option in re.findall(r'--(\w+)=(\S*)', options):
+            assert option[0] in known, option
+
+
+def test_every_option_named_in_the_text_exists():
+    known = set().union(*(constants(f'{name}.py') for name in ('train', 'plan', 'decode'))) | {'nproc_per_node'}
+    assert {o for o in re.findall(r'`--(\w+)', TEXT)} <= known
+
+
+def test_pictures_exist():
+    for picture in re.findall(r'!\[.*?\]\((.*?)\)', TEXT):
+        assert (ROOT / picture).is_file(), picture

@@ -1,0 +1,239 @@
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import safetensors.torch
+import torch
+
+import data
+import model
+from conftest import ROOT, SMALL, ends, script
+
+
+def entries(out):
+    lines = [json.loads(line) for line in (out / 'log.jsonl').read_text().splitlines()]
+    return [e for e in lines if 'loss' in e], [e for e in lines if 'val' in e]
+
+
+def test_what_a_run_leaves_behind(trained):
+    """The contract that other programs read."""
+    assert sorted(p.name for p in trained.iterdir()) == ['ckpt.safetensors', 'log.jsonl', 'optim.pt']
+    steps, vals = entries(trained)
+    assert set(steps[-1]) == {'step', 'loss', 'flow', 'bootstrap', 'lr', 'tokens_per_s', 'mfu'}
+    assert steps[-1]['step'] == vals[-1]['step'] == 20 and math.isfinite(steps[-1]['loss'])
+    val = vals[-1]['val']
+    assert set(val['labelled']) == {'model', 'repeat', 'shuffled', 'hidden'} and set(val['unlabelled']) == {'model', 'repeat'}
+    assert all(list(m) == ['1', '5', '10', '20'] and all(v > 0 for v in m.values()) for k in val.values() for m in k.values())
+    with safetensors.safe_open(trained / 'ckpt.safetensors', 'pt') as f:
+        config, keys = json.loads(f.metadata()['config']), set(f.keys())
+        assert {'versions', 'step'} <= f.metadata().keys()
+    assert config['max_steps'] == 20 and config['dtype'] == 'float32' and config['soft_cap'] == 50.0
+    assert {'stats.z_mean', 'stats.z_std', 'stats.a_mean', 'stats.a_std', 'stats.encoder.basis'} <= keys
+    assert {k[4:] for k in keys if k.startswith('ema.')} == {k for k in keys if not k.startswith(('ema.', 'stats.'))}
+    net, _ = model.load(trained / 'ckpt.safetensors')
+    plain, _ = model.load(trained / 'ckpt.safetensors', ema=False)
+    assert any(not torch.equal(a, b) for a, b in zip(net.parameters(), plain.parameters())), 'the average lags behind'
+
+
+def test_one_of_the_latents_units_is_the_variance_of_the_data(demo, tmp_path):
+    for whiten in (0.0, 0.3, 1.0):
+        g = script('train.py', *demo, *SMALL, '--max_steps=1', f'--whiten={whiten}', f'--out_dir={tmp_path / str(whiten)}')
+        z = torch.cat([(g['tokens'][k].float() - g['stats']['z_mean']) / g['stats']['z_std'] for k in g['tokens']])
+        variance = z.flatten(0, 1).var(0)
+        assert abs(variance.mean() - 1) < 0.1
+        assert (variance.max() / variance.min() < 1.5) == (whiten == 1.0)
+
+
+@pytest.mark.parametrize('cache', [True, False])
+def test_resume_is_bitwise(demo, tmp_path, monkeypatch, cache):
+    """Six steps at once, or three, the file, and three more: the same file, bit for bit, and the same log."""
+    options = (*demo, *SMALL, '--max_steps=6', '--save_interval=3', '--log_interval=1', '--eval_interval=3',
+               '--bootstrap_start=0.2', f'--cache={cache}', '--workers=1')
+    whole, half = tmp_path / 'whole', tmp_path / 'half'
+    save = model.save
+
+    def keep(path, *rest):      # when step 6 is about to be saved, what lies there is step 3
+        if os.path.isfile(whole / 'optim.pt') and not half.exists():
+            shutil.copytree(whole, half)
+        save(path, *rest)
+    monkeypatch.setattr(model, 'save', keep)
+    script('train.py', *options, f'--out_dir={whole}')
+    monkeypatch.setattr(model, 'save', save)
+    assert torch.load(half / 'optim.pt')['step'] == 3
+    script('train.py', *options, f'--out_dir={half}', '--resume=True')
+    a, b = (safetensors.torch.load_file(out / 'ckpt.safetensors') for out in (whole, half))
+    assert a.keys() == b.keys() and [k for k in a if not torch.equal(a[k], b[k])] == []
+    a, b = (torch.load(out / 'optim.pt') for out in (whole, half))
+    assert torch.equal(a['rms'], b['rms'])
+    assert all(torch.equal(a['optimizer']['state'][i][k], b['optimizer']['state'][i][k])
+               for i in a['optimizer']['state'] for k in ('exp_avg', 'exp_avg_sq', 'step'))
+    (steps, vals), (steps2, vals2) = entries(whole), entries(half)
+    assert [(e['step'], e['loss']) for e in steps] == [(e['step'], e['loss']) for e in steps2] and vals == vals2
+
+
+def test_resume_refuses_another_shape_or_other_data(trained, demo, tmp_path):
+    assert 'there is no' in ends('train.py', *demo, *SMALL, '--resume=True', f'--out_dir={tmp_path / "none"}')
+    out = tmp_path / 'out'
+    shutil.copytree(trained, out)
+    options = (*demo, *SMALL, '--max_steps=20', '--resume=True', f'--out_dir={out}')
+    assert ends('train.py', *options, '--frameskip=3') == \
+        f'--frameskip: 3 cannot go on from {out}/ckpt.safetensors, which has 2'
+    assert '--layers: 3 cannot go on' in ends('train.py', *options, '--layers=3')
+    whole = (out / 'ckpt.safetensors').read_bytes()
+    (out / 'ckpt.safetensors').write_bytes(whole[:1000])
+    assert 'not a readable checkpoint' in ends('train.py', *options)
+    assert (out / 'ckpt.safetensors').read_bytes() == whole[:1000]
+
+
+def test_an_earlier_run_is_moved_aside(demo, tmp_path, capsys):
+    out = tmp_path / 'out'
+    for n in range(3):
+        script('train.py', *demo, *SMALL, '--max_steps=1', f'--seed={n}', f'--out_dir={out}')
+    assert [model.load(tmp_path / d / 'ckpt.safetensors')[1]['seed'] for d in ('out.1', 'out.2', 'out')] == [0, 1, 2]
+    assert f'it is now {out}.2' in capsys.readouterr().out
+
+
+def test_the_loss_falls(demo, tmp_path):
+    script('train.py', *demo, *SMALL, '--max_steps=150', '--batch_size=16', '--log_interval=10', f'--out_dir={tmp_path / "o"}')
+    flow = [e['flow'] for e in entries(tmp_path / 'o')[0]]
+    assert sum(flow[-3:]) < 0.5 * sum(flow[:3])
+
+
+@pytest.mark.parametrize('options', [
+    ['--objective=diffusion'], ['--objective=direct'], ['--tau_schedule=uniform', '--p_image=1.0'], ['--p_null=1.0'],
+    ['--action_on=token', '--registers=0'], ['--unlabelled=', '--labelled_share=0.0'], ['--labelled='], ['--frameskip=4'],
+    ['--dtype=bfloat16', '--grad_clip=0.0'], ['--k_max=64', '--K=64', '--bootstrap=1.0', '--bootstrap_start=0.0'],
+    ['--frame_height=28', '--frame_width=42'], ['--context=2', '--time_every=2', '--frames=9'], ['--cache=False', '--workers=0'],
+    ['--ema=0.0', '--weight_decay=0.1', '--soft_cap=5.0', '--size=tiny', '--eval_context=3', '--val_share=0.5']])
+def test_every_option_works_off_its_default(demo, tmp_path, options):
+    script('train.py', *demo, *SMALL, '--max_steps=3', f'--out_dir={tmp_path / "o"}', *options)
+    steps, vals = entries(tmp_path / 'o')
+    assert math.isfinite(steps[-1]['loss']) and vals[-1]['step'] == 3
+    net, config = model.load(tmp_path / 'o' / 'ckpt.safetensors')
+    for option in options:
+        name, _, text = option[2:].partition('=')
+        assert str(config[name]) == text
+
+
+def test_compile(demo, tmp_path):
+    if not shutil.which('g++'):
+        pytest.skip('torch.compile on a CPU needs g++')
+    plain, fast = (script('train.py', *demo, *SMALL, '--max_steps=2', '--log_interval=1', f'--compile={c}',
+                          f'--out_dir={tmp_path / str(c)}') and entries(tmp_path / str(c))[0] for c in (False, True))
+    assert [round(e['loss'], 4) for e in plain] == pytest.approx([round(e['loss'], 4) for e in fast], abs=2e-3)
+
+
+def test_latents_from_memory_equal_latents_made_on_the_way(demo, tmp_path):
+    losses = [script('train.py', *demo, *SMALL, '--max_steps=2', '--log_interval=1', f'--cache={c}',
+                     f'--out_dir={tmp_path / str(c)}') and [e['loss'] for e in entries(tmp_path / str(c))[0]]
+              for c in (True, False)]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3)      # float16 in memory
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(demo, tmp_path):
+    line = ends('train.py', *demo, *SMALL, '--max_steps=50', '--log_interval=1', '--save_interval=50', '--warmup=0',
+                '--learning_rate=1e30', '--grad_clip=0.0', f'--out_dir={tmp_path / "o"}')
+    assert line.startswith('step ') and 'not finite' in line and not (tmp_path / 'o' / 'ckpt.safetensors').exists()
+
+
+def start(*options, launcher=()):
+    return subprocess.Popen([sys.executable, *launcher, str(ROOT / 'train.py'), *options], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, env=dict(os.environ, OMP_NUM_THREADS='1'))
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends_well(demo, tmp_path, number):
+    out = tmp_path / 'out'
+    run = start(*demo, *SMALL, '--max_steps=100000', '--log_interval=5', '--save_interval=100000', f'--out_dir={out}',
+                '--eval_interval=100000')
+    while not (line := run.stdout.readline()).startswith('step '):
+        assert run.poll() is None, run.stderr.read()
+    run.send_signal(number)
+    said, errors = run.communicate(timeout=60)
+    assert run.returncode == 0, errors
+    assert '--resume=True goes on' in said
+    step = model.load(out / 'ckpt.safetensors')[0].step
+    assert torch.load(out / 'optim.pt')['step'] == step >= 5
+    script('train.py', *demo, *SMALL, f'--max_steps={step + 2}', f'--out_dir={out}', '--resume=True')
+    assert model.load(out / 'ckpt.safetensors')[0].step == step + 2
+
+
+def test_two_processes_train_one_model(demo, tmp_path):
+    """torchrun on CPUs; gradients are averaged, so both hold the same weights (DDP checks shapes, not this)."""
+    out = tmp_path / 'out'
+    run = start(*demo, *SMALL, '--batch_size=2', '--max_steps=12', '--log_interval=4', f'--out_dir={out}',
+                launcher=('-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=0'))
+    said, errors = run.communicate(timeout=200)
+    assert run.returncode == 0, errors
+    steps, vals = entries(out)
+    assert [e['step'] for e in steps] == [4, 8, 12] and vals[-1]['step'] == 12 and said.count('trained 12 steps') == 1
+    run = start(*demo, *SMALL, '--batch_size=3', f'--out_dir={out}',
+                launcher=('-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=0'))
+    _, errors = run.communicate(timeout=200)
+    assert run.returncode != 0 and '--batch_size=3 is the total' in errors
+
+
+def fault(folder, name):
+    """A dataset folder with something wrong, made from nothing."""
+    path = folder / name
+    (path / 'meta').mkdir(parents=True)
+    if name == 'v1':
+        (path / 'meta' / 'info.json').write_text(json.dumps(dict(codebase_version='v1.6', fps=10, features={})))
+    return path
+
+
+def test_a_mistake_is_one_line_and_nothing_is_written(demo, tmp_path):
+    out = tmp_path / 'out'
+    (tmp_path / 'weights.safetensors').write_bytes(b'')
+    safetensors.torch.save_file({'cls_token': torch.zeros(1, 1, 768)}, tmp_path / 'other.safetensors')
+    for options, said in (
+            (['--batch_sise=3'], '--batch_sise: no such option, did you mean --batch_size?'),
+            (['--batch_size=many'], "--batch_size: wants int, got 'many'"),
+            (['--cache=yes'], "--cache: wants True or False, got 'yes'"),
+            (['--size=huge'], '--size=huge: no such size'),
+            (['--objective=flow'], '--objective=flow: wants shortcut, diffusion or direct'),
+            (['--tau_schedule=cosine'], '--tau_schedule: wants one of shift, uniform'),
+            (['--device=tpu'], '--device=tpu: not usable here'),
+            (['--frames=1'], '--frames: wants at least 2'),
+            (['--p_image=2'], '--p_image: wants a number from 0 to 1'),
+            (['--K=3'], '--K: wants a power of two'),
+            (['--heads=3', '--width=32'], '--width=32: wants a multiple of 4 x heads'),
+            ([f'--labelled={tmp_path / "nowhere"}'], 'nowhere: no such folder'),
+            ([f'--labelled={fault(tmp_path, "empty")}'], 'not a LeRobot dataset: it has no meta/info.json'),
+            ([f'--labelled={fault(tmp_path, "v1")}'], 'too old'),
+            ([demo[1].replace('--unlabelled', '--labelled')], 'has no actions'),
+            (['--labelled=', '--unlabelled='], 'both empty'),
+            (['--camera=wrist'], "has no camera 'wrist', only observation.images.top"),
+            (['--action=torque'], "has no numeric 'torque' to be an action, only action"),
+            (['--encoder=dinov2_vits15'], 'did you mean dinov2_vits14?'),
+            (['--encoder=dinov2_vits14', f'--encoder_path={tmp_path / "none.pth"}'], 'none.pth: no such file'),
+            (['--encoder=dinov2_vits14', f'--encoder_path={tmp_path / "weights.safetensors"}'], 'cannot be read as weights'),
+            (['--encoder=dinov2_vits14', f'--encoder_path={tmp_path / "other.safetensors"}'],
+             'cls_token is (1, 1, 768), dinov2_vits14 wants (1, 1, 384)'),
+            (['--frame_height=30'], '--frame_height=30: pixels with pool=1 wants a multiple of 7 pixels')):
+        line = ends('train.py', *demo, *SMALL, f'--out_dir={out}', *options)
+        assert said in line, line
+        assert not out.exists()
+
+
+def test_a_mistake_on_the_command_line_of_a_shell(tmp_path):
+    for name in ('train.py', 'plan.py', 'decode.py'):
+        run = subprocess.run([sys.executable, str(ROOT / name), '--sede=1'], cwd=tmp_path, capture_output=True, text=True)
+        assert run.returncode == 1 and run.stdout == '' and run.stderr == '--sede: no such option, did you mean --seed?\n'
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_real_robot_video(shared, tmp_path):
+    """Odd cameras, 26-dimensional actions, video without actions, real features."""
+    script('train.py', f'--labelled={shared}/data/g1_v21', f'--unlabelled={shared}/data/wnoaction_v30', '--labelled_share=0.75',
+           '--encoder=dinov2_vits14', f'--encoder_path={shared}/weights/dinov2_vits14.safetensors', '--frame_height=28',
+           '--frameskip=6', '--cache=False', '--workers=0', '--max_steps=2', *SMALL, f'--out_dir={tmp_path / "o"}')
+    net, config = model.load(tmp_path / 'o' / 'ckpt.safetensors')
+    assert net.config['action_dim'] == 6 * 26 and net.config['dim'] == 384 and net.config['grid'] == [2, 2]
+    assert entries(tmp_path / 'o')[1][-1]['val']['labelled']['model']['5'] > 0
