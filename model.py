@@ -560,7 +560,7 @@ def shortcut_loss(model, z, a, a_mask, z_mask, objective='shortcut', k_max=0, bo
     error = (z_hat.float() - target).square().mean(dim=(2, 3)) * (0.9 * tau + 0.1)        # (B, T), ramp: eq. 8
     boot, flow = ((error[rows] * z_mask[rows]).sum() / z_mask[rows].sum().clamp(min=1)
                   for rows in (slice(0, n), slice(n, B)))
-    metrics = {'flow': flow.detach()} | ({'bootstrap': boot.detach()} if n else {})
+    metrics = ({'flow': flow.detach()} if n < B else {}) | ({'bootstrap': boot.detach()} if n else {})
     return flow / scale[0] + boot / scale[1], metrics
 
 

@@ -227,7 +227,9 @@ if rank == 0:
     os.makedirs(out_dir, exist_ok=True)
 run = torch.compile(model) if compile else model
 if ddp:
-    run = torch.nn.parallel.DistributedDataParallel(run, device_ids=[device.index] if device.type == 'cuda' else None)
+    # buffers are constants; their broadcast in every forward would hang where one process alone has bootstrap rows
+    run = torch.nn.parallel.DistributedDataParallel(run, broadcast_buffers=False,
+                                                    device_ids=[device.index] if device.type == 'cuda' else None)
 
 tokens_per_frame = registers + math.prod(encode.grid) + 2
 for name, value in config.items():
@@ -271,12 +273,12 @@ def save_all():
         os.replace(path + '.new', path)
 
 
-stop = False
+asked = stop = False
 
 
 def on_signal(*_):
-    global stop
-    stop = True
+    global asked
+    asked = True
 
 
 for number in (signal.SIGTERM, signal.SIGINT):
@@ -314,27 +316,26 @@ while step < max_steps and not stop:
     step += 1
     bar.update()
 
-    if ddp and step % 10 == 0:                  # all processes stop at the same step, or the others wait forever
-        flag = torch.tensor(float(stop), device=device)
+    if not ddp:
+        stop = asked
+    elif step % 10 == 0:                        # all processes stop at the same step, or the others wait forever
+        flag = torch.tensor(float(asked), device=device)
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         stop = bool(flag)
-    elif ddp:
-        stop, stop_later = False, stop
-        if stop_later:
-            on_signal()
     last = step == max_steps or stop
     if step % log_interval == 0 or step % save_interval == 0 or step % eval_interval == 0 or last:
         if bad >= 0:                            # the one sync point
             sys.exit(f'step {bad.item()}: the loss or its gradient is not finite; nothing has been saved since')
         seconds = (time.perf_counter() - clock) / (step - first)
-        entry = dict(step=step, loss=loss.item(), flow=metrics['flow'].item(),
-                     bootstrap=metrics['bootstrap'].item() if 'bootstrap' in metrics else None, lr=lr,
+        entry = dict(step=step, loss=loss.item(), lr=lr,
+                     **{k: metrics[k].item() if k in metrics else None for k in ('flow', 'bootstrap')},
                      tokens_per_s=batch_size * frames * tokens_per_frame / seconds, mfu=None)
         first, clock = step, time.perf_counter()
         if rank == 0:
             log(**entry)
             bar.set_postfix_str(f'loss {entry["loss"]:.3f}') if not bar.disable else \
-                print(f'step {step}: loss {entry["loss"]:.4f}, flow {entry["flow"]:.4f}, lr {lr:.1e}, '
+                print(f'step {step}: loss {entry["loss"]:.4f}, '
+                      + ''.join(f'{k} {v.item():.4f}, ' for k, v in metrics.items()) + f'lr {lr:.1e}, '
                       f'{1000 * seconds:.0f} ms/step, {entry["tokens_per_s"]:,.0f} tokens/s, '
                       f'{(max_steps - step) * seconds / 60:.1f} min left', flush=True)
     if rank == 0 and (step % eval_interval == 0 or last):

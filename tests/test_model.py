@@ -254,7 +254,8 @@ def test_weights_come_from_the_hub(tiny, tmp_path):
     weights, files = Path(file).read_bytes(), {}
     for repo, part in (('nobody/tiny2', 'model.safetensors'), ('nobody/split', 'part.safetensors')):
         files |= {f'/api/models/{repo}/revision/main': json.dumps(
-                      dict(id=repo, sha='1' * 40, siblings=[dict(rfilename=part), dict(rfilename='large.bin')])).encode(),
+                      dict(id=repo, sha='1' * 40,
+                            siblings=[dict(rfilename=part), dict(rfilename='large.bin')])).encode(),
                   f'/api/models/{repo}/tree/{"1" * 40}': json.dumps(
                       [dict(type='file', path=part, size=len(weights), oid='2' * 40)]).encode(),
                   f'/{repo}/resolve/{"1" * 40}/{part}': weights}
@@ -336,7 +337,8 @@ def test_attention_equals_a_loop():
         for i in range(h):
             for s in range(S):
                 keys = [j for j in range(L) if mask[b, 0, s, j]]
-                e = [np.exp(cap * np.tanh((q[b, i, s] @ k[b, i // (h // n), j]).item() / np.sqrt(d) / cap)) for j in keys]
+                logits = [(q[b, i, s] @ k[b, i // (h // n), j]).item() / np.sqrt(d) for j in keys]
+                e = [np.exp(cap * np.tanh(x / cap)) for x in logits]
                 want[b, i, s] = sum(w / sum(e) * v[b, i // (h // n), j].numpy() for w, j in zip(e, keys))
     assert np.allclose(model.attend(q, k, v, cap, mask), want, atol=1e-6)      # logits are float32 by contract
     one = model.attend(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), cap, mask)     # a key head per head
@@ -429,13 +431,15 @@ def test_shortcut_loss_is_equation_7(schedule):
     z_mask = torch.rand(B, T) < 0.8
     net = Recorder()
     rms = torch.tensor([4.0, 25.0])
-    loss, metrics = model.shortcut_loss(net, z, a, a_mask, z_mask, 'shortcut', k_max, 0.5, tau_schedule=schedule, rms=rms)
+    loss, metrics = model.shortcut_loss(net, z, a, a_mask, z_mask, 'shortcut', k_max, 0.5,
+                                        tau_schedule=schedule, rms=rms)
     z_tau, tau, d, _, _ = net.calls[-1]     # the student comes last, after the two half steps of its teacher
     assert len(net.calls) == 3
     f = net.f
     sums = {'flow': [0.0, 0], 'bootstrap': [0.0, 0]}
     for b in range(B):
-        assert (d[b] == 1 / k_max).all() == (b >= 4) and ((d[b] > 1 / k_max).all() or b >= 4)    # a row is one or the other
+        # a row is one or the other
+        assert (d[b] == 1 / k_max).all() == (b >= 4) and ((d[b] > 1 / k_max).all() or b >= 4)
         for t in range(T):
             s, e, x = tau[b, t].item(), d[b, t].item(), z_tau[b, t].numpy()
             assert 0 <= s <= 1 - e and (s / e) % 1 == 0, 'tau lies on the grid of d'

@@ -19,9 +19,10 @@ def test_cem_finds_the_optimum_of_each_episode():
     cost = lambda actions, i: (actions - best[:, None]).square().sum(dim=(2, 3))
     mean, std = torch.zeros_like(best), torch.ones_like(best)
     g = torch.Generator().manual_seed(0)
-    found, costs = plan.cem(cost, mean, std, -2.0, 2.0, samples=256, elites=16, iterations=12, min_std=0.01, generator=g)
+    options = dict(samples=256, elites=16, iterations=12, min_std=0.01, generator=g)
+    found, costs = plan.cem(cost, mean, std, -2.0, 2.0, **options)
     assert (found - best).abs().max() < 0.05 and (costs[-1] < 0.01).all() and costs.shape == (12, 2)
-    found, _ = plan.cem(cost, mean, std, -1.0, 1.0, samples=256, elites=16, iterations=12, min_std=0.01, generator=g)
+    found, _ = plan.cem(cost, mean, std, -1.0, 1.0, **options)
     assert found.abs().max() <= 1 and (found - best.clamp(-1, 1)).abs().max() < 0.1, 'bounds hold, also for the result'
 
 
@@ -65,7 +66,8 @@ def test_smoothness_and_channel_weights_count():
     z_goal = torch.tensor([[[2.0, 2.0]]])
     args = torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 2), z_goal
     options = dict(horizon=4, low=-1.0, high=1.0, samples=300, elites=20, iterations=15)
-    rough, smooth = (plan.plan(Additive(), *args, smooth=s, **options)[0].diff(dim=1).square().mean() for s in (0.0, 10.0))
+    rough, smooth = (plan.plan(Additive(), *args, smooth=s, **options)[0].diff(dim=1).square().mean()
+                     for s in (0.0, 10.0))
     assert smooth < 0.2 * rough
     net = Additive()
     net.stats['z_std'] = torch.tensor([1.0, 1e-4])
@@ -111,7 +113,8 @@ def test_the_script_itself_reaches_its_goals_and_doing_nothing_does_not(trained,
 def test_the_planner_cannot_reach_the_simulator():
     """The world is stepped by run alone: nothing that plans has it among its names."""
     for f in (plan.plan, plan.cem, model.rollout):
-        names = set(f.__code__.co_names) | {n for c in f.__code__.co_consts if isinstance(c, types.CodeType) for n in c.co_names}
+        inner = [c for c in f.__code__.co_consts if isinstance(c, types.CodeType)]
+        names = {n for code in (f.__code__, *inner) for n in code.co_names}
         assert not {n for n in names if 'demo' in n or n == 'data'}
 
 
@@ -124,7 +127,8 @@ def pictures(folder, n=2):
 
 def test_a_plan_between_two_pictures(trained, tmp_path, capsys):
     now, goal = pictures(tmp_path)
-    script_ends(f'--ckpt={trained}/ckpt.safetensors', f'--out_dir={tmp_path / "o"}', f'--start={now}', f'--goal={goal}', *QUICK)
+    script_ends(f'--ckpt={trained}/ckpt.safetensors', f'--out_dir={tmp_path / "o"}', f'--start={now}',
+                f'--goal={goal}', *QUICK)
     actions = np.load(tmp_path / 'o' / 'plan.npy')
     assert actions.shape == (2 * 2, 2), 'one row per dataset step, in physical units'
     assert np.abs(actions).max() <= data.DEMO_STEP + 1e-6
