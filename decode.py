@@ -81,7 +81,7 @@ class Decoder(nn.Module):
         x = self.stem(x)
         for up in self.up:
             x = up(F.silu(x))
-        x = F.interpolate(x, self.side, mode='bilinear', antialias=True)
+        x = F.interpolate(x.float(), self.side, mode='bilinear', antialias=True)    # no bfloat16 on CPUs
         return torch.sigmoid(self.out(F.silu(x)))
 
 

@@ -27,7 +27,7 @@ def test_rollout_pictures(trained, tmp_path, capsys):
 def test_a_decoder_is_trained_and_used(trained, tmp_path, capsys):
     shutil.copy(trained / 'ckpt.safetensors', tmp_path)
     before = (tmp_path / 'ckpt.safetensors').read_bytes()
-    options = f'--ckpt={tmp_path}/ckpt.safetensors', '--rows=1', '--steps=3', '--dtype=float32'
+    options = f'--ckpt={tmp_path}/ckpt.safetensors', '--rows=1', '--steps=3', '--dtype=bfloat16'
     script('decode.py', *options, '--train=True', '--train_steps=150', '--train_frames=64', '--channels=64',
            '--batch_size=16')
     said = capsys.readouterr().out

@@ -243,9 +243,9 @@ def test_a_mistake_on_the_command_line_of_a_shell(tmp_path):
 def test_real_robot_video(shared, tmp_path):
     """Odd cameras, 26-dimensional actions, video without actions, real features."""
     script('train.py', f'--labelled={shared}/data/g1_v21', f'--unlabelled={shared}/data/wnoaction_v30',
-           '--labelled_share=0.75', '--encoder=dinov2_vits14', f'--encoder_path={shared}/weights/dinov2_vits14.safetensors',
-           '--frame_height=28',
-           '--frameskip=6', '--cache=False', '--workers=0', '--max_steps=2', *SMALL, f'--out_dir={tmp_path / "o"}')
+           '--labelled_share=0.75', '--encoder=dinov2_vits14', '--frame_height=28',
+           f'--encoder_path={shared}/weights/dinov2_vits14.safetensors', '--frameskip=6', '--cache=False',
+           '--workers=0', '--max_steps=2', *SMALL, f'--out_dir={tmp_path / "o"}')
     net, config = model.load(tmp_path / 'o' / 'ckpt.safetensors')
     assert net.config['action_dim'] == 6 * 26 and net.config['dim'] == 384 and net.config['grid'] == [2, 2]
     assert entries(tmp_path / 'o')[1][-1]['val']['labelled']['model']['5'] > 0
