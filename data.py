@@ -81,9 +81,9 @@ def autocast(device, dtype):
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == 'bfloat16' or dtype == 'auto' and fast)
 
 
-def move_aside(folder, mark):
-    """Rename a folder that holds the file `mark` to the next free folder.1, folder.2, ..: no run is overwritten."""
-    if os.path.exists(os.path.join(folder, mark)):
+def move_aside(folder, *marks):
+    """Rename a folder that holds one of the files `marks` to the next free folder.1, folder.2, ..: no run is overwritten."""
+    if any(os.path.exists(os.path.join(folder, mark)) for mark in marks):
         n = next(i for i in itertools.count(1) if not os.path.exists(f'{folder.rstrip("/")}.{i}'))
         os.rename(folder, f'{folder.rstrip("/")}.{n}')
         print(f'{folder} held an earlier run: it is now {folder.rstrip("/")}.{n}')
@@ -683,7 +683,8 @@ class Clips(torch.utils.data.Dataset):
             at = rng.integers(ends[-1])
             row = np.searchsorted(ends, at, 'right')
             out.append((*map(int, windows[row, :2]), int(at - ends[row] + windows[row, 2])))
-        return out
+        # the loss treats the first rows in a way of its own: which clips they are must not depend on their kind
+        return [out[i] for i in rng.permutation(len(out))]
 
     def __getitem__(self, step):
         return torch.utils.data.default_collate([self.clip(*pick, self.T) for pick in self.picks(step)])

@@ -42,7 +42,9 @@ dtype = 'auto'              # float32 or bfloat16; auto = bfloat16 where the har
 config = data.override(globals(), sys.argv[1:])
 # --------------------------------------------------------------------------------------------------------------------
 
-for name in ('rows', 'steps', 'train_frames', 'train_steps', 'batch_size', 'channels'):
+if channels < 16:
+    sys.exit(f'--channels: wants at least 16, got {channels}')
+for name in ('rows', 'steps', 'train_frames', 'train_steps', 'batch_size'):
     if config[name] < 1:
         sys.exit(f'--{name}: wants at least 1, got {config[name]}')
 data.one_of('dtype', dtype, ('auto', 'float32', 'bfloat16'))
@@ -55,7 +57,7 @@ encode = restore_encoder(trained, model.stats, encoder_path).to(device)
 out_dir = out_dir or os.path.dirname(ckpt) or '.'
 kind = 'labelled' if labelled or trained['labelled'] else 'unlabelled'
 sets = [data.LeRobot(f.strip(), trained['camera'], trained['action'] if kind == 'labelled' else 'none')
-        for f in (labelled or trained[kind]).split(',')]
+        for f in (labelled or trained[kind]).split(',') if f.strip()]
 clips = data.Clips(*((sets, []) if kind == 'labelled' else ([], sets)), trained['frames'], trained['frameskip'],
                    (encode.size, encode.width), 1, 1.0, trained['val_share'])
 if clips.A != model.config['action_dim']:

@@ -209,12 +209,12 @@ class Pixels(nn.Module):
         self.size, self.width, self.patch, self.dim = size, width, patch, dim
         self.grid = (size // patch, width // patch)
         at = torch.cartesian_prod(torch.arange(patch), torch.arange(patch)).float()
-        near = torch.kron(torch.eye(3) * 0.1 + 0.9, torch.exp(-torch.cdist(at, at) / patch))  # as unfold orders
+        near = torch.kron(torch.eye(3) * 0.1 + 0.9, torch.exp(-torch.cdist(at, at) / patch)).double()   # in unfold's order
         self.register_buffer('mean', torch.full((3 * patch * patch,), 0.5))
         self.register_buffer('basis', self.components(near))
 
     def components(self, covariance):
-        return torch.linalg.eigh(covariance.double())[1].flip(1)[:, :self.dim].float().contiguous()
+        return torch.linalg.eigh(covariance)[1].flip(1)[:, :self.dim].float().contiguous()
 
     def patches(self, x):
         if x.shape[-2:] != (self.size, self.width):
@@ -223,7 +223,7 @@ class Pixels(nn.Module):
 
     def fit(self, x):
         """Components of the patches of frames x (B, 3, H, W) in [0, 1]."""
-        p = self.patches(x).flatten(0, 1).double()
+        p = self.patches(x).flatten(0, 1).cpu().double()    # float64 and eigh are not for every device
         self.mean.copy_(p.mean(0))
         self.basis.copy_(self.components((p - p.mean(0)).T @ (p - p.mean(0)) / len(p)))
 
@@ -334,7 +334,7 @@ def model_config(size, dim, grid, action_dim, **overrides):
     for name, fits, wanted in (
             ('width', c['width'] % (4 * c['heads']) == 0, f'a multiple of 4 x heads = {4 * c["heads"]}'),
             ('heads', c['heads'] % c['kv_heads'] == 0, f'a multiple of kv_heads = {c["kv_heads"]}'),
-            ('k_max', c['k_max'] > 0 and c['k_max'] & (c['k_max'] - 1) == 0, 'a power of two'),
+            ('k_max', c['k_max'] > 1 and c['k_max'] & (c['k_max'] - 1) == 0, 'a power of two, 2 at least'),
             ('layers', c['layers'] >= 2, 'at least 2, the second is the first time layer'),
             *((name, c[name] >= least, f'at least {least}') for name, least in
               (('time_every', 1), ('context', 1), ('registers', 0))),
@@ -593,7 +593,7 @@ def rollout(model, z_ctx, a, a_mask, K=4, tau_ctx=0.9, seed=0, cache=True):
     if direct:
         past, tau, d = previous(z_ctx)
     else:
-        level = round(tau_ctx * c['k_max']) / c['k_max']
+        level = min(round(tau_ctx * c['k_max']), c['k_max'] - 1) / c['k_max']   # tau = 1 has never been trained
         past = level * z_ctx + (1 - level) * torch.cat([noise()[1] for _ in range(Tc)], dim=1)
         tau, d = torch.full((B, Tc), level, device=device), torch.full((B, Tc), 1 / c['k_max'], device=device)
     if cache:
@@ -685,7 +685,7 @@ def pictures(z, encoder, decoder=None):
     if decoder is not None or encoder.name == 'pixels':
         x = torch.cat([(decoder or encoder.decode)(part) for part in z.float().split(32)])
     else:
-        flat = z.float().flatten(0, 1)
+        flat = z.float().flatten(0, 1).cpu()
         flat = flat - flat.mean(dim=0)
         colour = flat @ torch.linalg.eigh((flat.T @ flat).double())[1][:, -3:].flip(1).float()
         low, high = (torch.quantile(colour[torch.linspace(0, len(colour) - 1, 50000).long()], q, dim=0)

@@ -131,6 +131,11 @@ if __name__ == '__main__':
             sys.exit(f'--{name}: wants at least 1, got {config[name]}')
     if not 2 <= elites <= samples:
         sys.exit(f'--elites={elites}: wants 2 to samples={samples}, a std needs two')
+    if goals == 'expert' and goal_steps < 5:
+        sys.exit(f'--goal_steps={goal_steps}: nothing gets far enough for a goal, wants at least 5')
+    for name, low, high in (('persist', 0, 1), ('init_std', 1e-6, 100), ('min_std', 0, 100), ('seed', 0, 2 ** 31)):
+        if not low <= config[name] <= high:
+            sys.exit(f'--{name}: wants {low} to {high}, got {config[name]}')
     if replan > horizon:
         sys.exit(f'--replan={replan}: a plan has only horizon={horizon} steps')
     if bool(start) != bool(goal):
@@ -198,9 +203,8 @@ if __name__ == '__main__':
         sys.exit()
 
     # closed loop in the demo world
-    if used != 2 * frameskip:
-        sys.exit(f'{ckpt}: was trained on another robot ({used // frameskip} numbers per action; the demo world has '
-                 '2): give --start and --goal')
+    if used != 2 * frameskip or (a_high[:used] - data.DEMO_STEP).abs().max() > 0.1 * data.DEMO_STEP:
+        sys.exit(f'{ckpt}: was trained on another robot, not on the demo world: give --start and --goal')
     rng = np.random.default_rng(seed + 1_000_000)               # of no dataset
     context = trained['eval_context']
     past = (context - 1) * frameskip                            # real frames and actions before the start
@@ -212,7 +216,8 @@ if __name__ == '__main__':
         tip, disc = (np.linalg.norm(wanted[:, i:i + 2] - s[:, past, i:i + 2], axis=1) for i in (0, 2))
         fits = (tip > 0.2) & (disc < 0.02) if kind[len(begin)] == 0 else disc > 0.15
         if goals == 'random' and kind[len(begin)] == 0:         # reaching: the disc stays where it is
-            wanted[:, 2:], fits = s[:, past, 2:], tip > 0.2
+            wanted[:, 2:] = s[:, past, 2:]
+            fits = (tip > 0.2) & (np.linalg.norm(wanted[:, :2] - wanted[:, 2:], axis=1) > data.TIP + data.DISC)
         for i in np.flatnonzero(fits)[:1]:
             begin.append(s[i, past])
             target.append(wanted[i])
@@ -234,7 +239,7 @@ if __name__ == '__main__':
             return plan(model, z, a, z_goal, mean=mean, seed=seed + 1000 * k, **search)[0]
 
     def run(policy):
-        """The fixed budget under a policy: states (budget + 1, E, 4), actions (budget, E, 2), seconds per plan."""
+        """The fixed budget under a policy: states (budget + 1, E, 4), actions (budget, E, 2), seconds per plan of all E."""
         states, actions, seconds, last, plans = [begin], [], 0.0, None, 0
         seen = [frames(np.stack([h[0][t] for h in history])) for t in range(context)]
         z = torch.stack([latents(x) for x in seen], dim=1)                                    # (E, Tc, N, D)
@@ -255,7 +260,7 @@ if __name__ == '__main__':
                     states.append(data.demo_step(states[-1], act))
                 z = torch.cat((z[:, 1:], latents(frames(states[-1]))[:, None]), dim=1)
                 a = torch.cat((a[:, 1:], normalised(todo[:, step])[:, None]), dim=1)
-        return np.stack(states)[:budget + 1], np.stack(actions)[:budget], seconds / max(1, plans) / episodes
+        return np.stack(states)[:budget + 1], np.stack(actions)[:budget], seconds / max(1, plans)
 
     def replay(t, shape):       # the script's own actions, then rest
         out = np.zeros((episodes, shape[1] * shape[2], 2))
@@ -281,14 +286,15 @@ if __name__ == '__main__':
         methods[name] = dict(
             success_end=end.mean().item(), success_ever=ever.mean().item(), ci95=wilson(int(end.sum()), episodes),
             steps=ok.argmax(axis=0)[ever].mean().item() if ever.any() else None, distance_end=far[-1].mean().item(),
-            seconds_per_plan=seconds if name == 'model' else None,
+            seconds_per_plan=seconds / episodes if name == 'model' else None,
             jerk=np.square(np.diff(executed, 2, axis=0)).sum(axis=2).mean().item() if budget > 2 else None,
             reach=end[kind == 0].mean().item(), push=end[kind == 1].mean().item() if episodes > 1 else None)
         r = methods[name]
         tqdm.write(f'{name:7s} success at the end {r["success_end"]:.2f} (95 % interval {r["ci95"][0]:.2f} to '
                    f'{r["ci95"][1]:.2f}), ever {r["success_ever"]:.2f}, reaching {r["reach"]:.2f}'
                    + (f', pushing {r["push"]:.2f}' if episodes > 1 else '') + f', distance {r["distance_end"]:.3f}'
-                   + (f', {seconds:.2f} s per plan' if name == 'model' else ''), file=sys.stdout)
+                   + (f', {seconds / episodes:.2f} s per plan ({episodes} at once: {seconds:.1f} s)'
+                      if name == 'model' else ''), file=sys.stdout)
         sys.stdout.flush()
         if name == 'model':
             shown = states, ok

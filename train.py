@@ -69,7 +69,7 @@ max_steps = 2000
 learning_rate = 2e-3            # after warmup steps; then down linearly to min_lr
 min_lr = 5e-5
 warmup = 50
-weight_decay = 0.01             # on matrices
+weight_decay = 0.01             # on the matrices of linear layers
 beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0                 # 0 = none
@@ -89,19 +89,21 @@ device = 'auto'                 # auto, cpu, cuda, cuda:1, mps
 dtype = 'auto'                  # float32 or bfloat16 (autocast); auto = bfloat16 where the hardware multiplies it
 compile = False                 # torch.compile: a minute at the start, then up to twice as fast
 config = data.override(globals(), sys.argv[1:])
+if (labelled == 'demo/labelled') != (unlabelled == 'demo/unlabelled'):     # the demo world is all or nothing
+    labelled, unlabelled = (v if not v.startswith('demo/') else '' for v in (labelled, unlabelled))
+    config |= dict(labelled=labelled, unlabelled=unlabelled)
 # --------------------------------------------------------------------------------------------------------------------
 
 data.one_of('tau_schedule', tau_schedule, ('shift', 'uniform'))
 data.one_of('dtype', dtype, ('auto', 'float32', 'bfloat16'))
 for name, least in (('frameskip', 1), ('frames', 2), ('batch_size', 1), ('max_steps', 1), ('eval_context', 1),
-                    ('eval_clips', 2), ('eval_interval', 1), ('save_interval', 1), ('log_interval', 1)):
+                    ('eval_clips', 2), ('eval_interval', 1), ('save_interval', 1), ('log_interval', 1), ('seed', 0),
+                    ('workers', 0), ('warmup', 0)):
     if config[name] < least:
         sys.exit(f'--{name}: wants at least {least}, got {config[name]}')
 for name in ('labelled_share', 'val_share', 'whiten', 'bootstrap', 'bootstrap_start', 'p_image', 'p_null', 'ema'):
     if not 0 <= config[name] <= 1:
         sys.exit(f'--{name}: wants a number from 0 to 1, got {config[name]}')
-if K < 1 or K & (K - 1) or K > k_max:
-    sys.exit(f'--K: wants a power of two up to k_max {k_max}, got {K}')
 
 # processes and devices
 ddp = 'RANK' in os.environ
@@ -127,6 +129,11 @@ encode = load_encoder(encoder, encoder_path, layer, frame_height, frame_width, p
 shape = model_config(size, encode.dim, encode.grid, 0, width=width, layers=layers, heads=heads, kv_heads=kv_heads,
                      registers=registers, context=context, time_every=time_every, k_max=k_max, soft_cap=soft_cap,
                      action_on=action_on, objective=objective)
+k_max = shape['k_max']
+if K < 1 or K & (K - 1) or K > k_max:
+    sys.exit(f'--K: wants a power of two up to k_max {k_max}, got {K}')
+if os.path.abspath(out_dir) == os.getcwd():
+    sys.exit(f'--out_dir={out_dir}: wants a folder of its own')
 
 # data
 sets = {'labelled': [], 'unlabelled': []}
@@ -136,8 +143,8 @@ for kind, folders in (('labelled', labelled), ('unlabelled', unlabelled)):
             if rank == 0:
                 say(f'writing the demo world to {folder}', flush=True)
                 data.write_demo(folder, *((300, True, 1) if kind == 'labelled' else (100, False, 2)))
-            if ddp:
-                dist.barrier()
+        if ddp:
+            dist.barrier()
         sets[kind].append(data.LeRobot(folder, camera, action if kind == 'labelled' else 'none'))
         if kind == 'labelled' and not sets[kind][-1].action_dim:
             sys.exit(f'--labelled: {folder} has no actions (features: {", ".join(sets[kind][-1].features)}); '
@@ -167,7 +174,7 @@ def normalised(batch):
 if resume:
     saved, old = load(ckpt, device, ema=False)
     for name in (*sets, 'camera', 'action', 'frameskip', 'frames', 'val_share', 'labelled_share', 'batch_size', 'seed',
-                 'encoder', 'layer', 'frame_height', 'frame_width', 'pool', 'whiten', 'size', 'objective'):
+                 'encoder', 'layer', 'frame_height', 'frame_width', 'pool', 'whiten', 'size', 'objective', 'cache'):
         if config[name] != old[name]:
             sys.exit(f'--{name}: {config[name]!r} cannot go on from {ckpt}, which has {old[name]!r}')
     if saved.config != shape:
@@ -209,20 +216,25 @@ if resume:
     model.load_state_dict(saved.state_dict())
 average = copy.deepcopy(model).requires_grad_(False).eval()
 params = list(model.parameters())
-optimizer = torch.optim.AdamW([dict(params=[p for p in params if p.dim() >= 2], weight_decay=weight_decay),
-                               dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0)],
+matrices = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
+optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=weight_decay),
+                               dict(params=[p for p in params if all(p is not m for m in matrices)], weight_decay=0.0)],
                               lr=learning_rate, betas=(beta1, beta2), fused=device.type in ('cpu', 'cuda'))
 rms = torch.ones(2, device=device)      # running mean squares of the loss terms
 step = 0
 if resume:
     average.load_state_dict(load(ckpt, device)[0].state_dict())
     state = torch.load(optim, map_location=device, weights_only=True)
+    if state['step'] != saved.step and os.path.isfile(optim + '.new'):      # killed between the two renames
+        state = torch.load(optim + '.new', map_location=device, weights_only=True)
+    if state['world'] != world:
+        sys.exit(f'{optim} is of {state["world"]} processes, these are {world}: their batches differ')
     if state['step'] != saved.step:
         sys.exit(f'{optim} is of step {state["step"]}, {ckpt} of step {saved.step}: they do not belong together')
     optimizer.load_state_dict(state['optimizer'])
     rms, step = state['rms'], state['step']
 elif rank == 0:
-    data.move_aside(out_dir, 'ckpt.safetensors')
+    data.move_aside(out_dir, 'ckpt.safetensors', 'log.jsonl')
 if rank == 0:
     os.makedirs(out_dir, exist_ok=True)
 run = torch.compile(model) if compile else model
@@ -248,7 +260,8 @@ def evaluate():
         z, a, a_mask, z_mask = normalised(batch)
         ways = {'model': (a, a_mask)}
         if kind == 'labelled':
-            ways |= {'shuffled': (a.roll(1, 0), a_mask), 'hidden': (a, torch.zeros_like(a_mask))}
+            # half a turn: neighbours are often of one episode, whose actions are alike
+            ways |= {'shuffled': (a.roll(len(a) // 2, 0), a_mask), 'hidden': (a, torch.zeros_like(a_mask))}
         with autocast:
             found = {name: rollout(average, z[:, :eval_context], *way, K=K) for name, way in ways.items()}
         found['repeat'] = z[:, eval_context - 1:eval_context].expand(-1, 20, -1, -1)
@@ -268,7 +281,7 @@ def log(**entry):
 
 def save_all():
     save(ckpt + '.new', model, config, dict(average.named_parameters()), stats, step)
-    torch.save(dict(optimizer=optimizer.state_dict(), rms=rms, step=step), optim + '.new')
+    torch.save(dict(optimizer=optimizer.state_dict(), rms=rms, step=step, world=world), optim + '.new')
     for path in (ckpt, optim):
         os.replace(path + '.new', path)
 
@@ -284,7 +297,8 @@ def on_signal(*_):
 for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, on_signal)
 loader = iter(torch.utils.data.DataLoader(clips, batch_size=None, sampler=range(step, max_steps),
-                                          num_workers=0 if cache else workers, pin_memory=device.type == 'cuda'))
+                                          num_workers=0 if cache else workers, pin_memory=device.type == 'cuda',
+                                          multiprocessing_context='fork' if workers and not cache else None))
 bar = tqdm(total=max_steps, initial=step, disable=rank > 0 or not sys.stderr.isatty(), dynamic_ncols=True)
 bad = torch.full((), -1, device=device)         # the first step whose loss is not finite, seen at the next sync
 first, clock = step, time.perf_counter()
@@ -312,8 +326,8 @@ while step < max_steps and not stop:
             dist.all_reduce(seen)
             seen /= world
         rms.lerp_(seen.float(), 0.05)
+        step += 1
         bad = torch.where((bad < 0) & ~(loss.isfinite() & norm.isfinite()), step, bad)
-    step += 1
     bar.update()
 
     if not ddp:
@@ -338,7 +352,9 @@ while step < max_steps and not stop:
                       + ''.join(f'{k} {v.item():.4f}, ' for k, v in metrics.items()) + f'lr {lr:.1e}, '
                       f'{1000 * seconds:.0f} ms/step, {entry["tokens_per_s"]:,.0f} tokens/s, '
                       f'{(max_steps - step) * seconds / 60:.1f} min left', flush=True)
-    if rank == 0 and (step % eval_interval == 0 or last):
+    if rank == 0 and (step % save_interval == 0 or last):
+        save_all()
+    if rank == 0 and (step % eval_interval == 0 or step == max_steps) and not stop:
         val = evaluate()
         log(step=step, val=val)
         for kind, ways in val.items():
@@ -346,8 +362,6 @@ while step < max_steps and not stop:
                 f'{name} ' + '/'.join('-' if e is None else f'{e:.3f}' for e in errors.values())
                 for name, errors in ways.items()), file=sys.stdout)
         sys.stdout.flush()
-    if rank == 0 and (step % save_interval == 0 or last):
-        save_all()
     if step % eval_interval == 0 or step % save_interval == 0:
         first, clock = step, time.perf_counter()
 bar.close()

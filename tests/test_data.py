@@ -711,3 +711,72 @@ def test_real_versions_agree(shared):
             assert torch.equal(v20.frames(i, indices), frames) and torch.equal(v21.frames(i, indices), frames)
     truth = sequential(f'{v20.root}/videos/chunk-000/{v20.camera}/episode_000002.mp4')
     assert np.array_equal(v30.frames(2, range(0, 260, 9)).permute(0, 2, 3, 1).numpy(), truth[::9])
+
+
+# batches --------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def world(tmp_path_factory):
+    """Two labelled datasets of different action widths, one without actions, and what a batch of them should hold."""
+    folder, rng = tmp_path_factory.mktemp('clips'), np.random.default_rng(0)
+    for name, n, width in (('a', 5, 2), ('b', 3, 4), ('c', 4, 0)):
+        lengths = [9 + 5 * i for i in range(n)]
+        data.write_lerobot(folder / name, [
+            {'observation.images.top': np.full((L, 32, 32, 3), 5 * L, np.uint8), 'task': 't'}
+            | ({'action': rng.normal(size=(L, width)) * 3 + 1} if width else {}) for L in lengths], 10)
+    return [data.LeRobot(folder / 'a'), data.LeRobot(folder / 'b')], [data.LeRobot(folder / 'c')]
+
+
+def clips(world, batch_size=20, share=0.05, **options):
+    return data.Clips(*world, 3, 2, 0, batch_size, share, 0.25, **options)
+
+
+def test_the_labelled_share_is_exact_over_20_clips(world):
+    for batch_size in (20, 5, 4):
+        c = clips(world, batch_size)
+        kinds = [s < 2 for step in range(60 // batch_size) for s, _, _ in c.picks(step)]
+        assert [sum(kinds[i:i + 20]) for i in (0, 20, 40)] == [1, 1, 1]
+    assert all(s < 2 for s, _, _ in clips((world[0], [])).picks(0))
+    assert all(s == 0 for s, _, _ in clips(([], world[1])).picks(0))
+
+
+def test_batches_are_a_function_of_seed_step_and_rank(world):
+    one, again = clips(world), clips(world)
+    assert one.picks(7) == again.picks(7) and one.picks(7) != one.picks(8)
+    assert len({tuple(clips(world, seed=s, rank=r).picks(7)) for s in (0, 1) for r in (0, 1)}) == 4
+    loaders = [list(torch.utils.data.DataLoader(one, batch_size=None, sampler=range(3), num_workers=n)) for n in (0, 2)]
+    for a, b in zip(*loaders):
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_where_a_labelled_clip_stands_in_a_batch_is_random(world):
+    first = [s < 2 for step in range(200) for s, _, _ in clips(world, 4, 0.5).picks(step)[:1]]
+    assert 0.4 < np.mean(first) < 0.6
+
+
+def test_actions_are_normalised_padded_and_masked(world):
+    c = clips(world, share=0.5)
+    assert c.A == 2 * 4
+    for s, e, start in (pick for step in range(3) for pick in c.picks(step)):
+        clip = c.clip(s, e, start, 3)
+        assert e in c.train[s] and e not in c.val[s]
+        if s == 2:
+            assert not clip['a_mask'].any() and not clip['a'].any()
+            continue
+        ds = c.sets[s]
+        rows = (ds.rows(e) - ds.stats['mean']) / ds.stats['std']
+        for t in (1, 2):
+            assert clip['a_mask'][t] == clip['z_mask'][t]
+            if clip['z_mask'][t]:
+                want = rows[start + 2 * (t - 1):start + 2 * t].ravel().clip(-5, 5)
+                assert np.allclose(clip['a'][t, :len(want)], want, atol=1e-5) and not clip['a'][t, len(want):].any()
+    stats = c.action_stats()
+    assert stats['width'].tolist() == [4, 8] and stats['std'][0, 4:].tolist() == [0] * 4
+
+
+def test_no_episode_is_in_both_splits(world):
+    c = clips(world)
+    for ds, train, val in zip(c.sets, c.train, c.val):
+        assert sorted([*train, *val]) == list(range(len(ds.episodes))) and val
+    held = c.held_out(4, 6)
+    assert set(held) == {'labelled', 'unlabelled'} and held['labelled']['x'].shape[:2] == (6, 4)

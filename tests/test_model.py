@@ -252,7 +252,7 @@ def test_weights_come_from_the_hub(tiny, tmp_path):
     """The real client against a server on this machine: a whole file, a split one, and a repository that is gated."""
     file, state = tiny
     weights, files = Path(file).read_bytes(), {}
-    for repo, part in (('nobody/tiny2', 'model.safetensors'), ('nobody/split', 'part.safetensors')):
+    for repo, part in (('nobody/tiny2', 'model.safetensors'), ('nobody/split', 'model-part.safetensors')):
         files |= {f'/api/models/{repo}/revision/main': json.dumps(
                       dict(id=repo, sha='1' * 40,
                             siblings=[dict(rfilename=part), dict(rfilename='large.bin')])).encode(),

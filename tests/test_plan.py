@@ -32,7 +32,7 @@ def test_the_first_candidate_is_the_mean_and_all_are_within_bounds():
     mean = torch.full((1, 3, 2), 0.4)
     plan.cem(cost, mean, torch.ones(1, 3, 2), -0.5, 0.7, samples=32, elites=4, iterations=3)
     assert torch.equal(seen[0][:, 0], mean) and all(-0.5 <= a.min() and a.max() <= 0.7 for a in seen)
-    assert [len(set(a[0, :, 0, 0].tolist())) > 16 for a in seen] == [True] * 3, 'a least std keeps the search alive'
+    assert all(a[0, :, 0, 0].std() > 0.03 for a in seen), 'a least std keeps the search alive'
 
 
 class Additive(torch.nn.Module):
@@ -157,7 +157,8 @@ def test_each_mistake_is_one_line(trained, tmp_path):
             ([ckpt, f'--start={now}', f'--goal={tmp_path}/none.png'], 'none.png: not a readable picture'),
             ([ckpt, '--K=3'], '--K=3: wants a power of two up to 8'), ([ckpt, '--K=16'], '--K=16'),
             ([ckpt, '--cost=best'], '--cost: wants one of all, last'), ([ckpt, '--goals=none'], '--goals'),
-            ([ckpt, '--elites=1'], '--elites=1'), ([ckpt, '--replan=9'], '--replan=9'),
+            ([ckpt, '--persist=2'], '--persist: wants 0 to 1'), ([ckpt, '--goal_steps=2'], '--goal_steps=2'),
+            ([ckpt, '--seed=-1'], '--seed'), ([ckpt, '--elites=1'], '--elites=1'), ([ckpt, '--replan=9'], '--replan=9'),
             ([ckpt, '--robot=1', f'--start={now}', f'--goal={goal}'], 'knows 1 labelled datasets'),
             ([ckpt, '--horizn=3'], 'did you mean --horizon?')):
         assert said in ends('plan.py', f'--out_dir={out}', *options), options

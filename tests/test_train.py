@@ -23,7 +23,8 @@ def entries(out):
 
 def test_what_a_run_leaves_behind(trained):
     """The contract that other programs read."""
-    assert sorted(p.name for p in trained.iterdir()) == ['ckpt.safetensors', 'log.jsonl', 'optim.pt']
+    assert {p.name for p in trained.iterdir()} >= {'ckpt.safetensors', 'log.jsonl', 'optim.pt'}
+    assert not list(trained.glob('*.new')) + list(trained.glob('*.tmp'))
     steps, vals = entries(trained)
     assert set(steps[-1]) == {'step', 'loss', 'flow', 'bootstrap', 'lr', 'tokens_per_s', 'mfu'}
     assert steps[-1]['step'] == vals[-1]['step'] == 20 and math.isfinite(steps[-1]['loss'])
@@ -94,6 +95,24 @@ def test_resume_refuses_another_shape_or_other_data(trained, demo, tmp_path):
     (out / 'ckpt.safetensors').write_bytes(whole[:1000])
     assert 'not a readable checkpoint' in ends('train.py', *options)
     assert (out / 'ckpt.safetensors').read_bytes() == whole[:1000]
+
+
+def test_resume_after_a_kill_between_two_renames(trained, demo, tmp_path):
+    out = tmp_path / 'out'
+    shutil.copytree(trained, out)
+    state = torch.load(out / 'optim.pt')
+    os.rename(out / 'optim.pt', out / 'optim.pt.new')
+    torch.save(dict(state, step=10), out / 'optim.pt')
+    options = (*demo, *SMALL, '--max_steps=22', '--resume=True', f'--out_dir={out}')
+    script('train.py', *options)
+    assert model.load(out / 'ckpt.safetensors')[0].step == 22
+    torch.save(dict(state, world=2), out / 'optim.pt')
+    assert 'of 2 processes, these are 1' in ends('train.py', *options)
+
+
+def test_the_demo_world_is_not_mixed_into_other_data(demo, tmp_path):
+    g = script('train.py', demo[0], *SMALL, '--max_steps=1', f'--out_dir={tmp_path / "o"}')
+    assert len(g['clips'].sets) == 1 and g['config']['unlabelled'] == ''
 
 
 def test_an_earlier_run_is_moved_aside(demo, tmp_path, capsys):
@@ -210,7 +229,8 @@ def test_a_mistake_is_one_line_and_nothing_is_written(demo, tmp_path):
             (['--device=tpu'], '--device=tpu: not usable here'),
             (['--frames=1'], '--frames: wants at least 2'),
             (['--p_image=2'], '--p_image: wants a number from 0 to 1'),
-            (['--K=3'], '--K: wants a power of two'),
+            (['--K=3'], '--K: wants a power of two'), (['--k_max=1'], '--k_max=1: wants a power of two, 2 at least'),
+            (['--seed=-1'], '--seed: wants at least 0'),
             (['--heads=3', '--width=32'], '--width=32: wants a multiple of 4 x heads'),
             ([f'--labelled={tmp_path / "nowhere"}'], 'nowhere: no such folder'),
             ([f'--labelled={fault(tmp_path, "empty")}'], 'not a LeRobot dataset: it has no meta/info.json'),
