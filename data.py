@@ -82,7 +82,7 @@ def autocast(device, dtype):
 
 
 def move_aside(folder, *marks):
-    """Rename a folder that holds one of the files `marks` to the next free folder.1, folder.2, ..: no run is overwritten."""
+    """Rename a folder that holds one of the files `marks` to the next free folder.1, folder.2, ..: no run is lost."""
     if any(os.path.exists(os.path.join(folder, mark)) for mark in marks):
         n = next(i for i in itertools.count(1) if not os.path.exists(f'{folder.rstrip("/")}.{i}'))
         os.rename(folder, f'{folder.rstrip("/")}.{n}')
@@ -611,8 +611,9 @@ def held_out(ds, val_share):
     n = len(ds.episodes)
     if n < 2:
         sys.exit(f'{ds.root}: has {n} episode, splitting off whole episodes for validation wants at least 2')
-    val = sorted({int((i + 0.5) * n / k) for k in [max(1, min(n - 1, round(n * val_share)))] for i in range(k)})
-    return [i for i in range(n) if i not in val], val
+    k = max(1, min(n - 1, round(n * val_share)))
+    val = {int((i + 0.5) * n / k) for i in range(k)}
+    return [i for i in range(n) if i not in val], sorted(val)
 
 
 class Clips(torch.utils.data.Dataset):

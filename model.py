@@ -209,7 +209,7 @@ class Pixels(nn.Module):
         self.size, self.width, self.patch, self.dim = size, width, patch, dim
         self.grid = (size // patch, width // patch)
         at = torch.cartesian_prod(torch.arange(patch), torch.arange(patch)).float()
-        near = torch.kron(torch.eye(3) * 0.1 + 0.9, torch.exp(-torch.cdist(at, at) / patch)).double()   # in unfold's order
+        near = torch.kron(torch.eye(3) * 0.1 + 0.9, torch.exp(-torch.cdist(at, at) / patch)).double()  # unfold's order
         self.register_buffer('mean', torch.full((3 * patch * patch,), 0.5))
         self.register_buffer('basis', self.components(near))
 
@@ -283,7 +283,7 @@ def load_encoder(name, path='', layer=-1, height=0, width=0, pool=1):
     if not path:
         try:
             from huggingface_hub import snapshot_download
-            path = snapshot_download(repo, allow_patterns='model*.safetensors')  # a folder: the largest models are split
+            path = snapshot_download(repo, allow_patterns='model*.safetensors')  # a folder: large ones are split
         except Exception as e:  # no network, a licence to accept first, a full disk
             sys.exit(f'--encoder={name}: no model.safetensors from https://huggingface.co/{repo} ({one_line(e)}); get '
                      'it by hand and give --encoder_path=model.safetensors')

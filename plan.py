@@ -239,7 +239,7 @@ if __name__ == '__main__':
             return plan(model, z, a, z_goal, mean=mean, seed=seed + 1000 * k, **search)[0]
 
     def run(policy):
-        """The fixed budget under a policy: states (budget + 1, E, 4), actions (budget, E, 2), seconds per plan of all E."""
+        """A fixed budget under a policy: states (budget + 1, E, 4), actions (budget, E, 2), seconds per plan of all."""
         states, actions, seconds, last, plans = [begin], [], 0.0, None, 0
         seen = [frames(np.stack([h[0][t] for h in history])) for t in range(context)]
         z = torch.stack([latents(x) for x in seen], dim=1)                                    # (E, Tc, N, D)
