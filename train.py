@@ -8,7 +8,6 @@ Train a world model on LeRobot datasets.
 
 Leaves out_dir/ckpt.safetensors, out_dir/optim.pt and out_dir/log.jsonl.
 """
-import contextlib
 import copy
 import json
 import math

@@ -1,13 +1,12 @@
 import shutil
 
 import av
-import numpy as np
 import pytest
 import torch
 
 import data
 import model
-from conftest import SMALL, ends, script
+from conftest import ends, script
 
 
 def test_rollout_pictures(trained, tmp_path, capsys):

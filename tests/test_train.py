@@ -5,13 +5,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import safetensors.torch
 import torch
 
-import data
 import model
 from conftest import ROOT, SMALL, ends, script
 
