@@ -1,5 +1,10 @@
 """
-Everything that comes from outside: the command line, pictures and video, LeRobot datasets.
+Everything that comes from outside: the command line, pictures and video, LeRobot datasets, batches, cached latents.
+
+    python data.py --labelled=path/to/dataset                                   # what is in it, what is wrong with it
+    python data.py --cache=True --labelled=... --encoder=dinov2_vits14          # encode once, before training
+    python data.py --record=gym_pusht/PushT-v0 --episodes=200 --out=pusht       # write a dataset: from a simulator,
+    python data.py --videos='folder/*.mp4' --out=videos                         # or from plain videos
 
 Letters: T frames of a clip, A action width, H W pixels. Frames are uint8 tensors (T, 3, H, W); wherever a
 `size` is asked for, an int is a square, (height, width) a rectangle, and 0 the native size.
@@ -12,19 +17,31 @@ import difflib
 import fractions
 import functools
 import glob
+import hashlib
+import importlib
 import io
 import itertools
 import json
 import math
 import os
+import re
+import runpy
 import shutil
+import signal
 import sys
+import threading
+import time
 
 import av
+import huggingface_hub.constants
+import huggingface_hub.errors
+import huggingface_hub.utils
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from huggingface_hub.file_download import http_get
+from tqdm import tqdm
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -107,36 +124,50 @@ def _rgb(frame, size):
     return _reformat(frame, w or frame.width, h or frame.height, 'rgb24').to_ndarray()
 
 
+class Bad(ValueError):
+    """A file, frame or row of a dataset that cannot be used, named in one line. Batches count it and go on without it."""
+
+
+_notes = {}     # what is odd in the data, but usable, by text: True until a worker has told the main process
+
+
+def _note(text):
+    """Print a line once for all processes: a worker's goes to the main process with its next batch."""
+    worker = torch.utils.data.get_worker_info() is not None
+    if text not in _notes and not worker and os.environ.get('RANK', '0') == '0':
+        print(text, file=sys.stderr, flush=True)
+    _notes.setdefault(text, worker)
+
+
 @contextlib.contextmanager
 def _reading(path):
-    """Whatever fails in here becomes a ValueError of one line that names the file and says what it looks like."""
+    """What a bad file makes fail in here becomes a Bad that names it and says what it looks like; no other mistake does."""
     try:
         yield
-    except (OSError, ValueError, LookupError, TypeError, av.FFmpegError, pa.ArrowException) as error:
+    except (Bad, OSError, MemoryError, av.FFmpegError, pa.ArrowException, json.JSONDecodeError, UnicodeDecodeError) as error:
         if (os.getpid(), path) in _open:  # a decoder that failed is not used again
             _open.pop((os.getpid(), path)).close()
         if not os.path.isfile(path):
-            raise ValueError(f'{path}: no such file') from None
+            raise Bad(f'{path}: no such file') from None
         with open(path, 'rb') as f:
             if f.read(30).startswith(b'version https://git-lfs'):
-                raise ValueError(f'{path}: is a git-LFS pointer, not the file itself (git lfs pull)') from None
-        reason = f'no {error} in it' if isinstance(error, KeyError) else ' '.join(str(error).split())
-        raise ValueError(f'{path}: cannot be read ({reason})') from None
+                raise Bad(f'{path}: is a git-LFS pointer, not the file itself (git lfs pull)') from None
+        raise Bad(f'{path}: cannot be read ({" ".join(str(error).split())})') from None
 
 
 def _picture(data, size):
     """uint8 (H, W, 3) array of a picture's file, given as bytes."""
     if data[:2] == b'\xff\xd8' and b'\xff\xd9' not in data[-1024:]:  # ffmpeg forgives a JPEG without its end
-        raise ValueError('truncated')
+        raise Bad('truncated')
     with av.open(io.BytesIO(data)) as container:
         # without the tty check any text file would be "decoded" as ANSI art
         if not container.streams.video or container.format.name == 'tty':
-            raise ValueError('no picture in it')
+            raise Bad('no picture in it')
         # else the missing half of a truncated picture would come out grey, with a message at most
         container.streams.video[0].codec_context.options = {'err_detect': 'explode'}
         frame = next(container.decode(video=0), None)
         if frame is None or frame.is_corrupt:
-            raise ValueError('truncated')
+            raise Bad('truncated')
         return _rgb(frame, size)
 
 
@@ -171,25 +202,26 @@ def write_image(path, x):
         f.writelines(map(bytes, codec.encode(frame) + codec.encode(None)))
 
 
-def _encode(container, x, fps, start=0, **options):
-    """Append uint8 (T, H, W, 3) to an mp4 as frames start, start + 1, ...: frame i is shown at i / fps exactly."""
-    H, W = x.shape[1:3]
-    rate = fractions.Fraction(fps).limit_denominator(1001)
-    if start == 0:  # without B-frames packets lie in the order of display
+def _encode(container, rgb, i, fps, **options):
+    """Append uint8 (H, W, 3) to an mp4 as frame i, shown at i / fps exactly. Returns the bytes that came out."""
+    (H, W), rate = rgb.shape[:2], fractions.Fraction(fps).limit_denominator(1001)
+    if not container.streams.video:  # without B-frames packets lie in the order of display
         stream = container.add_stream('libx264', rate=rate, options={'bf': '0', **options})
         stream.width, stream.height, stream.pix_fmt = W + W % 2, H + H % 2, 'yuv420p'
-    for i, rgb in enumerate(x, start):
-        rgb = np.pad(rgb, ((0, H % 2), (0, W % 2), (0, 0)), 'edge')  # yuv420p halves both sides
-        frame = _reformat(av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), 'rgb24'), format='yuv420p')
-        frame.pts, frame.time_base = i, 1 / rate
-        container.mux(container.streams.video[0].encode(frame))
+    rgb = np.pad(rgb, ((0, H % 2), (0, W % 2), (0, 0)), 'edge')  # yuv420p halves both sides
+    frame = _reformat(av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), 'rgb24'), format='yuv420p')
+    frame.pts, frame.time_base = i, 1 / rate
+    packets = container.streams.video[0].encode(frame)
+    container.mux(packets)
+    return sum(packet.size for packet in packets)
 
 
 def write_video(path, x, fps):
     """Write uint8 (T, 3, H, W) as H.264 mp4, aside and then renamed; odd sides grow by one repeated line."""
     assert x.dtype == torch.uint8 and x.ndim == 4, f'wants uint8 (T, 3, H, W), got {x.dtype} {tuple(x.shape)}'
     with av.open(f'{path}.tmp', 'w', **MP4) as container:
-        _encode(container, x.permute(0, 2, 3, 1).cpu().numpy(), fps, crf='12')
+        for i, rgb in enumerate(x.permute(0, 2, 3, 1).cpu().numpy()):
+            _encode(container, rgb, i, fps, crf='12')
         container.mux(container.streams.video[0].encode(None))
     os.replace(f'{path}.tmp', path)
 
@@ -200,7 +232,7 @@ def _container(path):
     if key not in _open:
         container = av.open(path)
         if not container.streams.video:
-            raise ValueError('no video stream')
+            raise Bad('no video stream')
         codec = container.streams.video[0].codec_context
         codec.thread_type, codec.thread_count = 'NONE', 1  # frame threads delay every seek; we have processes
         _open[key] = container
@@ -259,7 +291,7 @@ def _decode(path, wanted, fps):
 def read_frames(path, indices, fps, size=0):
     """uint8 tensor (n, 3, H, W): the frames shown i / fps seconds after a video's start, for indices i in any order.
 
-    A ValueError names the file that cannot be read, or that lacks a frame.
+    A Bad names the file that cannot be read, or that lacks a frame.
     """
     wanted, found = {int(i) for i in indices}, {}
     with _reading(path):
@@ -270,15 +302,30 @@ def read_frames(path, indices, fps, size=0):
                 break
         else:
             n = _container(path).streams.video[0].frames
-            raise ValueError(f'frame {min(wanted - found.keys())} is missing, of {n} frames')
+            raise Bad(f'frame {min(wanted - found.keys())} is missing, of {n} frames')
         return torch.from_numpy(np.stack([found[int(i)] for i in indices])).permute(0, 3, 1, 2)
+
+
+def _count_frames(path):
+    """Frames of a video by its header, or where that does not say, by its packets."""
+    with av.open(path) as container:
+        if not container.streams.video:
+            raise Bad('no video stream')
+        stream = container.streams.video[0]
+        return stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # LeRobot datasets
 
+HUB_HOME = os.path.join(huggingface_hub.constants.HF_HOME, 'nanowm')    # files of hub datasets, one folder a revision
+PATIENCE = 300      # seconds for which a hub that is busy or out of reach is asked again
 STATS = 'mean', 'std', 'min', 'max'
 QUANTILES = {'q01': .01, 'q10': .1, 'q50': .5, 'q90': .9, 'q99': .99}
+PATHS = {'v3': dict(data='data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet',
+                    video='videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4'),
+         'v2': dict(data='data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet',
+                    video='videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4')}
 
 
 def _pool(parts):
@@ -302,25 +349,28 @@ def _describe(x):
     return {**out, **dict(zip(QUANTILES, np.quantile(x, list(QUANTILES.values()), axis=0)))}
 
 
-def _table(path, names=()):
-    """Those of the named columns that a parquet file has; without names, all."""
+def _table(path, names=(), needed=()):
+    """The named columns of a parquet file, those it has; without names, all."""
     file = pq.ParquetFile(path, memory_map=True)
+    for k in set(needed) - set(file.schema_arrow.names):
+        raise Bad(f'no column {k}')
     return file.read([k for k in names or file.schema_arrow.names if k in file.schema_arrow.names])
 
 
 @functools.lru_cache(maxsize=32)
 def _columns(path, keys):
-    """{key: array (rows, width)} of numeric columns; float32, but int64 for episode_index. Nulls are NaN."""
+    """{key: array (rows, width)} of numeric columns; float32, but int64 for indices. Nulls are NaN, or -1."""
     with _reading(path):
         table, out = _table(path, keys), {}
         for key in table.column_names:
             column, valid = table[key].combine_chunks().drop_null(), table[key].is_valid().to_numpy()
-            while not pa.types.is_primitive(column.type):
-                column = column.flatten()  # of lists and fixed-size lists alike
-            values = column.to_numpy(zero_copy_only=False).reshape(valid.sum(), -1)
-            kind, null = (np.int64, -1) if key == 'episode_index' else (np.float32, np.nan)
-            out[key] = np.full((len(valid), values.shape[1]), null, kind)
-            out[key][valid] = values
+            while pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type):
+                column = column.flatten()
+            if not pa.types.is_primitive(column.type) or len(column) % max(1, valid.sum()):
+                raise Bad(f'{key} is {table[key].type}, not the same count of numbers in every row')
+            kind, null = (np.int64, -1) if key.endswith('_index') else (np.float32, np.nan)
+            out[key] = np.full((len(valid), len(column) // max(1, valid.sum())), null, kind)
+            out[key][valid] = column.to_numpy(zero_copy_only=False).reshape(out[key][valid].shape)
         return out
 
 
@@ -330,48 +380,148 @@ def _row_group(path, group, key):
     return pq.ParquetFile(path, memory_map=True).read_row_group(group, [key])[key]
 
 
-class LeRobot:
-    """A LeRobot dataset v2.0, v2.1 or v3.0 in a local folder.
+def _ask_hub(what, call, patience):
+    """call() to the hub; again for some seconds while it says to wait (429), fails (5xx) or breaks off; then a Bad."""
+    end, wait = time.monotonic() + patience, 1
+    while True:
+        try:
+            return call()
+        except (OSError, huggingface_hub.errors.HTTPError) as error:    # a transfer that breaks off is no OSError
+            cause = error.__cause__ or error        # what failed before the transfer comes wrapped
+            answer = next((e.response for e in (error, cause) if getattr(e, 'response', None) is not None), None)
+            status, headers = (answer.status_code, answer.headers) if answer is not None else (0, {})
+            asked = re.search(r'^\d+$|(?<=;t=)\d+', headers.get('Retry-After') or headers.get('RateLimit') or '')
+            pause = max(wait, int(asked[0]) + 1 if asked else 0)
+            ours = not status and getattr(error, 'errno', None) and not isinstance(error, (ConnectionError, TimeoutError))
+            final = ours or isinstance(cause, huggingface_hub.errors.OfflineModeIsEnabled) or status in (401, 403, 404)
+            if final or time.monotonic() + pause > end:
+                why = f'{status} {headers.get("X-Error-Code", "")}'.strip() if status else str(cause).split('\n')[0]
+                raise Bad(f'{what}: not to be had from the hub ({why})') from None
+            time.sleep(pause)
+            wait = min(2 * wait, 60)
 
-    camera: a key or its last part ('front'), or a comma-separated list of which the first that exists is taken; '' is
-    the first camera. action: comma-separated keys; '' is `action`, else `actions`, else all `action.*`, else nothing;
-    'none' ignores actions. `episode` is a position in `.episodes`. What is wrong with the dataset as a whole ends the
-    program with one line; what is wrong with one file is a ValueError that names it.
+
+class LeRobot:
+    """A LeRobot dataset v2.0, v2.1 or v3.0: a folder, or one of the hub, 'owner/name' or 'owner/name@revision'.
+
+    camera: keys or their last parts, comma-separated, of which those that exist count ('front:3,wrist': with weights);
+    '' is the first camera. action: comma-separated keys; '' is `action`, else `actions`, else all `action.*`, else
+    nothing; 'none' ignores actions. fps: the nearest frames at this lower rate; 0 is all frames. action_mode, rotation:
+    see rows. `episode` is a position in `.episodes`. A dataset that cannot be used ends the program with one line, a
+    file of it that cannot be read is a Bad. A folder's files are compared with its metadata: what differs is named, the
+    shorter counts, and .dropped says which episodes are left out. Files of the hub come when they are needed.
     """
 
-    def __init__(self, root, camera='', action=''):
-        self.root = os.path.abspath(root)
-        if not os.path.isdir(self.root):
-            sys.exit(f'{root}: no such folder')
-        if os.path.isdir(self._file('meta_data')):
-            sys.exit(f'{root}: a LeRobot dataset of v1, which is too old: convert it to v2.1 or v3.0 with lerobot')
-        if not os.path.isfile(self._file('meta/info.json')):
-            sys.exit(f'{root}: not a LeRobot dataset: it has no meta/info.json')
+    def __init__(self, root, camera='', action='', fps=0, action_mode='absolute', rotation='euler', cache_gb=50):
+        self.name, self.repo, self.revision, self.weight, self.cache_gb = str(root), '', '', 0.0, cache_gb
+        self.action_mode, self.rotation, self.dropped = action_mode, rotation, []
         try:
-            self._read_info(camera, action)
+            if re.fullmatch(r'[\w.-]+/[\w.-]+(@\w+)?', self.name) and not os.path.isdir(root):
+                root = self._from_hub()
+            self.root = os.path.abspath(root)
+            if not os.path.isdir(self.root):
+                sys.exit(f'{root}: no such folder')
+            if os.path.isdir(self._file('meta_data')):
+                sys.exit(f'{root}: a LeRobot dataset of v1, which is too old: convert it to v2.1 or v3.0 with lerobot')
+            if not os.path.isfile(self._file('meta/info.json')):
+                sys.exit(f'{root}: not a LeRobot dataset: it has no meta/info.json')
+            self._read_info(camera, action, fps)
             self.episodes = sorted(self._read_episodes(), key=lambda e: e['index'])
+            if self.episodes:  # so that a template which leaves the folder is refused at once
+                self._paths(self.episodes[0])
+            if not self.repo:
+                self._check()
             if not self.episodes:
-                sys.exit(f'{root}: has no episodes')
-            for kind in ('data', 'video')[:1 + self.is_video]:
-                self._place(self.episodes[0], kind)  # so that a template which leaves the folder is refused at once
+                sys.exit(f'{root}: has no episodes' + ''.join(f': {line}' for line in self.dropped[:1]))
+            for e in self.episodes:     # frame j is the file's frame round(j step)
+                e['length'] = math.ceil((e['have'] - fractions.Fraction(1, 2)) / self.step)
             self.tasks = self._read_tasks()
             self.stats = self._read_stats() if self.action_dim else None
-        except ValueError as error:
+        except Bad as error:
             sys.exit(str(error))
+
+    def _from_hub(self):
+        """The folder of a hub dataset at one revision, with its metadata. What is whole is used without the network."""
+        self.repo, _, self.revision = self.name.partition('@')
+        home = os.path.join(HUB_HOME, self.repo.replace('/', '--'), '')
+        if not os.path.exists(f'{home}{self.revision}/meta/.whole'):
+            api, which = huggingface_hub.HfApi(os.environ.get('HF_ENDPOINT')), dict(repo_id=self.repo, repo_type='dataset')
+            self.revision = _ask_hub(
+                self.name, lambda: api.repo_info(revision=self.revision or None, **which).sha, patience=0)     # may be a typo
+            which |= dict(revision=self.revision, path_in_repo='meta', recursive=True)
+            self.root = home + self.revision
+            for file in _ask_hub(self.name, lambda: list(api.list_repo_tree(**which)), PATIENCE):
+                if isinstance(file, huggingface_hub.hf_api.RepoFile):
+                    self._fetch(self._file('{name}', name=file.path))
+            open(f'{self.root}/meta/.whole', 'w').close()
+        self.name = f'{self.repo}@{self.revision}'      # for the checkpoint: the hub's 'main' moves
+        return home + self.revision
+
+    def _fetch(self, path):
+        """Bring a file from the hub unless it is here; of all that have come, those used longest ago make room."""
+        if os.path.exists(path):
+            return os.utime(path)
+        name = os.path.relpath(path, self.root)
+        url = huggingface_hub.hf_hub_url(self.repo, name, repo_type='dataset', revision=self.revision,
+                                         endpoint=os.environ.get('HF_ENDPOINT'))
+        part = f'{self.root}/.part/{name}'
+
+        def download():     # goes on where an earlier one broke off or was killed; hf_hub_download begins anew
+            size = huggingface_hub.get_hf_file_metadata(url).size
+            with open(part, 'ab', buffering=0) as f:
+                have = f.tell() if f.tell() <= size else f.truncate(0)
+                if have < size:
+                    http_get(url, f, resume_size=have, headers=huggingface_hub.utils.build_hf_headers(), expected_size=size)
+
+        for folder in {os.path.dirname(path), os.path.dirname(part)}:
+            os.makedirs(folder, exist_ok=True)
+        with huggingface_hub.utils.WeakFileLock(f'{part}.lock'):
+            if not os.path.exists(path):        # else another process was first
+                _ask_hub(path, download, PATIENCE)
+                os.replace(part, path)
+        kept = []
+        for folder in glob.glob(glob.escape(HUB_HOME) + '/*/*/[dv]*'):  # data and videos, never metadata
+            for at, _, files in os.walk(folder):
+                with contextlib.suppress(FileNotFoundError):  # another process makes room as well
+                    kept += [(os.stat(os.path.join(at, f)), os.path.join(at, f)) for f in files]
+        kept.sort(key=lambda f: f[0].st_mtime, reverse=True)
+        for total, (_, old) in zip(itertools.accumulate(f.st_size for f, _ in kept), kept):
+            if total > self.cache_gb * 1e9 and old != path:
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(old)
+
+    def _read(self, path, call):
+        """call() once the file is here; another process may have dropped it meanwhile, to make room."""
+        for last in (False, False, True):
+            if self.repo:
+                self._fetch(path)
+            try:
+                return call()
+            except Bad:
+                if last or not self.repo or os.path.exists(path):
+                    raise
 
     def _file(self, template, **values):
         """The path of a file of the dataset. Checked by spelling: links may lead elsewhere, as in the hub's cache."""
         try:
             path = os.path.normpath(os.path.join(self.root, template.format(**values)))
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f'{self.root}: cannot make a path from {template!r} and {values} ({error!r})') from None
+            raise Bad(f'{self.root}: cannot make a path from {template!r} and {values} ({error!r})') from None
         if os.path.commonpath([path, self.root]) != self.root:
             sys.exit(f'{self.root}: refused: {template!r} leads out of the dataset, to {path}')
         return path
 
-    def _place(self, e, kind):
-        """The file of an episode's rows ('data') or frames ('video')."""
-        return self._file(self.info.get(f'{kind}_path'), video_key=self.camera, **e[kind])
+    def _place(self, e, camera=''):
+        """The file of an episode's rows, or of its frames by a camera."""
+        if not camera:
+            return self._file(self.paths['data'], **e['data'])
+        return self._file(self.paths['video'], video_key=camera, **e['video'][camera])
+
+    def _paths(self, e, camera=''):
+        """{file: camera} that the clips of an episode are read from; without a camera, those of all chosen cameras."""
+        cameras = [camera] if camera else [*self.chosen]
+        rows = self.action_keys or any(k not in e['video'] for k in cameras)
+        return {self._place(e, k): k for k in [''] * bool(rows) + [k for k in cameras if k in e['video']]}
 
     def _load(self, name):
         """What a file of the dataset holds: a list of rows unless it is .json; {} if there is no such file."""
@@ -383,16 +533,28 @@ class LeRobot:
                 return _table(path).to_pylist()
             return [json.loads(line) for line in f if line.strip()] if name.endswith('.jsonl') else json.load(f)
 
-    def _read_info(self, camera, action):
+    def _read_info(self, camera, action, fps):
         self.info, where = self._load('meta/info.json'), self._file('meta/info.json')
         version = str(self.info.get('codebase_version') if isinstance(self.info, dict) else None)
         if version not in ('v2.0', 'v2.1', 'v3.0'):
             sys.exit(f'{where}: wants codebase_version v2.0, v2.1 or v3.0 (lerobot converts older ones), got {version}')
-        self.v3, self.features, self.fps = version == 'v3.0', self.info.get('features'), self.info.get('fps')
-        if not isinstance(self.features, dict) or not isinstance(self.fps, (int, float)):
+        self.v3, self.native, features = version == 'v3.0', self.info.get('fps'), self.info.get('features')
+        paths, videos = {k: self.info.get(f'{k}_path') for k in ('data', 'video')}, self.info.get('videos') or {}
+        if features is None and 'video_keys' in self.info:      # the first dialect of v2.0
+            kinds = {k: kind for name, kind in (('keys', 'float32'), ('image_keys', 'image'), ('video_keys', 'video'))
+                     for k in self.info.get(name) or []}
+            features = {k: dict(dtype=kind, shape=(self.info.get('shapes') or {}).get(k), info=videos.get(k))
+                        for k, kind in kinds.items()}
+            paths['video'] = videos.get('videos_path')
+        if not isinstance(features, dict) or not isinstance(self.native, (int, float)) or not self.native > 0:
             sys.exit(f'{where}: wants features and fps, has only {", ".join(self.info)}')
+        self.fps, rates = fps or self.native, [fractions.Fraction(f or self.native).limit_denominator(1001) for f in (0, fps)]
+        self.step = rates[0] / rates[1]
+        if self.step < 1:
+            sys.exit(f'--fps={fps}: {self.name} has only {self.native} frames per second')
+        self.features, self.paths = features, {k: v or PATHS[version[:2]][k] for k, v in paths.items()}
         self.cameras, numeric = [], []
-        for k, f in self.features.items():
+        for k, f in features.items():
             flags = {**f, **(f.get('video_info') or {}), **(f.get('info') or {})}  # a flag may be the text "false"
             depth = 'true' in (str(flags.get(n)).lower() for n in ('is_depth_map', 'video.is_depth_map'))
             if f.get('dtype') in ('video', 'image') and not depth:
@@ -400,39 +562,77 @@ class LeRobot:
             if str(f.get('dtype')).startswith(('float', 'int', 'uint', 'bool')):  # an action of text exists as well
                 numeric.append(k)
         if not self.cameras:
-            sys.exit(f'{self.root}: has no cameras, only {", ".join(self.features)}')
-        wanted = [name.strip() for name in camera.split(',')] if camera else self.cameras[:1]
-        found = [k for name in wanted for k in self.cameras if name in (k, k.rpartition('.')[2])]
-        if not found:
+            sys.exit(f'{self.root}: has no cameras, only {", ".join(features)}')
+        wanted = weighted(camera) or [(self.cameras[0], 0)]
+        self.chosen = {k: w or 1.0 for name, w in wanted for k in self.cameras if name in (k, k.rpartition('.')[2])}
+        if not self.chosen:
             sys.exit(f'{self.root}: has no camera {camera!r}, only {", ".join(self.cameras)}')
-        self.camera, self.is_video = found[0], self.features[found[0]]['dtype'] == 'video'
+        self.camera = next(iter(self.chosen))
         default = [k for k in ('action', 'actions') if k in numeric][:1] or [k for k in numeric if k[:7] == 'action.']
         self.action_keys = default if not action else [] if action == 'none' else [k.strip() for k in action.split(',')]
         for key in set(self.action_keys) - set(numeric):
             sys.exit(f'{self.root}: has no numeric {key!r} to be an action, only {", ".join(numeric)}')
-        self.widths = [math.prod(self.features[k].get('shape') or [1]) for k in self.action_keys]
-        self.action_dim = sum(self.widths)
+        self.widths = [int(np.prod(features[k].get('shape') or 1)) for k in self.action_keys]
+        pose, self.rows_each, self.action_dim = 3 + ROTATIONS[self.rotation], 1, 0
+        if self.action_mode == 'absolute':
+            self.rows_each = math.ceil(self.step)
+            self.action_dim = self.rows_each * sum(self.widths)
+        elif self.action_keys:
+            if max(self.widths) < pose:
+                sys.exit(f'--action_mode={self.action_mode}: {self.name} has no pose of {pose} numbers in '
+                         f'{", ".join(self.action_keys)} ({self.widths}): name it by --action=...')
+            self.action_dim = sum(w - pose + 6 if w >= pose else w for w in self.widths)
 
     def _read_episodes(self):
+        place, videos = ('chunk_index', 'file_index'), [k for k in self.chosen if self.features[k]['dtype'] == 'video']
         if not self.v3:
-            size, total = self.info.get('chunks_size') or 1000, self.info.get('total_episodes')
-            for r in self._load('meta/episodes.jsonl'):
+            lines, size = self._load('meta/episodes.jsonl'), self.info.get('chunks_size') or 1000
+            for r in lines:
+                if not {'episode_index', 'length'} <= r.keys():
+                    raise Bad(f'{self._file("meta/episodes.jsonl")}: a line without episode_index and length')
                 i = r['episode_index']
-                place = dict(episode_index=i, episode_chunk=i // size, total_episodes=total)
-                yield dict(index=i, length=r['length'], tasks=r.get('tasks') or [], data=place, video=place, base=0)
+                where = dict(episode_index=i, episode_chunk=i // size, total_episodes=len(lines))
+                yield dict(index=i, full=r['length'], have=r['length'], tasks=r.get('tasks') or [], data=where,
+                           video=dict.fromkeys(videos, where), base=dict.fromkeys(videos, 0))
             return
-        video, file = f'videos/{self.camera}/', ('chunk_index', 'file_index')
-        names = ['episode_index', 'length', 'tasks', video + 'from_timestamp']
-        names += [place + k for place in ('data/', video) for k in file]
+        needed = ['episode_index', 'length', *(f'data/{k}' for k in place)]
+        needed += [f'videos/{v}/{k}' for v in videos for k in (*place, 'from_timestamp')]
         for path in sorted(glob.glob(glob.escape(self._file('meta/episodes')) + '/*/*.parquet')):
-            with _reading(path):  # a KeyError names the column that is not there
-                for r in _table(path, names).to_pylist():
-                    e = dict(index=r['episode_index'], length=r['length'], tasks=r.get('tasks') or [])
-                    e['data'] = {k: r['data/' + k] for k in file}
-                    if self.is_video:  # to_timestamp is off by a frame in some datasets: only the beginning is used
-                        e['video'] = {k: r[video + k] for k in file}
-                        e['base'] = round((r[video + 'from_timestamp'] or 0) * self.fps)
-                    yield e
+            with _reading(path):
+                rows = _table(path, ['tasks', *needed], needed).to_pylist()
+            for r in rows:      # to_timestamp is off by a frame in some datasets: only the beginning is used
+                yield dict(index=r['episode_index'], full=r['length'], have=r['length'], tasks=r.get('tasks') or [],
+                           data={k: r[f'data/{k}'] for k in place},
+                           video={v: {k: r[f'videos/{v}/{k}'] for k in place} for v in videos},
+                           base={v: round((r[f'videos/{v}/from_timestamp'] or 0) * self.native) for v in videos})
+
+    def _check(self):
+        """Compare the lengths in metadata, rows and videos: name what differs, once; keep what all of them have."""
+        users = {}
+        for e in self.episodes:
+            try:
+                for path, camera in self._paths(e).items():
+                    users.setdefault((path, camera), []).append(e)
+            except Bad as error:
+                e |= dict(have=0, why=str(error))
+        for (path, camera), es in users.items():
+            want = max(e['base'][camera] + e['full'] for e in es) if camera else sum(e['full'] for e in es)
+            try:
+                with _reading(path):
+                    n = _count_frames(path) if camera else pq.read_metadata(path).num_rows
+                if n != want:
+                    _note(f'{path}: has {n} {"frames" if camera else "rows"}, the metadata say {want}')
+                    for e in es:
+                        begin, count = (e['base'][camera], e['full']) if camera else self._span(path, e)
+                        if min(count, n - begin) < e['have']:
+                            e |= dict(have=max(0, min(count, n - begin)), why=f'{path}: lacks episode {e["index"]}')
+            except Bad as error:
+                for e in es:
+                    e |= dict(have=0, why=str(error))
+        self.dropped = [e['why'] for e in self.episodes if not e['have']]
+        for line in dict.fromkeys(self.dropped):
+            _note(line)
+        self.episodes = [e for e in self.episodes if e['have']]
 
     def _read_tasks(self):  # in v3.0 the text is pandas' index: its column may have any name
         rows = self._load('meta/tasks.parquet' if self.v3 else 'meta/tasks.jsonl')
@@ -445,61 +645,104 @@ class LeRobot:
             stats = stats or {k: _pool([p[k] for p in parts]) for k in self.action_keys}
             out = {s: np.concatenate([np.asarray(stats[k][s], np.float32).reshape(width)
                                       for k, width in zip(self.action_keys, self.widths)]) for s in STATS}
-            if np.isfinite([*out.values()]).all():
-                return out
+            if self.action_mode == 'absolute' and np.isfinite([*out.values()]).all():
+                return {s: np.tile(v, self.action_dim // len(v)) for s, v in out.items()}
         except (KeyError, ValueError, TypeError):
             pass  # missing, incomplete or of another shape: measured, without the rows that are not finite
-        finite = (a[np.isfinite(a).all(1)] for a in map(self.rows, range(len(self.episodes))))
-        parts = [_describe(a) for a in finite if len(a)]
+        parts = []
+        for i in range(0, len(self.episodes), -(-len(self.episodes) // 16) if self.repo else 1):
+            with contextlib.suppress(Bad):  # is counted where it is drawn
+                a = self.rows(i)
+                parts += [_describe(a[ok]) for ok in [np.isfinite(a).all(1)] if ok.any()]
         if not parts:
             sys.exit(f'{self.root}: no finite row in {", ".join(self.action_keys)}')
         return {k: v.astype(np.float32) for k, v in _pool(parts).items() if k in STATS}
 
-    def _span(self, episode):
-        """(file, first row, last row + 1) of an episode in its data file."""
-        e = self.episodes[episode]
-        path = self._place(e, 'data')
+    def _span(self, path, e):
+        """(first row, number of rows) of an episode in its data file."""
         # dataset_from_index is scrambled in some converted datasets; the column in the file itself is not
-        index = _columns(path, ('episode_index',)).get('episode_index') if self.v3 else None
+        index = self._read(path, lambda: _columns(path, ('episode_index',))).get('episode_index') if self.v3 else None
         if index is None:
-            first = sum(o['length'] for o in self.episodes[:episode] if o['data'] == e['data']) if self.v3 else 0
-            return path, first, first + e['length']
+            before = [o for o in self.episodes if o['data'] == e['data'] and o['index'] < e['index']] if self.v3 else []
+            return sum(o['full'] for o in before), e['full']
         rows = np.flatnonzero(index[:, 0] == e['index'])
-        if len(rows) != e['length'] or rows[-1] - rows[0] != len(rows) - 1:
-            raise ValueError(f'{path}: episode {e["index"]} has {len(rows)} rows here, expected {e["length"]}')
-        return path, rows[0], rows[-1] + 1
+        if len(rows) == 0 or rows[-1] - rows[0] != len(rows) - 1:
+            return 0, 0         # none, or scattered
+        return int(rows[0]), len(rows)
+
+    def _at(self, j):
+        """Frame numbers of the file for frames j."""
+        return (2 * np.asarray(j) * self.step.numerator + self.step.denominator) // (2 * self.step.denominator)
 
     def rows(self, episode):
-        """float32 (length, action_dim): the raw actions of an episode; NaN where the file has none."""
-        if not self.action_dim:
-            return np.zeros((self.episodes[episode]['length'], 0), np.float32)
-        path, begin, end = self._span(episode)
-        columns = _columns(path, tuple(self.action_keys))
-        for key, width in zip(self.action_keys, self.widths):
-            got = columns[key].shape if key in columns else None
-            if got is None or got[1] != width or got[0] < end or not self.v3 and got[0] != end:
-                raise ValueError(f'{path}: {key} has shape {got}, expected width {width} and {end} rows')
-        return np.concatenate([columns[k][begin:end] for k in self.action_keys], 1)
+        """float32 (length, action_dim): raw actions; row j is what is done between frames j and j + 1, NaN if unknown.
 
-    def frames(self, episode, indices, size=0):
-        """uint8 (n, 3, H, W) of the chosen camera at frame numbers of an episode."""
-        e = self.episodes[episode]
+        'absolute': the columns as they are; at a lower rate all rows from one frame to the next, one after the other.
+        'delta' and 'delta_tool': columns that hold a pose (x y z and a rotation first, see pose_deltas) become its motion
+        since the frame before, in the frame of the base or of the tool; what comes after the pose, and other columns,
+        stay. A column of `observation.*` is a state, reached at the next frame; any other is a target, given at this one.
+        """
+        e, n = self.episodes[episode], self.episodes[episode]['length']
+        if not self.action_dim:
+            return np.zeros((n, 0), np.float32)
+        path = self._place(e)
+        keys = (*self.action_keys, 'timestamp', 'frame_index')
+        columns, (begin, count) = self._read(path, lambda: _columns(path, keys)), self._span(path, e)
+        raw = {k: v[begin:begin + min(e['have'], count)] for k, v in columns.items()}
+        for key, width in zip(self.action_keys, self.widths):
+            if key not in raw or raw[key].shape != (e['have'], width):
+                raise Bad(f'{path}: {key} has shape {raw[key].shape if key in raw else None} in episode {e["index"]}, '
+                          f'expected {e["have"], width}')
+        bad = sum(~np.isfinite(raw[k]).all(1) for k in self.action_keys).astype(bool).sum()
+        if bad:
+            _note(f'{path}: {bad} rows of {", ".join(self.action_keys)} in episode {e["index"]} are not finite: masked')
+        if raw.keys() >= {'timestamp', 'frame_index'}:
+            off = np.abs(raw['timestamp'] - raw['frame_index'] / self.native).max()
+            if not off <= 0.5 / self.native:
+                _note(f'{path}: timestamps of episode {e["index"]} are up to {off:.3g} s off the grid of {self.native} '
+                      'frames per second: frames are taken by their number')
+        at, out = self._at(np.arange(n + 1)), []
+        if self.action_mode == 'absolute':
+            per = math.ceil(self.step)
+            i = at[:-1, None] + np.arange(per) * np.diff(at)[:, None] // per               # (length, rows in a frame)
+            a = np.concatenate([raw[k] for k in self.action_keys], 1)
+            return a[np.minimum(i, len(a) - 1)].reshape(n, -1)
+        k = 3 + ROTATIONS[self.rotation]
+        for key in self.action_keys:
+            x = np.concatenate([raw[key], np.full_like(raw[key][:1], np.nan)])
+            i = at - (not key.startswith('observation'))
+            x = x[np.where((i < 0) | (i >= e['have']), -1, i)]                             # (length + 1, width)
+            if x.shape[1] >= k:
+                out.append(pose_deltas(x[:-1, :k], x[1:, :k], self.rotation, self.action_mode == 'delta_tool'))
+            out.append(x[1:, k if x.shape[1] >= k else 0:])
+        return np.concatenate(out, 1).astype(np.float32)
+
+    def frames(self, episode, indices, size=0, camera=''):
+        """uint8 (n, 3, H, W) of a camera, the first chosen if none is named, at frame numbers of an episode."""
+        e, camera = self.episodes[episode], camera or self.camera
         if len(indices) == 0 or min(indices) < 0 or max(indices) >= e['length']:
             raise ValueError(f'{self.root}: episode {e["index"]} has {e["length"]} frames, not {[*map(int, indices)]}')
-        if self.is_video:
-            return read_frames(self._place(e, 'video'), [e['base'] + int(i) for i in indices], self.fps, size)
-        path, begin, _ = self._span(episode)
-        out = []
+        at, path = self._at(indices), self._place(e, camera if camera in e['video'] else '')
+        if camera in e['video']:
+            return self._read(path, lambda: read_frames(path, e['base'][camera] + at, self.native, size))
+        return self._read(path, lambda: self._images(path, e, at, size, camera))
+
+    def _images(self, path, e, at, size, camera):
         with _reading(path):
-            meta = pq.ParquetFile(path, memory_map=True).metadata
+            meta, out = pq.read_metadata(path), []
             ends = np.cumsum([meta.row_group(g).num_rows for g in range(meta.num_row_groups)])
-            for row in begin + np.asarray(indices):
+            for row in self._span(path, e)[0] + at:
                 group = int(np.searchsorted(ends, row, 'right'))
-                cell = _row_group(path, group, self.camera)[int(row - ends[group])].as_py()  # counted from the end
+                cell = _row_group(path, group, camera)[int(row - ends[group])].as_py() or {}  # counted from the end
+                if not cell.get('bytes') and not cell.get('path'):
+                    raise Bad(f'{camera} is empty in row {row}')
+                if not cell['bytes']:
+                    with open(self._file('{name}', name=cell['path']), 'rb') as f:
+                        cell['bytes'] = f.read()
                 out.append(_picture(cell['bytes'], size))
             return torch.from_numpy(np.stack(out)).permute(0, 3, 1, 2)
 
-    def clip(self, episode, start, T, frameskip, size=0, pixels=True):
+    def clip(self, episode, start, T, frameskip, size=0, pixels=True, camera=''):
         """dict(x, a, a_mask, z_mask, task): T model steps of `frameskip` dataset frames each.
 
         x (T, 3, H, W) uint8 is frame f(t) = start + t frameskip of the episode. Row i of the dataset's actions is what
@@ -517,94 +760,333 @@ class LeRobot:
         a[1:real] = rows[start:f[real - 1]].reshape(real - 1, a.shape[1])
         a_mask[1:real] = np.isfinite(a[1:real]).all(1) & (self.action_dim > 0)
         a[~a_mask] = 0
-        x = dict(x=self.frames(episode, np.where(z_mask, f, f[z_mask][-1]), size)) if pixels else {}
+        x = dict(x=self.frames(episode, np.where(z_mask, f, f[z_mask][-1]), size, camera)) if pixels else {}
         return x | dict(a=torch.from_numpy(a), a_mask=torch.from_numpy(a_mask), z_mask=torch.from_numpy(z_mask),
                         task=e['tasks'][0] if e['tasks'] else '')
 
+    def fingerprint(self, camera):
+        """What must be equal for latents of a camera to be of the same frames: the hub's revision, or files and times."""
+        if self.repo:
+            return self.revision
+        text = [repr((e['index'], e['base'], e['length'])) for e in self.episodes]
+        for path in dict.fromkeys(self._place(e, camera if camera in e['video'] else '') for e in self.episodes):
+            text.append(repr((os.path.relpath(path, self.root), os.path.getsize(path), os.stat(path).st_mtime_ns)))
+        return hashlib.sha256('\n'.join(text).encode()).hexdigest()
 
-def write_lerobot(root, episodes, fps, names={}, robot_type='', crf=18, gop=2):
+
+def weighted(text):
+    """'a:2,b' -> [('a', 2.0), ('b', 0.0)]: the names of a comma-separated list and their weights, 0 if not given."""
+    parts = [p.strip().rpartition(':') for p in text.split(',') if p.strip()]
+    return [(a, float(w)) if a and re.fullmatch(r'\d*\.?\d+', w) else (a + c + w, 0.0) for a, c, w in parts]
+
+
+def open_sets(text, *options):
+    """The datasets of a comma-separated list ('folder:2,owner/name:1': with weights), opened with LeRobot's options."""
+    sets = []
+    for name, weight in weighted(text):
+        sets.append(LeRobot(name, *options))
+        sets[-1].weight = weight
+    if len({ds.weight > 0 for ds in sets}) > 1:
+        sys.exit(f'{text}: wants a weight for every dataset, or for none')
+    return sets
+
+
+ROTATIONS = {'euler': 3, 'rotvec': 3, 'quat_xyzw': 4, 'quat_wxyz': 4, 'rot6d': 6, 'rot6d_rows': 6}  # a pose's columns after x y z
+_norm = functools.partial(np.linalg.norm, axis=1, keepdims=True)
+
+
+def _matrices(r, rotation):
+    """(n, 3, 3): the rotation matrices of r (n, k), which one of ROTATIONS describes; NaN where r is no rotation."""
+    if rotation == 'euler':  # about the fixed axes x, then y, then z
+        x, y, z = (_matrices(r[:, i:i + 1] * np.eye(3)[i], 'rotvec') for i in range(3))
+        return z @ y @ x
+    if rotation[:5] == 'rot6d':  # R's first two columns, in UMI and GR00T its rows, made orthonormal: arXiv:1812.07035
+        x, z = (v / _norm(v) for v in (r[:, :3], np.cross(r[:, :3], r[:, 3:])))
+        return np.stack([x, np.cross(z, x), z], axis=1 if rotation == 'rot6d_rows' else 2)
+    if rotation == 'rotvec':  # to w x y z; np.sinc(x) = sin(pi x) / (pi x)
+        r = np.hstack([np.cos(_norm(r) / 2), np.sinc(_norm(r) / 2 / np.pi) / 2 * r])
+    w, v = np.split(np.roll(r, rotation == 'quat_xyzw', axis=1)[:, None], [1], axis=2)
+    K = np.cross(np.eye(3), v)  # K u = v x u
+    return np.eye(3) + 2 * (w * K + K @ K) / (w * w + (v * v).sum(2, keepdims=True))
+
+
+@np.errstate(all='ignore')  # what is no pose becomes NaN
+def pose_deltas(before, after, rotation, tool):
+    """(n, 6) float64: motions from pose to pose, 3 of translation and 3 of rotation vector (radians, at most pi long).
+
+    before, after (n, 3 + k): x y z, then k of ROTATIONS. euler is R = Rz(yaw) Ry(pitch) Rx(roll), as DROID has it.
+    In the base frame p1 - p0 and log(R1 R0^T); in the tool's before the motion R0^T times both. A NaN fills its row.
+    """
+    (p0, R0), (p1, R1) = ((p[:, :3], _matrices(p[:, 3:], rotation)) for p in map(np.float64, (before, after)))
+    R, T = R1 @ R0.swapaxes(1, 2), R0 @ R1.swapaxes(1, 2)
+    # 4 q q^T of the quaternion q = w x y z; the row with the greatest diagonal keeps its digits at any angle
+    t, u = np.trace(R, axis1=1, axis2=2)[:, None, None], (R - T)[:, None, [2, 0, 1], [1, 2, 0]]
+    Q = np.block([[1 + t, u], [u.swapaxes(1, 2), R + T + (1 - t) * np.eye(3)]])
+    q = Q[np.arange(len(Q)), Q.diagonal(axis1=1, axis2=2).argmax(1)]
+    w, v = np.split(q / _norm(q), [1], axis=1)
+    half = np.arctan2(_norm(v), np.abs(w))  # of the angle; |v| is its sine
+    out = np.stack([p1 - p0, 2 * v / np.copysign(np.sinc(half / np.pi), w)], axis=1) @ (R0 if tool else np.eye(3))
+    return (out + 0 * out.sum((1, 2), keepdims=True)).reshape(-1, 6)
+
+
+def write_lerobot(root, episodes, fps, names={}, robot_type='', crf=18, gop=2, file_mb=200):
     """Write a LeRobot v3.0 dataset.
 
-    episodes: dicts of the same keys, read one by one: 'observation.images.<name>' uint8 (L, H, W, 3), 'task', a string,
-    and perhaps 'action' and 'observation.state' float32 (L, width), whose dimensions names may name: {'action': [...]}.
-    A camera's video has a key frame every `gop` frames: random clips cost little. Written as root.tmp, then renamed.
+    episodes: dicts of the same keys, read one by one: 'observation.images.<name>', uint8 (L, H, W, 3) or any iterator
+    of (H, W, 3); 'task', a string; perhaps 'action' and 'observation.state', float32 (L, width), whose dimensions names
+    may name: {'action': [...]}. Frames are drawn one at a time, from all cameras in step, and vectors are read after
+    them: lists that grow meanwhile will do. A video has a key frame every `gop` frames: random clips cost little; when
+    one has reached file_mb MB, the next episode begins new files. Written as root.tmp, then renamed.
     """
     root, tmp = str(root).rstrip('/'), str(root).rstrip('/') + '.tmp'
     if os.path.exists(root):
         sys.exit(f'{root}: exists already, will not write over it')
     shutil.rmtree(tmp, ignore_errors=True)  # left by a run that was interrupted
-    episodes = iter(episodes)
-    first = next(episodes, None)
-    if first is None:
+    keys, shapes, tasks, rows, parts, number, total = None, {}, {}, [], [], -1, 0
+
+    def finish():
+        writer.close()
+        for video in videos.values():
+            video.mux(video.streams.video[0].encode(None))
+            video.close()
+
+    for i, e in enumerate(episodes):
+        cameras = [k for k in e if k.startswith('observation.images.')]
+        vectors, keys = [k for k in ('observation.state', 'action') if k in e], keys or set(e)
+        if set(e) != keys or not cameras:
+            raise ValueError(f'{root}: episode {i} has {", ".join(e)}: wants a camera, and the keys of the first')
+        if i == 0 or max(size.values()) >= file_mb * 2 ** 20:
+            if i > 0:
+                finish()
+            number, begin, size, writer = number + 1, total, dict.fromkeys(cameras, 0), None
+            at = dict(chunk_index=number // 1000, file_index=number % 1000)
+            file = 'chunk-{chunk_index:03d}/file-{file_index:03d}'.format(**at)
+            for folder in ('data', *(f'videos/{k}' for k in cameras)):
+                os.makedirs(os.path.dirname(f'{tmp}/{folder}/{file}'), exist_ok=True)
+            videos = {k: av.open(f'{tmp}/videos/{k}/{file}.mp4', 'w', **MP4) for k in cameras}
+        L, every, kept = 0, 1, []  # kept for statistics: up to 100 frames of about 128 pixels' side
+        for frames in itertools.zip_longest(*(e[k] for k in cameras)):
+            frames = dict(zip(cameras, map(np.asarray, frames)))
+            for k, x in frames.items():
+                if x.dtype != np.uint8 or x.shape != shapes.setdefault(k, (*x.shape[:2], 3)):
+                    raise ValueError(f'{root}: episode {i}, frame {L}: {k} is {x.dtype} {x.shape}, not {shapes[k]}')
+                size[k] += _encode(videos[k], x, total - begin + L, fps, crf=str(crf), g=str(gop))
+            if L % every == 0:
+                kept.append({k: x[::-(-len(x) // 128), ::-(-x.shape[1] // 128)].copy() for k, x in frames.items()})
+            if len(kept) == 100:
+                kept, every = kept[::2], 2 * every
+            L += 1
+        columns = {k: np.asarray(e[k], np.float32) for k in vectors}
+        if L == 0 or any(v.ndim != 2 or v.shape != (L, *shapes.setdefault(k, v.shape[1:])) for k, v in columns.items()):
+            raise ValueError(f'{root}: episode {i} wants frames, {L} now, and as many rows of {", ".join(vectors)}')
+        task, frame = tasks.setdefault(e['task'], len(tasks)), np.arange(L)
+        scalars = dict(timestamp=(frame / fps).astype(np.float32), frame_index=frame, episode_index=np.full(L, i),
+                       index=total + frame, task_index=np.full(L, task))
+        # lerobot wants vectors of width 1 as plain numbers
+        table = pa.table({k: pa.FixedSizeListArray.from_arrays(v.ravel(), v.shape[1]) if v.shape[1] > 1 else v.ravel()
+                          for k, v in columns.items()} | scalars)
+        writer = writer or pq.ParquetWriter(f'{tmp}/data/{file}.parquet', table.schema)
+        writer.write_table(table)  # one table, one row group
+        pictures = {k: np.stack([x[k] for x in kept]).reshape(-1, 3, 1, 1) / 255 for k in cameras}
+        parts.append({k: _describe(v if v.ndim > 1 else v[:, None]) | dict(count=np.array([L]))
+                      for k, v in (columns | pictures | scalars).items()})
+        span = dict(from_timestamp=(total - begin) / fps, to_timestamp=(total - begin + L) / fps)
+        rows.append({'episode_index': i, 'tasks': [e['task']], 'length': L, **{f'data/{n}': v for n, v in at.items()},
+                     'dataset_from_index': total, 'dataset_to_index': total + L,
+                     **{f'videos/{k}/{n}': v for k in cameras for n, v in (at | span).items()},
+                     **{f'stats/{k}/{n}': v.tolist() for k, stats in parts[-1].items() for n, v in stats.items()},
+                     'meta/episodes/chunk_index': 0, 'meta/episodes/file_index': 0})
+        total += L
+    if not rows:
         raise ValueError(f'{root}: no episodes to write')
-    cameras = [k for k in first if k.startswith('observation.images.')]
-    vectors = {k: np.asarray(first[k]).shape[1] for k in ('observation.state', 'action') if k in first}
-    scalars = dict(timestamp='float32', frame_index='int64', episode_index='int64', index='int64', task_index='int64')
-    schema = pa.schema([(k, pa.list_(pa.float32(), d)) for k, d in vectors.items()] +
-                       [(k, pa.type_for_alias(t)) for k, t in scalars.items()])
-    for folder in ('data', 'meta/episodes', *(f'videos/{k}' for k in cameras)):
-        os.makedirs(f'{tmp}/{folder}/chunk-000')
-    tasks, rows, parts, total = {}, [], [], 0
-    videos = {k: av.open(f'{tmp}/videos/{k}/chunk-000/file-000.mp4', 'w', **MP4) for k in cameras}
-    with pq.ParquetWriter(f'{tmp}/data/chunk-000/file-000.parquet', schema) as writer:
-        for i, e in enumerate(itertools.chain([first], episodes)):
-            L = len(e[cameras[0]])
-            if set(e) != set(first) or L == 0 or any(len(e[k]) != L for k in [*cameras, *vectors]):
-                raise ValueError(f'{root}: episode {i} wants {", ".join(first)}, of one length')
-            task, frame = tasks.setdefault(e['task'], len(tasks)), np.arange(L)
-            columns = {k: np.asarray(e[k], np.float32).reshape(L, d) for k, d in vectors.items()}
-            columns |= dict(timestamp=(frame / fps).astype(np.float32), frame_index=frame, episode_index=np.full(L, i),
-                            index=total + frame, task_index=np.full(L, task))
-            writer.write_table(pa.table({k: list(v) for k, v in columns.items()}, schema))  # one table, one row group
-            r = {'episode_index': i, 'tasks': [e['task']], 'length': L, 'data/chunk_index': 0, 'data/file_index': 0,
-                 'dataset_from_index': total, 'dataset_to_index': total + L}
-            stats = {k: _describe(v.reshape(L, -1)) for k, v in columns.items()}
-            for k in cameras:
-                r |= {f'videos/{k}/chunk_index': 0, f'videos/{k}/file_index': 0,
-                      f'videos/{k}/from_timestamp': total / fps, f'videos/{k}/to_timestamp': (total + L) / fps}
-                x = np.asarray(e[k])
-                _encode(videos[k], x, fps, total, crf=str(crf), g=str(gop))
-                # at most 100 frames of about 128 pixels' side: statistics for other readers need no more
-                x = x[::-(-L // 100), ::-(-x.shape[1] // 128), ::-(-x.shape[2] // 128)]
-                stats[k] = _describe(x.reshape(-1, 3, 1, 1) / 255) | dict(count=np.array([L]))
-            r |= {f'stats/{k}/{s}': v.tolist() for k in (*vectors, *cameras, *scalars) for s, v in stats[k].items()}
-            rows.append(r | {'meta/episodes/chunk_index': 0, 'meta/episodes/file_index': 0})
-            parts.append(stats)
-            total += L
-    for video in videos.values():
-        video.mux(video.streams.video[0].encode(None))
-        video.close()
+    finish()
 
     features = {k: dict(dtype='float32', shape=[d], names=list(names.get(k) or [f'{k}_{j}' for j in range(d)]))
-                for k, d in vectors.items()}
+                for k in vectors for d in shapes[k]}
     for k in cameras:
-        H, W = (side + side % 2 for side in np.asarray(first[k]).shape[1:3])
+        H, W = (side + side % 2 for side in shapes[k][:2])
         video = dict(height=H, width=W, codec='h264', pix_fmt='yuv420p', fps=fps, channels=3, g=gop, crf=crf)
         video |= dict(preset=None, fast_decode=0, video_backend='pyav', extra_options={'bf': '0'})
         features[k] = dict(dtype='video', shape=[H, W, 3], names=['height', 'width', 'channels'],
                            info={f'video.{n}': v for n, v in video.items()} | dict(has_audio=False, is_depth_map=False))
-    features |= {k: dict(dtype=t, shape=[1], names=None) for k, t in scalars.items()}
+    features |= {k: dict(dtype=str(v.dtype), shape=[1], names=None) for k, v in scalars.items()}
     info = dict(codebase_version='v3.0', fps=fps, features=features, total_episodes=len(rows), total_frames=total,
-                total_tasks=len(tasks), chunks_size=1000, data_files_size_in_mb=100, video_files_size_in_mb=200,
+                total_tasks=len(tasks), chunks_size=1000, data_files_size_in_mb=100,
+                video_files_size_in_mb=max(1, int(file_mb)), robot_type=robot_type or None,
                 data_path='data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet',
                 video_path='videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4',
-                robot_type=robot_type or None, splits={'train': f'0:{len(rows)}'})
+                splits={'train': f'0:{len(rows)}'})
     pooled = {k: {s: v.tolist() for s, v in _pool([stats[k] for stats in parts]).items()} for k in features}
+    os.makedirs(f'{tmp}/meta/episodes/chunk-000')
     for name, value in ('info', info), ('stats', pooled):
         with open(f'{tmp}/meta/{name}.json', 'w') as f:
             json.dump(value, f, indent=4)
     pq.write_table(pa.Table.from_pylist(rows), f'{tmp}/meta/episodes/chunk-000/file-000.parquet')
     # pandas.read_parquet must find the text as the index: that is where lerobot looks for it
-    kinds = [dict(name='task_index', field_name='task_index', pandas_type='int64', numpy_type='int64', metadata=None),
-             dict(name='task', field_name='task', pandas_type='unicode', numpy_type='object', metadata=None)]
-    pandas = dict(index_columns=['task'], column_indexes=[], columns=kinds, pandas_version='2.0.0')
-    table = pa.table({'task_index': pa.array(tasks.values(), pa.int64()), 'task': pa.array(tasks, pa.large_string())})
-    pq.write_table(table.replace_schema_metadata({'pandas': json.dumps(pandas)}), f'{tmp}/meta/tasks.parquet')
+    index = dict(name='task', field_name='task', pandas_type='unicode', numpy_type='object', metadata=None)
+    pandas = json.dumps(dict(index_columns=['task'], column_indexes=[], columns=[index]))
+    table = pa.table({'task_index': [*tasks.values()], 'task': pa.array(tasks, pa.large_string())})
+    pq.write_table(table.replace_schema_metadata({'pandas': pandas}), f'{tmp}/meta/tasks.parquet')
     os.replace(tmp, root)
+
+
+def _counted(n, what):
+    """0 .. n - 1, with tqdm's bar on a terminal and about ten lines elsewhere."""
+    for i in tqdm(range(n), what, unit='episode', disable=not sys.stderr.isatty()):
+        yield i
+        if not sys.stderr.isatty() and (i + 1) * 10 // n > i * 10 // n:
+            print(f'{what}: {i + 1} of {n} episodes', flush=True)
+
+
+def make_env(name, flag):
+    """The gymnasium environment that --flag=name asks for; 'module/Name-v0' and 'module:Name-v0' import the module."""
+    module = re.split('[/:]', name)[0] if '/' in name or ':' in name else 'gymnasium'
+    try:
+        importlib.import_module(module)
+        import gymnasium
+    except ModuleNotFoundError:
+        sys.exit(f'--{flag}={name} needs: pip install {module.replace("_", "-")}')
+    try:
+        env = gymnasium.make(name, render_mode='rgb_array')
+        env.reset()
+        env.render()  # where a package for drawing is missing, it is noticed only here
+        return env
+    except gymnasium.error.Error as error:
+        sys.exit(f'--{flag}={name}: {" ".join(str(error).split())}')
+
+
+def record(env, episodes, steps, policy, seed, fps=0):
+    """(episodes, fps) for write_lerobot from a gymnasium environment, which runs while they are written.
+
+    Row i's action is what was done after frame i. Actions are flattened, discrete ones to one-hot vectors, as numbers
+    would have an order. The state is the observation, or its 'agent_pos', 'state', 'observation' or first other part,
+    that is a vector of floats. policy: 'random' (uniform in the bounds, normal where there are none), 'noise' (uniform
+    too, but with a memory of 10 steps) or 'file.py:name', a function name(observation, frame, step, rng) -> action.
+    steps: an episode's most, 0 = no limit. fps: 0 = the environment's. Ctrl-C keeps what has been recorded.
+    """
+    name, env, keep, z = env, make_env(env, 'record'), math.exp(-1 / 10), None
+    from gymnasium import spaces
+    space, seen, stop = env.action_space, env.observation_space, []
+    seen = dict(seen.items()) if isinstance(seen, spaces.Dict) else {'': seen}
+    state = next((k for k in ('agent_pos', 'state', 'observation', *seen) if isinstance(seen.get(k), spaces.Box)
+                  and len(seen[k].shape) == 1 and seen[k].dtype.kind == 'f'), None)
+    fps = fps or env.metadata.get('render_fps') or sys.exit(f'--fps: {name} does not say its frames per second')
+
+    def noise(observation, frame, step, rng):
+        nonlocal z
+        if not isinstance(space, spaces.Box):
+            z = z if step and rng.random() < keep else space.sample()
+            return z
+        new = rng.standard_normal(space.shape)
+        z = keep * z + math.sqrt(1 - keep ** 2) * new if step else new  # AR(1) of variance 1
+        low, high = np.nan_to_num(space.low, neginf=-2), np.nan_to_num(space.high, posinf=2)
+        return (low + (high - low) * torch.special.ndtr(torch.as_tensor(z)).numpy()).astype(space.dtype)
+
+    choose = dict(random=lambda *_: space.sample(), noise=noise).get(policy)
+    if not choose:
+        file, _, function = policy.rpartition(':')
+        if not os.path.isfile(file):
+            sys.exit(f'--policy={policy}: wants random, noise or file.py:name; there is no file {file or policy}')
+        choose = runpy.run_path(file).get(function) or sys.exit(f'--policy={policy}: {file} has no {function}')
+
+    def frames(i, actions, states):
+        rng = np.random.default_rng((seed, i))
+        observation, _ = env.reset(seed=int(rng.integers(2 ** 31)))
+        space.seed(int(rng.integers(2 ** 31)))
+        for step in range(steps or sys.maxsize):
+            frame = env.render()
+            action = choose(observation, frame, step, rng)
+            actions.append(np.array(spaces.flatten(space, action), np.float32))
+            if state is not None:
+                states.append(np.array(observation[state] if state else observation, np.float32))
+            yield frame
+            observation, _, terminated, truncated, _ = env.step(action)
+            if terminated or truncated or stop:
+                return
+
+    def run():
+        before = signal.signal(signal.SIGINT, lambda *_: stop.append(signal.signal(signal.SIGINT, before)))
+        try:  # the first Ctrl-C ends the recording, a second one the program
+            for i in _counted(episodes, 'recording'):
+                actions, states = [], []
+                e = {'observation.images.render': frames(i, actions, states), 'action': actions, 'task': name}
+                yield e | ({} if state is None else {'observation.state': states})
+                if stop:
+                    print(f'Ctrl-C: {i + 1} of {episodes} episodes are kept, the last one as far as it got', flush=True)
+                    return
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    return run(), fps
+
+
+def _shown(path):
+    """Yield (frame, frames per second) of a video in order of display, then (None, ..). ValueError: there is none."""
+    frame = None
+    try:
+        with _reading(path), av.open(path) as container:
+            if not container.streams.video or container.format.name == 'tty':
+                raise OSError('no video in it')
+            stream = container.streams.video[0]
+            stream.thread_type, rate = 'AUTO', float(stream.average_rate or stream.guessed_rate or 30)
+            for frame in container.decode(stream):
+                yield frame, rate
+            if frame is None:
+                raise OSError('no frame in it')
+    except ValueError as error:
+        if frame is None:
+            raise
+        print(f'{error}: what comes before that is used', flush=True)
+    yield None, rate
+
+
+def import_videos(pattern, fps=0, size=0):
+    """(episodes, fps) for write_lerobot, without actions, of plain videos, one each; pattern: 'folder/*.mp4'.
+
+    All are brought to one rate, by nearest time, and one size, whatever their aspect; 0 is the first one's. Those of
+    phones are turned upright. What cannot be read is named and left out.
+    """
+    def upright(frame):
+        turns = round(frame.rotation / 90) % 4  # quarters to the left
+        return np.rot90(_rgb(frame, size[::-1] if turns % 2 else size), turns)
+
+    paths, good = sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True))), []
+    size = (size, size) if isinstance(size, int) else size
+    for path in paths:
+        try:
+            frame, rate = next(_shown(path))
+            size = size if any(size) else upright(frame).shape[:2]
+            fps = fps or (round(rate) if rate % 1 == 0 else round(rate, 3))
+            good.append(path)
+        except ValueError as error:
+            print(f'skipped {error}', flush=True)
+    if not good:
+        sys.exit(f'--videos={pattern}: none of {len(paths)} files is a video that can be read')
+    print(f'{len(good)} videos, {len(paths) - len(good)} skipped; {fps} frames/s, {size[0]}x{size[1]}', flush=True)
+
+    def frames(path):
+        last, at, i = None, 0, 0
+        for frame, rate in _shown(path):
+            if last is None:
+                first = t = frame.time or 0
+            else:  # some files have no times, others have them out of order
+                t = frame.time if frame and (frame.time or 0) > at + 1e-6 else at + 1 / rate
+                while first + i / fps < (at + t) / 2 + 1e-6:  # halfway, the earlier one
+                    yield upright(last)
+                    i += 1
+            last, at = frame, t
+
+    return ({'observation.images.video': frames(good[i]), 'task': os.path.splitext(os.path.basename(good[i]))[0]}
+            for i in _counted(len(good), 'importing')), fps
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # batches
+
+SEGMENT = 2048      # windows that stay together while an epoch is put in order: an hour of video is many segments
+BLOCK = 1 << 16     # windows that are shuffled among each other
+AHEAD = 16          # batches whose files are fetched from the hub before their turn
+
 
 def held_out(ds, val_share):
     """Positions of the episodes to train on and to validate on: every k-th is held out, at least one."""
@@ -617,44 +1099,99 @@ def held_out(ds, val_share):
 
 
 class Clips(torch.utils.data.Dataset):
-    """Batches of clips from several datasets; clips[step] is a pure function of (seed, step, rank).
+    """Batches of clips from several datasets; clips[step] is a pure function of (seed, step, rank, world).
 
     labelled and unlabelled: lists of LeRobot (the actions of unlabelled ones are not read). A batch holds
-    x (B, T, 3, H, W) uint8, or z (B, T, N, D) float16 where `tokens` is set ({(dataset, episode): (length, N, D)}),
+    x (B, T, 3, H, W) uint8, or z (B, T, N, D) float16 where `tokens` is set (see cached_latents),
     a (B, T, A) normalised by each dataset's own mean and std, clipped at +-5, padded to the widest, a_mask and z_mask
-    (B, T). Of any 1/labelled_share consecutive clips of a rank exactly one is labelled (0.05: one of 20). Every window
-    of a group's training episodes is as likely as any other; episodes shorter than a clip are padded.
+    (B, T), and `faults`, which count_faults wants to see. Of any 1/labelled_share consecutive clips of a rank exactly
+    one is labelled (0.05: one of 20). Among datasets of a kind clips are shared out by duration or by the weights given,
+    exactly; all ranks together see every window of a dataset once before any of them again. The camera is drawn by
+    weight. Episodes shorter than a clip are padded. A clip that cannot be read is replaced by another of its dataset.
     """
 
-    def __init__(self, labelled, unlabelled, T, frameskip, size, batch_size, labelled_share, val_share, seed=0, rank=0):
+    def __init__(self, labelled, unlabelled, T, frameskip, size, batch_size, labelled_share, val_share, seed=0, rank=0,
+                 world=1):
         self.sets, self.groups = [*labelled, *unlabelled], [len(labelled), len(unlabelled)]
         self.T, self.frameskip, self.size, self.batch_size = T, frameskip, size, batch_size
-        self.seed, self.rank, self.tokens = seed, rank, None
+        self.seed, self.rank, self.world, self.tokens, self.faults = seed, rank, world, None, {}
         share = 1.0 if not unlabelled else labelled_share if labelled else 0.0
         self.share = fractions.Fraction(share).limit_denominator(1000)
         self.A = frameskip * max([ds.action_dim for ds in labelled], default=0)
         self.train, self.val = zip(*(held_out(ds, val_share) for ds in self.sets))
-        windows = [(s, e, max(1, ds.episodes[e]['length'] - (T - 1) * frameskip))
-                   for s, ds in enumerate(self.sets) for e in self.train[s]]
-        self.windows = [np.array([w for w in windows if (w[0] >= len(labelled)) == group]).reshape(-1, 3)
-                        for group in (False, True)]
+        self.units, self.block = [], []         # (episode, first window, windows); their file's number last
+        for s, ds in enumerate(self.sets):
+            files, units = {}, []
+            for e in self.train[s]:
+                file = files.setdefault(str(ds.episodes[e]['data']) if ds.repo else '', len(files))
+                n = self.windows(s, e, T)
+                units += [(e, first, min(SEGMENT, n - first), file) for first in range(0, n, SEGMENT)]
+            self.units.append(np.array(units))
+            # files of the hub are used up before others come: a block holds what fits into half of the disk cache
+            mb = ds.info.get('video_files_size_in_mb', 10) * max(1, len(ds.chosen))
+            n = self.units[s][:, 2].sum() * max(1, ds.cache_gb * 500 // mb) / len(files)
+            self.block.append(max(1, int(min(BLOCK, n) if ds.repo else BLOCK)))
+        self.chain = []         # per kind: (dataset, its share of what the datasets before it have left)
+        for group in (range(len(labelled)), range(len(labelled), len(self.sets))):
+            weight = {s: fractions.Fraction(self.sets[s].weight).limit_denominator(10**6) or
+                      int(self.units[s][:, 2].sum()) / fractions.Fraction(self.sets[s].fps).limit_denominator(1001)
+                      for s in group}
+            self.chain.append([(s, w / sum(list(weight.values())[i:])) for i, (s, w) in enumerate(weight.items())])
 
-    def action_stats(self):
-        """{name: tensor (labelled datasets, A)}: mean, std, low and high of a model step's raw actions; their width."""
-        out = {k: torch.zeros(self.groups[0], self.A) for k in ('mean', 'std', 'low', 'high')}
-        out['width'] = torch.tensor([ds.action_dim * self.frameskip for ds in self.sets[:self.groups[0]]])
-        for s, ds in enumerate(self.sets[:self.groups[0]]):
-            for k, name in (('mean', 'mean'), ('std', 'std'), ('low', 'min'), ('high', 'max')):
-                out[k][s, :ds.action_dim * self.frameskip] = torch.from_numpy(ds.stats[name]).repeat(self.frameskip)
-        return out
+    def windows(self, s, e, T):
+        """How many clips of T steps begin in an episode; one, padded, if it is too short."""
+        return max(1, self.sets[s].episodes[e]['length'] - (T - 1) * self.frameskip)
 
-    def clip(self, s, e, start, T):
+    @functools.lru_cache(maxsize=64)
+    def _epoch(self, s, epoch):
+        """A dataset's units in an epoch's order, file by file, and the number of windows up to the end of each."""
+        rng, units = np.random.default_rng((self.seed, 1, s, epoch)), self.units[s]
+        units = units[np.lexsort((rng.random(len(units)), rng.random(units[-1, 3] + 1)[units[:, 3]]))]
+        return units, np.cumsum(units[:, 2])
+
+    @functools.lru_cache(maxsize=64)
+    def _shuffled(self, s, epoch, block, n):
+        return np.random.default_rng((self.seed, 2, s, epoch, block)).permutation(n)
+
+    def window(self, s, i):
+        """The i-th (episode, start) that is drawn from dataset s, counted over all ranks and epochs."""
+        n, size = int(self.units[s][:, 2].sum()), self.block[s]
+        epoch, i = divmod(i, n)
+        units, ends = self._epoch(s, epoch)
+        block = i // size
+        i = block * size + self._shuffled(s, epoch, block, min(size, n - block * size))[i % size]
+        u = np.searchsorted(ends, i, 'right')
+        return int(units[u, 0]), int(units[u, 1] + units[u, 2] - (ends[u] - i))
+
+    @functools.lru_cache(maxsize=4 * AHEAD)
+    def picks(self, step):
+        """The (dataset, episode, start, camera) of each clip of a batch, without reading any."""
+        rng, out = np.random.default_rng((self.seed, step, self.rank)), []
+        for i in range(step * self.batch_size, (step + 1) * self.batch_size):
+            k = i * self.share.numerator // self.share.denominator      # labelled clips of this rank before this one
+            labelled = (i + 1) * self.share.numerator // self.share.denominator > k
+            i = (k if labelled else i - k) * self.world + self.rank     # now counted over all ranks, within the kind
+            for s, share in self.chain[not labelled]:
+                k = i * share.numerator // share.denominator
+                if (i + 1) * share.numerator // share.denominator > k:
+                    break
+                i -= k
+            weights = np.cumsum([*self.sets[s].chosen.values()])
+            camera = [*self.sets[s].chosen][np.searchsorted(weights, rng.random() * weights[-1], 'right')]
+            out.append((s, *self.window(s, k), camera))
+        # the loss treats the first rows in a way of its own: which clips they are must not depend on their kind
+        return [out[i] for i in rng.permutation(len(out))]
+
+    def clip(self, s, e, start, camera, T):
         """One clip of dataset s, episode e, as it goes into a batch."""
         ds = self.sets[s]
-        c = ds.clip(e, start, T, self.frameskip, self.size, pixels=self.tokens is None)
+        if self.tokens is not None and isinstance(self.tokens[s, e, camera], str):
+            raise Bad(self.tokens[s, e, camera])
+        c = ds.clip(e, start, T, self.frameskip, self.size, self.tokens is None, camera)
         if self.tokens is not None:
-            f = torch.arange(start, start + T * self.frameskip, self.frameskip)
-            c['z'] = self.tokens[s, e][f.clamp(max=start + (int(c['z_mask'].sum()) - 1) * self.frameskip)]
+            z, scale, at = self.tokens[s, e, camera]
+            f = at + start + np.minimum(np.arange(T), int(c['z_mask'].sum()) - 1) * self.frameskip
+            c['z'] = torch.from_numpy(z[f] if scale is None else (z[f] * scale[f]).astype(np.float16))
         a = torch.zeros(T, self.A)
         if s < self.groups[0]:
             mean, std = (torch.from_numpy(ds.stats[k]).repeat(self.frameskip) for k in ('mean', 'std'))
@@ -667,39 +1204,224 @@ class Clips(torch.utils.data.Dataset):
     def __len__(self):
         return sys.maxsize
 
+    def __getitem__(self, step):
+        clips, faults = [], []
+        self._fetch_ahead(step)
+        for i, (s, *where) in enumerate(self.picks(step)):
+            for attempt in range(100):
+                try:
+                    clips.append(self.clip(s, *where, self.T))
+                    break
+                except Bad as error:    # not remembered: whether a clip is replaced must not depend on earlier ones
+                    faults.append([f'{self.sets[s].name}, episode {self.sets[s].episodes[where[0]]["index"]}', str(error)])
+                    rng = np.random.default_rng((self.seed, step, self.rank, i, attempt))
+                    where = *self.window(s, int(rng.integers(self.units[s][:, 2].sum()))), where[2]
+            else:
+                raise Bad(f'{self.sets[s].name}: 100 clips in a row cannot be read, at last {faults[-1][1]}')
+        faults += [['', text] for text in _notes if _notes[text]]       # a worker's, for the main process to print
+        _notes.update(dict.fromkeys(_notes, False))
+        return torch.utils.data.default_collate(clips) | dict(faults=faults)
+
+    def _fetch_ahead(self, step):
+        """Have the files of the next batches of this process brought from the hub in the background."""
+        def bring(ds, path):
+            with contextlib.suppress(Bad):      # the reader will meet it, too
+                ds._fetch(path)
+
+        stride = getattr(torch.utils.data.get_worker_info(), 'num_workers', 1)
+        for later in range(step + stride, step + AHEAD * stride, stride) if any(ds.repo for ds in self.sets) else ():
+            for ds, e, camera in [(self.sets[s], e, camera) for s, e, _, camera in self.picks(later) if self.sets[s].repo]:
+                for path in ds._paths(ds.episodes[e], camera):
+                    busy = [t.name for t in threading.enumerate() if os.path.isabs(t.name)]
+                    if len(busy) < 4 and path not in busy and not os.path.exists(path):
+                        threading.Thread(target=bring, args=(ds, path), name=path, daemon=True).start()
+
+    def count_faults(self, batch, max_bad):
+        """Print, once, what a batch (taken out of it) says is wrong; end the run if too many episodes cannot be read."""
+        for episode, text in batch.pop('faults', ()):
+            if (episode or text) not in self.faults:
+                self.faults[episode or text] = bool(episode)
+                print(f'{episode}: skipped: {text}' if episode else text, file=sys.stderr, flush=True)
+        dropped = sum(len(ds.dropped) for ds in self.sets)
+        bad, every = dropped + sum(self.faults.values()), dropped + sum(len(ds.episodes) for ds in self.sets)
+        if bad > max_bad * every:
+            sys.exit(f'--max_bad={max_bad}: {bad} of {every} episodes cannot be read (they are named above)')
+
+    def _near(self, s, episodes):
+        """(s, episode) of those given; of a hub dataset only what lies in a few files, so that not all must come."""
+        ds, files = self.sets[s], {}
+        for e in episodes:
+            files.setdefault(str(ds.episodes[e]['data']) if ds.repo else '', []).append((s, e))
+        return list(itertools.chain(*list(files.values())[:4]))
+
     def sample(self, n, m):
-        """About n (dataset, episode, frame numbers) with m frames each, spread over all training episodes."""
-        every = [(s, e) for s, es in enumerate(self.train) for e in es]
+        """uint8 (about n m, 3, H, W): m frames of each of n training episodes, spread over all of them."""
+        every, out = [pick for s, es in enumerate(self.train) for pick in self._near(s, es)], []
         for i in range(min(n, len(every))):
             s, e = every[int((i + 0.5) * len(every) / min(n, len(every)))]
-            yield s, e, np.linspace(0, self.sets[s].episodes[e]['length'] - 1, m).astype(int)
-
-    def picks(self, step):
-        """The (dataset, episode, start) of each clip of a batch, without reading any."""
-        rng, out = np.random.default_rng((self.seed, step, self.rank)), []
-        for i in range(step * self.batch_size, (step + 1) * self.batch_size):
-            labelled = int((i + 1) * self.share) > int(i * self.share)
-            windows = self.windows[not labelled]
-            ends = np.cumsum(windows[:, 2])
-            at = rng.integers(ends[-1])
-            row = np.searchsorted(ends, at, 'right')
-            out.append((*map(int, windows[row, :2]), int(at - ends[row] + windows[row, 2])))
-        # the loss treats the first rows in a way of its own: which clips they are must not depend on their kind
-        return [out[i] for i in rng.permutation(len(out))]
-
-    def __getitem__(self, step):
-        return torch.utils.data.default_collate([self.clip(*pick, self.T) for pick in self.picks(step)])
+            at = np.linspace(0, self.sets[s].episodes[e]['length'] - 1, m).astype(int)
+            with contextlib.suppress(Bad):      # is counted where it is drawn
+                out.append(self.sets[s].frames(e, at, self.size, [*self.sets[s].chosen][i % len(self.sets[s].chosen)]))
+        if not out:
+            sys.exit(f'{", ".join(ds.name for ds in self.sets)}: no episode can be read')
+        return torch.cat(out)
 
     def held_out(self, T, n):
         """{'labelled' and/or 'unlabelled': a batch of about n clips of T steps, spread over validation episodes}."""
         out = {}
         for name, begin, end in (('labelled', 0, self.groups[0]), ('unlabelled', self.groups[0], len(self.sets))):
-            windows = [(s, e, start) for s in range(begin, end) for e in self.val[s]
-                       for start in range(max(1, self.sets[s].episodes[e]['length'] - (T - 1) * self.frameskip))]
-            if windows:
-                picks = [windows[int((i + 0.5) * len(windows) / n)] for i in range(min(n, len(windows)))]
-                out[name] = torch.utils.data.default_collate([self.clip(*pick, T) for pick in picks])
+            every, clips = [pick for s in range(begin, end) for pick in self._near(s, self.val[s])], []
+            ends = np.cumsum([self.windows(s, e, T) for s, e in every]).astype(int)
+            for i in range(min(n, ends[-1]) if len(ends) else 0):
+                at = int((i + 0.5) * ends[-1] / min(n, ends[-1]))
+                u = np.searchsorted(ends, at, 'right')
+                s, e = every[u]
+                with contextlib.suppress(Bad):
+                    clips.append(self.clip(s, e, at - int(ends[u]) + self.windows(s, e, T),
+                                           [*self.sets[s].chosen][i % len(self.sets[s].chosen)], T))
+            if clips:
+                out[name] = torch.utils.data.default_collate(clips)
         return out
+
+    def action_stats(self):
+        """{name: tensor (labelled datasets, A)}: mean, std, low, high of a model step's raw actions; their width and rows."""
+        out = {k: torch.zeros(self.groups[0], self.A) for k in ('mean', 'std', 'low', 'high')}
+        out['width'] = torch.tensor([ds.action_dim * self.frameskip for ds in self.sets[:self.groups[0]]])
+        out['rows'] = torch.tensor([ds.rows_each * self.frameskip for ds in self.sets[:self.groups[0]]])
+        for s, ds in enumerate(self.sets[:self.groups[0]]):
+            for k, name in (('mean', 'mean'), ('std', 'std'), ('low', 'min'), ('high', 'max')):
+                out[k][s, :ds.action_dim * self.frameskip] = torch.from_numpy(ds.stats[name]).repeat(self.frameskip)
+        return out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# cached latents
+
+CHUNK, PART = 64, 1 << 26     # frames that are encoded at once; bytes of a file of latents
+
+
+def _hash_of(encoder):
+    """A hash of all tensors of an encoder: latents of other weights are other latents."""
+    digest = hashlib.sha256()
+    for k, v in sorted(encoder.state_dict().items()):
+        digest.update(k.encode() + v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+class _Chunks(torch.utils.data.Dataset):
+    """Frames (n, 3, H, W) of a dataset's camera by [(episode, first)], or the line that says why they cannot be read."""
+    def __init__(self, ds, camera, size, todo):
+        self.ds, self.camera, self.size, self.todo = ds, camera, size, todo
+
+    def __len__(self):
+        return len(self.todo)
+
+    def __getitem__(self, i):
+        e, first = self.todo[i]
+        try:
+            end = min(first + CHUNK, self.ds.episodes[e]['length'])
+            return self.ds.frames(e, range(first, end), self.size, self.camera)
+        except Bad as error:
+            return str(error)
+
+
+def _encode_part(path, frames, episodes, length, encode, shape, small, bar):
+    """Latents of some episodes -> z, scale, {episode: why there are none}, squared error and variance; in memory, or in
+    files that get their names when they are whole."""
+    n, at, bad, sums = sum(length[e] for e in episodes), 0, {}, np.zeros(2)
+    new = functools.partial(np.lib.format.open_memmap, mode='w+') if path else lambda _, dtype, shape: np.empty(shape, dtype)
+    z = new(f'{path}.npy.{os.getpid()}', dtype=np.int8 if small else np.float16, shape=(n, *shape))
+    scale = new(f'{path}.scale.{os.getpid()}', dtype=np.float16, shape=(n, 1, shape[1])) if small else None
+    for e in episodes:
+        for first in range(0, length[e], CHUNK):
+            x, end = next(frames), at + min(CHUNK, length[e] - first)
+            if isinstance(x, str):
+                bad[str(e)] = x
+            elif small:
+                v = encode(x)
+                scale[at:end] = np.maximum(np.abs(v).max(1, keepdims=True) / 127, 1e-6)
+                z[at:end] = np.rint(v / scale[at:end]).clip(-127, 127)
+                sums += np.square(z[at:end] * scale[at:end] - v).sum(), np.square(v - v.mean((0, 1))).sum()
+            else:
+                z[at:end] = encode(x)
+            at = end
+            bar.update(0 if isinstance(x, str) else len(x))
+    if path:
+        with open(f'{path}.json.{os.getpid()}', 'w') as f:
+            json.dump(bad, f)
+        for array in filter(lambda v: v is not None, (z, scale)):
+            array.flush()
+        for ending, name in (('json', 'json'), ('scale', 'scale.npy'), ('npy', 'npy'))[:]:
+            if ending != 'scale' or small:
+                os.replace(f'{path}.{ending}.{os.getpid()}', f'{path}.{name}')
+    return z, scale, bad, sums
+
+
+@torch.no_grad()
+def cached_latents(sets, encoder, device, autocast, folder='', store='float16', workers=0, rank=0, world=1):
+    """The latents of all frames: {(dataset, episode, camera): (z, scale, at), or the line that says why there are none}.
+
+    Frame j of the episode is z[at + j] (N, D) float16, or z[at + j] * scale[at + j] with int8 z, where scale (1, D) puts
+    the largest |z| of each channel of a frame at 127. Without a folder they stay in memory. Else every dataset and camera
+    has a folder in there, named by a hash of all that latents depend on, with files of some episodes each, memory-mapped:
+    what is there is not made again, the rest is shared out among ranks. Latents of files that have changed are refused.
+    """
+    def encode(x):
+        with autocast:
+            return encoder(x.to(device).float() / 255).float().cpu().numpy()
+
+    size, shape = (encoder.size, encoder.width), (math.prod(encoder.grid), encoder.dim)
+    about = dict(encoder=encoder.name, weights=_hash_of(encoder), layer=encoder.layer, pool=encoder.pool, size=size,
+                 dtype=str(autocast.fast_dtype) if autocast._enabled else 'float32', store=store)
+    out = {}
+    for s, ds, camera in [(s, ds, k) for s, ds in enumerate(sets) for k in ds.chosen]:
+        length, own = [e['length'] for e in ds.episodes], ''
+        if folder:
+            key = about | dict(source=ds.repo or ds.root, camera=camera, fps=float(ds.fps))
+            sha = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+            own = os.path.join(folder, f'{os.path.basename(ds.repo or ds.root)}-{camera.rpartition(".")[2]}-{sha}')
+            key = json.dumps(key | dict(frames=ds.fingerprint(camera)), indent=1)
+            os.makedirs(own, exist_ok=True)
+            if os.path.isfile(f'{own}/key.json'):
+                with open(f'{own}/key.json') as f:
+                    if f.read() != key:
+                        sys.exit(f'{own}: holds latents of {ds.name} as it was; its files have changed since. Remove that '
+                                 'folder to encode them again')
+            with open(f'{own}/key.json.{os.getpid()}', 'w') as f:
+                f.write(key)
+            os.replace(f.name, f'{own}/key.json')
+        parts, each = [[]], math.prod(shape) * (1 if store == 'int8' else 2)
+        for e, n in enumerate(length):  # files of PART bytes, or more where there would be over 4,000
+            if parts[-1] and (sum(length[o] for o in parts[-1]) + n) * each > max(PART, sum(length) * each >> 12):
+                parts.append([])
+            parts[-1].append(e)
+        paths = [f'{own}/{i:05d}' if own else '' for i in range(len(parts))]
+        todo = [i for i, path in enumerate(paths) if not path or i % world == rank and not os.path.exists(f'{path}.npy')]
+        frames = iter(torch.utils.data.DataLoader(
+            _Chunks(ds, camera, size, [(e, j) for i in todo for e in parts[i] for j in range(0, length[e], CHUNK)]),
+            batch_size=None, num_workers=workers, multiprocessing_context='fork' if workers else None))
+        sums, clock, n = np.zeros(2), time.perf_counter(), sum(length[e] for i in todo for e in parts[i])
+        with tqdm(total=n, desc=f'encoding {ds.name}', unit='frame', disable=rank > 0 or not sys.stderr.isatty()) as bar:
+            made = {}
+            for i in todo:
+                *made[i], more = _encode_part(paths[i], frames, parts[i], length, encode, shape, store == 'int8', bar)
+                sums += more
+        while own and not all(os.path.exists(f'{path}.npy') for path in paths):
+            time.sleep(1)       # for the other ranks; a barrier would give up after some minutes
+        for i, (path, episodes) in enumerate(zip(paths, parts)):
+            if own:
+                with open(f'{path}.json') as f:
+                    bad = json.load(f)
+                z, scale = np.load(f'{path}.npy', mmap_mode='r'), np.load(f'{path}.scale.npy', mmap_mode='r') if store == 'int8' else None
+            else:
+                z, scale, bad = made[i]
+            for at, e in zip(itertools.accumulate([0] + [length[e] for e in episodes]), episodes):
+                out[s, e, camera] = bad.get(str(e)) or (z, scale, at)
+        if rank == 0:
+            print(f'{ds.name}, {camera}: latents of {sum(length):,} frames, {sum(length) * each / 1e6:,.0f} MB in {own or "memory"}, {n:,} '
+                  f'encoded now, {n / (time.perf_counter() - clock):.0f} frames/s'
+                  + (f', int8 error {(sums[0] / sums[1]) ** 0.5:.2%} of the std' if store == 'int8' and n else ''), flush=True)
+    return out
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -775,3 +1497,66 @@ def write_demo(root, n, labelled, seed):
     write_lerobot(root, ({'observation.images.top': demo_draw(s), 'task': 'push the disc'} |
                          ({'action': a} if labelled else {}) for s, a in zip(states, actions)),
                   DEMO_FPS, names={'action': ['dx', 'dy']})
+
+
+if __name__ == '__main__':
+    from_env = record       # the option takes its name
+    # ------------------------------------------------------------------------------------------------------------------
+    labelled = ''                   # LeRobot datasets: folders or names on the hub, comma-separated ...
+    unlabelled = ''                 # ... and those whose actions are not used
+    camera = ''                     # keys or their last parts, 'front:3,wrist:1'; '' = each dataset's first
+    action = ''                     # keys; '' = action, else actions, else all action.*
+    action_mode = 'absolute'        # absolute, delta or delta_tool: motions of the poses in the action keys
+    rotation = 'euler'              # of those poses: euler, quat_xyzw, quat_wxyz, rotvec, rot6d or rot6d_rows
+    fps = 0.0                       # frames per second that are used, at most the dataset's; 0 = all
+    cache_gb = 50.0                 # of files from the hub that are kept on disk
+    # encode every frame once, for train.py --cache_dir=... with the same options
+    cache = False
+    cache_dir = 'latents'
+    store = 'float16'               # or int8: half the size
+    encoder = 'dinov2_vits14'
+    encoder_path = ''               # weights, .safetensors or .pth; '' = from the hub
+    layer = -1
+    frame_height = 0                # pixels; 0 = the encoder's own (videos: the first one's)
+    frame_width = 0                 # 0 = square
+    pool = 1                        # 2 averages 2x2 patches
+    workers = 2                     # processes that decode video
+    device = 'auto'
+    dtype = 'auto'                  # float32 or bfloat16; auto = bfloat16 where the hardware multiplies it
+    # write a LeRobot v3.0 dataset
+    record = ''                     # a gymnasium environment: gym_pusht/PushT-v0
+    videos = ''                     # or plain videos: 'folder/*.mp4'
+    out = ''                        # the new dataset's folder
+    episodes = 100
+    steps = 300                     # the longest episode
+    policy = 'random'               # random, noise (correlated in time) or file.py:function
+    seed = 0
+    config = override({k: v for k, v in globals().items() if k.lower() == k}, sys.argv[1:])
+    globals().update(config)
+    # ------------------------------------------------------------------------------------------------------------------
+    for name, choices in (('action_mode', ('absolute', 'delta', 'delta_tool')), ('rotation', [*ROTATIONS]),
+                          ('store', ('float16', 'int8')), ('dtype', ('auto', 'float32', 'bfloat16'))):
+        one_of(name, config[name], choices)
+    if bool(record) + bool(videos) + bool(labelled or unlabelled) != 1:
+        sys.exit('wants one of --labelled or --unlabelled, --record and --videos (python data.py --help)')
+    if record or videos:
+        if not out:
+            sys.exit('--out: wants the folder that is to be written')
+        size = (frame_height, frame_width or frame_height)
+        found, rate = from_env(record, episodes, steps, policy, seed, fps) if record else import_videos(videos, fps, size)
+        write_lerobot(out, found, rate, robot_type=record)
+        fps = 0.0
+        labelled = out
+    sets = open_sets(labelled, camera, action, fps, action_mode, rotation, cache_gb)
+    sets += open_sets(unlabelled, camera, 'none', fps, action_mode, rotation, cache_gb)
+    for ds in sets:
+        n, spent = sum(e['length'] for e in ds.episodes), [f'{k} ({w})' for k, w in zip(ds.action_keys, ds.widths)]
+        print(f'{ds.name}: {len(ds.episodes)} episodes ({len(ds.dropped)} left out), {n:,} frames at {ds.fps:g} a second, '
+              f'{n / ds.fps / 3600:.2f} h; cameras {", ".join(ds.cameras)}; actions {", ".join(spent) or "none"}')
+    if cache:
+        from model import load_encoder
+        if encoder == 'pixels':
+            sys.exit('--encoder=pixels: is fitted by train.py, which caches it as well')
+        encode = load_encoder(encoder, encoder_path, layer, frame_height, frame_width, pool).to(device := pick_device(device))
+        cached_latents(sets, encode, device, autocast(device, dtype), cache_dir, store, workers,
+                       *(int(os.environ.get(k, v)) for k, v in (('RANK', 0), ('WORLD_SIZE', 1))))

@@ -56,8 +56,8 @@ if K < 1 or K & (K - 1) or K > model.config['k_max']:
 encode = restore_encoder(trained, model.stats, encoder_path).to(device)
 out_dir = out_dir or os.path.dirname(ckpt) or '.'
 kind = 'labelled' if labelled or trained['labelled'] else 'unlabelled'
-sets = [data.LeRobot(f.strip(), trained['camera'], trained['action'] if kind == 'labelled' else 'none')
-        for f in (labelled or trained[kind]).split(',') if f.strip()]
+sets = data.open_sets(labelled or trained[kind], trained['camera'], trained['action'] if kind == 'labelled' else 'none',
+                      trained['fps'], trained['action_mode'], trained['rotation'], trained['cache_gb'])
 clips = data.Clips(*((sets, []) if kind == 'labelled' else ([], sets)), trained['frames'], trained['frameskip'],
                    (encode.size, encode.width), 1, 1.0, trained['val_share'])
 if clips.A != model.config['action_dim']:
@@ -116,7 +116,7 @@ def psnr(x, y):
 os.makedirs(out_dir, exist_ok=True)
 if train:       # on frozen latents: no gradient reaches the encoder or the world model
     per = 16
-    x = torch.cat([clips.sets[s].frames(e, f, clips.size) for s, e, f in clips.sample(-(-train_frames // per), per)])
+    x = clips.sample(-(-train_frames // per), per)
     z = latents(x)
     torch.manual_seed(seed)
     decoder = Decoder(encode.dim, encode.grid, encode.size, encode.width, channels).to(device)

@@ -203,7 +203,7 @@ class Pixels(nn.Module):
     """The encoder without weights: the leading principal components of raw patches, (B, 3, H, W) -> (B, N, dim).
     Until fit has seen frames, they are those of a generic picture (correlation e^(-distance / patch)). Latents are
     not whitened here: what divides them (train.py's `whiten`) has an exponent of its own."""
-    name, pool = 'pixels', 1
+    name, pool, layer = 'pixels', 1, -1
     def __init__(self, size, width, patch, dim=24):
         super().__init__()
         self.size, self.width, self.patch, self.dim = size, width, patch, dim

@@ -150,12 +150,12 @@ if __name__ == '__main__':
     encode = restore_encoder(trained, model.stats, encoder_path).to(device)
     frame_size = encode.size, encode.width
     out_dir = out_dir or os.path.dirname(ckpt) or '.'
-    frameskip = trained['frameskip']
     stats = {k: v.cpu() for k, v in model.stats.items()}
     if not 0 <= robot < len(stats['a_mean']):
         sys.exit(f'--robot={robot}: {ckpt} knows {len(stats["a_mean"])} labelled datasets, counted from 0')
     a_mean, a_std, a_low, a_high = (stats[f'a_{k}'][robot] for k in ('mean', 'std', 'low', 'high'))
     used = int(stats['a_width'][robot])                         # of the padded width
+    frameskip = int(stats['a_rows'][robot])                     # dataset rows in a model step
     scale = torch.where(a_std > 1e-6, a_std, torch.inf)         # constant dimensions stay at their mean
     low, high = (((v - a_mean) / scale).clamp(-5, 5).to(device) for v in (a_low, a_high))
     search = dict(horizon=horizon, low=low, high=high, K=K, cost=cost, smooth=smooth, samples=samples, elites=elites,

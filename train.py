@@ -12,6 +12,7 @@ import copy
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -25,16 +26,23 @@ from model import WorldModel, load, load_encoder, model_config, rollout, save, s
 
 # --------------------------------------------------------------------------------------------------------------------
 # data
-labelled = 'demo/labelled'      # LeRobot datasets with actions: folders, comma-separated
+labelled = 'demo/labelled'      # LeRobot datasets with actions: folders or names on the hub; 'a:2,b:1' weighs them
 unlabelled = 'demo/unlabelled'  # datasets used without actions; demo/... is written if it is not there
 labelled_share = 0.75           # share of labelled clips in every batch, where there are datasets of both kinds
-camera = ''                     # e.g. 'front,wrist': each dataset's first match; '' = its first camera
+camera = ''                     # 'front:3,wrist': each clip is of one, drawn by weight; '' = each dataset's first
 action = ''                     # action keys, comma-separated; '' = action, else actions, else all action.*
+action_mode = 'absolute'        # delta or delta_tool: motions of the poses in the action keys, base's or tool's frame
+rotation = 'euler'              # of those poses: euler, quat_xyzw, quat_wxyz, rotvec, rot6d or rot6d_rows
+fps = 0.0                       # frames per second that are taken from every dataset; 0 = all of them
 frameskip = 2                   # dataset frames per model step
 frames = 4                      # model steps of a training clip
 val_share = 0.1                 # share of the episodes that are held out for evaluation
-cache = True                    # encode every frame once, at the start, and keep the latents in memory as float16
-workers = 2                     # processes that decode video, where cache is False
+max_bad = 0.01                  # share of episodes that may be unreadable before the run stops
+cache = True                    # encode every frame once, at the start
+cache_dir = ''                  # keep the latents in this folder for other runs (python data.py --cache=True); '' = memory
+store = 'float16'               # or int8: half the size
+cache_gb = 50.0                 # files of hub datasets that are kept on disk
+workers = 2                     # processes that decode video
 # encoder
 encoder = 'pixels'              # or dinov2_vits14 .. dinov3_vit7b16
 encoder_path = ''               # weights, .safetensors or .pth; '' = from the hub
@@ -94,13 +102,16 @@ if (labelled == 'demo/labelled') != (unlabelled == 'demo/unlabelled'):     # the
 # --------------------------------------------------------------------------------------------------------------------
 
 data.one_of('tau_schedule', tau_schedule, ('shift', 'uniform'))
+data.one_of('action_mode', action_mode, ('absolute', 'delta', 'delta_tool'))
+data.one_of('rotation', rotation, data.ROTATIONS)
+data.one_of('store', store, ('float16', 'int8'))
 data.one_of('dtype', dtype, ('auto', 'float32', 'bfloat16'))
 for name, least in (('frameskip', 1), ('frames', 2), ('batch_size', 1), ('max_steps', 1), ('eval_context', 1),
                     ('eval_clips', 2), ('eval_interval', 1), ('save_interval', 1), ('log_interval', 1), ('seed', 0),
                     ('workers', 0), ('warmup', 0)):
     if config[name] < least:
         sys.exit(f'--{name}: wants at least {least}, got {config[name]}')
-for name in ('labelled_share', 'val_share', 'whiten', 'bootstrap', 'bootstrap_start', 'p_image', 'p_null', 'ema'):
+for name in ('labelled_share', 'val_share', 'whiten', 'bootstrap', 'bootstrap_start', 'p_image', 'p_null', 'ema', 'max_bad'):
     if not 0 <= config[name] <= 1:
         sys.exit(f'--{name}: wants a number from 0 to 1, got {config[name]}')
 
@@ -122,6 +133,10 @@ if resume:
     for path in (ckpt, optim):
         if not os.path.isfile(path):
             sys.exit(f'--resume=True: there is no {path} to go on from')
+    saved, old = load(ckpt, device, ema=False)
+    for name in ('labelled', 'unlabelled'):     # the same revisions of hub datasets, whatever is newest now
+        if config[name] == re.sub('@[0-9a-f]{40}', '', old[name]):
+            config[name] = old[name]
 
 # the encoder and the model's shape come first: they are checked before anything is written
 encode = load_encoder(encoder, encoder_path, layer, frame_height, frame_width, pool).to(device)
@@ -135,23 +150,26 @@ if os.path.abspath(out_dir) == os.getcwd():
     sys.exit(f'--out_dir={out_dir}: wants a folder of its own')
 
 # data
-sets = {'labelled': [], 'unlabelled': []}
-for kind, folders in (('labelled', labelled), ('unlabelled', unlabelled)):
-    for folder in filter(None, (f.strip() for f in folders.split(','))):
-        if folder in ('demo/labelled', 'demo/unlabelled') and not os.path.isdir(folder):
-            if rank == 0:
-                say(f'writing the demo world to {folder}', flush=True)
-                data.write_demo(folder, *((300, True, 1) if kind == 'labelled' else (100, False, 2)))
+sets = {}
+for kind, episodes in (('labelled', 300), ('unlabelled', 100)):
+    if config[kind] == f'demo/{kind}' and not os.path.isdir(config[kind]):
+        if rank == 0:
+            say(f'writing the demo world to {config[kind]}', flush=True)
+            data.write_demo(config[kind], episodes, kind == 'labelled', seed=1 + (kind == 'unlabelled'))
         if ddp:
             dist.barrier()
-        sets[kind].append(data.LeRobot(folder, camera, action if kind == 'labelled' else 'none'))
-        if kind == 'labelled' and not sets[kind][-1].action_dim:
-            sys.exit(f'--labelled: {folder} has no actions (features: {", ".join(sets[kind][-1].features)}); '
-                     'name them by --action=..., or give it as --unlabelled')
+    sets[kind] = data.open_sets(config[kind], camera, action if kind == 'labelled' else 'none', fps, action_mode,
+                                rotation, cache_gb)
+    config[kind] = ','.join(ds.name + f':{ds.weight:g}' * (ds.weight > 0) for ds in sets[kind])
+for ds in sets['labelled']:
+    if not ds.action_dim:
+        sys.exit(f'--labelled: {ds.name} has no actions (features: {", ".join(ds.features)}); '
+                 'name them by --action=..., or give it as --unlabelled')
 if not sets['labelled'] + sets['unlabelled']:
     sys.exit('--labelled and --unlabelled are both empty: there is nothing to learn from')
 clips = data.Clips(sets['labelled'], sets['unlabelled'], frames, frameskip, (encode.size, encode.width),
-                   batch_size // world, labelled_share, val_share, seed, rank)
+                   batch_size // world, labelled_share, val_share, seed, rank, world)
+clips.count_faults({}, max_bad)
 shape['action_dim'] = clips.A
 
 
@@ -171,8 +189,7 @@ def normalised(batch):
 
 
 if resume:
-    saved, old = load(ckpt, device, ema=False)
-    for name in (*sets, 'camera', 'action', 'frameskip', 'frames', 'val_share', 'labelled_share', 'batch_size', 'seed',
+    for name in (*sets, 'camera', 'action', 'action_mode', 'rotation', 'fps', 'frameskip', 'frames', 'val_share', 'labelled_share', 'batch_size', 'seed',
                  'encoder', 'layer', 'frame_height', 'frame_width', 'pool', 'whiten', 'size', 'objective', 'cache'):
         if config[name] != old[name]:
             sys.exit(f'--{name}: {config[name]!r} cannot go on from {ckpt}, which has {old[name]!r}')
@@ -185,7 +202,7 @@ if resume:
     stats = saved.stats
 else:
     say('measuring the latents', flush=True)
-    x = torch.cat([clips.sets[s].frames(e, f, clips.size) for s, e, f in clips.sample(64, 16)])
+    x = clips.sample(64, 16)
     if encoder == 'pixels':
         encode.fit(x.to(device).float() / 255)
     z = latents(x).flatten(0, -2)                                                         # (frames x N, D)
@@ -198,14 +215,7 @@ else:
 if encoder == 'pixels':
     encode.load_state_dict({k[8:]: v for k, v in stats.items() if k.startswith('encoder.')})
 if cache:
-    todo = [(s, e) for s, ds in enumerate(clips.sets) for e in range(len(ds.episodes))]
-    tokens = {}
-    for s, e in tqdm(todo, 'encoding', unit='episode', disable=rank > 0 or not sys.stderr.isatty()):
-        ds = clips.sets[s]
-        parts = [range(f, min(f + 64, ds.episodes[e]['length'])) for f in range(0, ds.episodes[e]['length'], 64)]
-        tokens[s, e] = torch.cat([latents(ds.frames(e, f, clips.size)).half().cpu() for f in parts])
-    clips.tokens = tokens
-    say(f'encoded {len(tokens)} episodes: {sum(v.nbytes for v in tokens.values()) / 1e6:,.0f} MB in memory', flush=True)
+    clips.tokens = data.cached_latents(clips.sets, encode, device, autocast, cache_dir, store, workers, rank, world)
 held_out = clips.held_out(eval_context + 20, eval_clips)
 
 # model and optimiser
@@ -295,14 +305,17 @@ def on_signal(*_):
 
 for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, on_signal)
+decoding = workers if cache_dir or not cache else 0       # latents in memory need no help
 loader = iter(torch.utils.data.DataLoader(clips, batch_size=None, sampler=range(step, max_steps),
-                                          num_workers=0 if cache else workers, pin_memory=device.type == 'cuda',
-                                          multiprocessing_context='fork' if workers and not cache else None))
+                                          num_workers=decoding, pin_memory=device.type == 'cuda',
+                                          multiprocessing_context='fork' if decoding else None))
 bar = tqdm(total=max_steps, initial=step, disable=rank > 0 or not sys.stderr.isatty(), dynamic_ncols=True)
 bad = torch.full((), -1, device=device)         # the first step whose loss is not finite, seen at the next sync
 first, clock = step, time.perf_counter()
 while step < max_steps and not stop:
-    z, a, a_mask, z_mask = normalised(next(loader))
+    batch = next(loader)
+    clips.count_faults(batch, max_bad)
+    z, a, a_mask, z_mask = normalised(batch)
     torch.manual_seed((seed * world + rank) * 10_000_019 + step)    # noise too depends on seed, rank and step alone
     lr = learning_rate * (step + 1) / warmup if step < warmup else \
         min_lr + (learning_rate - min_lr) * (max_steps - step) / max(1, max_steps - warmup)

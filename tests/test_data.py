@@ -1,9 +1,12 @@
 """python -m pytest tests/test_data.py: command line, pictures, video, LeRobot datasets."""
 import fractions
 import json
+import math
 import multiprocessing
 import os
 import shutil
+import time
+import warnings
 
 import av
 import numpy as np
@@ -14,6 +17,7 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 import data
+from hub import Hub
 
 A = 2  # action width of the made datasets
 
@@ -548,12 +552,147 @@ def test_bad_file_is_named(copy, name, text):
     says(error, str(copy / name), 'no such file' if text is None else 'git-LFS' if b'git' in text else 'cannot be read')
 
 
-def test_rows_that_do_not_fit_are_named(copy):
-    path = f'{copy}/data/chunk-000/file-000.parquet'
-    pq.write_table(pq.read_table(path).slice(0, 40), path)
-    with pytest.raises(ValueError) as error:
-        data.LeRobot(str(copy)).rows(1)
-    says(error, path, '10 rows', '17')
+# ----------------------------------------------------------------------------------------------------------------------
+# what metadata, rows and videos disagree about
+
+def edit_table(path, change):
+    table = change(pq.read_table(path))
+    pq.write_table(table, path)
+
+
+ROWS, VIDEO = 'data/chunk-000/file-000.parquet', 'videos/observation.images.top/chunk-000/file-000.mp4'
+
+
+def test_rows_that_are_missing(copy, capfd):
+    edit_table(f'{copy}/{ROWS}', lambda t: t.slice(0, 40))      # 30 of episode 0, 10 of 17 of episode 1, none of 2
+    d = data.LeRobot(str(copy))
+    assert [e['length'] for e in d.episodes] == [30, 10] and len(d.rows(1)) == 10 and len(d.dropped) == 1
+    error = capfd.readouterr().err
+    assert error.count('has 40 rows, the metadata say 88') == 1 and error.count('lacks episode 2') == 1
+    assert torch.equal(d.frames(1, [9]), data.LeRobot(str(copy), action='none').frames(1, [9]))
+
+
+def shorten_video(root, n):
+    x = sequential(f'{root}/{VIDEO}')
+    x = np.concatenate([x, x])[:n]
+    data.write_video(f'{root}/{VIDEO}', torch.from_numpy(x).permute(0, 3, 1, 2), 10)
+
+
+@pytest.mark.parametrize('n, lengths', [(87, [30, 17, 40]), (40, [30, 10]), (90, [30, 17, 41])])
+def test_video_of_another_length(copy, capfd, n, lengths):
+    shorten_video(copy, n)
+    d = data.LeRobot(str(copy))
+    assert [e['length'] for e in d.episodes] == lengths
+    assert capfd.readouterr().err.count(f'{VIDEO}: has {n} frames, the metadata say 88') == 1
+    level = d.frames(len(lengths) - 1, [lengths[-1] - 1])[0].float().mean()
+    want = episode(LENGTHS[len(lengths) - 1], len(lengths) - 1)['observation.images.top'][lengths[-1] - 1].mean()
+    assert abs(level - want) < 3
+
+
+def test_only_the_files_that_are_used_count(copy, capfd):
+    os.remove(f'{copy}/videos/observation.images.side/chunk-000/file-000.mp4')
+    assert len(data.LeRobot(str(copy), 'top').episodes) == 3 and not capfd.readouterr().err
+    os.remove(f'{copy}/{ROWS}')
+    assert len(data.LeRobot(str(copy), 'top', 'none').episodes) == 3 and not capfd.readouterr().err
+
+
+def test_a_missing_file_drops_its_episodes(tmp_path, capfd):
+    root = write_v2(tmp_path / 'd', 'v2.1')
+    gone = f'{root}/videos/chunk-000/observation.images.top/episode_000001.mp4'
+    os.remove(gone)
+    d = data.LeRobot(root)
+    assert [e['index'] for e in d.episodes] == [0, 2] and d.dropped == [f'{gone}: no such file']
+    assert capfd.readouterr().err.count(gone) == 1
+
+
+def test_to_timestamp_is_not_believed(copy):
+    path = f'{copy}/meta/episodes/chunk-000/file-000.parquet'
+    name = 'videos/observation.images.top/to_timestamp'
+    edit_table(path, lambda t: t.set_column(t.column_names.index(name), name, pa.array([2.9, 4.5, 0.])))
+    # what drifts by less than half a frame is rounded away
+    name = 'videos/observation.images.top/from_timestamp'
+    edit_table(path, lambda t: t.set_column(t.column_names.index(name), name, pa.array([0., 3.04, 4.66])))
+    d = data.LeRobot(str(copy))
+    for i, n in enumerate(LENGTHS):
+        want = episode(n, i)['observation.images.top'][[0, n - 1], 0, 0, 0]
+        assert abs(d.frames(i, [0, n - 1]).float().mean((1, 2, 3)) - torch.from_numpy(want.astype(np.float32))).max() < 3
+
+
+def old_dialect(root, data_path, video_path):
+    """v2.0 as its first months had it: no features, files without folders."""
+    root = write_v2(root, 'v2.0')
+    for i in range(3):
+        place = dict(episode_index=i, total_episodes=3, video_key='observation.images.top', episode_chunk=0)
+        for old, new in ((f'data/chunk-000/episode_{i:06d}.parquet', data_path),
+                         (f'videos/chunk-000/observation.images.top/episode_{i:06d}.mp4', video_path)):
+            os.makedirs(os.path.dirname(f'{root}/{new.format(**place)}'), exist_ok=True)
+            os.rename(f'{root}/{old}', f'{root}/{new.format(**place)}')
+    return root
+
+
+def test_dialect_without_features(made, tmp_path):
+    paths = 'data/train-{episode_index:05d}-of-{total_episodes:05d}.parquet', 'videos/{video_key}_episode_{episode_index:06d}.mp4'
+    root = old_dialect(tmp_path / 'd', *paths)
+    write_json(f'{root}/meta/info.json', dict(
+        codebase_version='v2.0', data_path=paths[0], robot_type='aloha', total_episodes=3, total_frames=88, fps=10,
+        splits={'train': '0:3'}, keys=['observation.state', 'action'], video_keys=['observation.images.top'], image_keys=[],
+        shapes={'observation.state': 3, 'action': 2, 'observation.images.top': dict(width=48, height=32, channels=3)},
+        names={'action': ['a', 'b', 'c', 'd']}, videos={'videos_path': paths[1], 'observation.images.top': {
+            'video.fps': 10.0, 'video.codec': 'av1', 'video.is_depth_map': False, 'has_audio': False}}))
+    one, two = data.LeRobot(root), data.LeRobot(made)
+    for i, n in enumerate(LENGTHS):
+        assert np.array_equal(one.rows(i), two.rows(i))
+        assert (one.frames(i, range(n)).float() - two.frames(i, range(n)).float()).abs().max() < 4
+
+
+def test_dialect_of_data_path(made, tmp_path):
+    paths = ('data/chunk-{episode_chunk:03d}/train-{episode_index:05d}-of-{total_episodes:05d}.parquet',
+             'videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4')
+    root = edit_info(old_dialect(tmp_path / 'd', *paths), data_path=paths[0], video_path=None)     # None: the usual one
+    assert np.array_equal(data.LeRobot(root).rows(1), data.LeRobot(made).rows(1))
+
+
+def test_pictures_beside_the_table(tmp_path):
+    root = write_v2(tmp_path / 'd', 'v2.1', image=True)
+    whole = data.LeRobot(root).frames(1, [0, 16])
+    path = f'{root}/data/chunk-000/episode_000001.parquet'
+    cells = pq.read_table(path)['observation.images.top'].to_pylist()
+    for i, cell in enumerate(cells):
+        with open(f'{root}/{i}.png', 'wb') as f:
+            f.write(cell['bytes'])
+    column = pa.array([dict(bytes=None, path=f'{i}.png') for i in range(17)], pq.read_schema(path).field('observation.images.top').type)
+    edit_table(path, lambda t: t.set_column(t.column_names.index('observation.images.top'), 'observation.images.top', column))
+    assert torch.equal(data.LeRobot(root).frames(1, [0, 16]), whole)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# other rates
+
+@pytest.mark.parametrize('fps', [10, 5, 10 / 3, 4, 7.5, 1])
+def test_lower_rate(made, fps):
+    d, full, step = data.LeRobot(made, fps=fps), data.LeRobot(made), 10 / fps
+    for i, n in enumerate(LENGTHS):
+        at = [k for k in (math.floor(j * step + 0.5 + 1e-9) for j in range(n)) if k < n]
+        assert d.fps == fps and d.episodes[i]['length'] == len(at)
+        assert torch.equal(d.frames(i, range(len(at))), full.frames(i, at))
+        per = math.ceil(step - 1e-9)
+        rows, raw = d.rows(i).reshape(len(at), per, A), full.rows(i)
+        for j in range(len(at) - 1):
+            own = raw[at[j]:at[j + 1]]          # all rows between the frames; one comes twice where there are fewer
+            assert np.array_equal(np.unique(rows[j], axis=0), np.unique(own, axis=0))
+            assert len(own) < per or np.array_equal(rows[j], own)
+        c = d.clip(i, 1, 3, 2)
+        assert c['a'].shape == (3, 2 * per * A)
+        if step == int(step) and n > 1 + 4 * step:      # the rule of time holds
+            level = (c['x'].float().mean((1, 2, 3)) - 30) / 4
+            assert np.allclose(np.diff(level), c['a'].view(3, -1, A)[1:, :, 0].sum(1), atol=.4)
+    assert np.allclose(d.stats['mean'], np.tile(full.stats['mean'], per))
+
+
+def test_higher_rate_is_refused(made):
+    with pytest.raises(SystemExit) as error:
+        data.LeRobot(made, fps=11)
+    says(error, made, '--fps=11', '10')
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -727,6 +866,10 @@ def world(tmp_path_factory):
     return [data.LeRobot(folder / 'a'), data.LeRobot(folder / 'b')], [data.LeRobot(folder / 'c')]
 
 
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) if k != 'faults' else a[k] == b[k] for k in a)
+
+
 def clips(world, batch_size=20, share=0.05, **options):
     return data.Clips(*world, 3, 2, 0, batch_size, share, 0.25, **options)
 
@@ -734,10 +877,10 @@ def clips(world, batch_size=20, share=0.05, **options):
 def test_the_labelled_share_is_exact_over_20_clips(world):
     for batch_size in (20, 5, 4):
         c = clips(world, batch_size)
-        kinds = [s < 2 for step in range(60 // batch_size) for s, _, _ in c.picks(step)]
+        kinds = [s < 2 for step in range(60 // batch_size) for s, *_ in c.picks(step)]
         assert [sum(kinds[i:i + 20]) for i in (0, 20, 40)] == [1, 1, 1]
-    assert all(s < 2 for s, _, _ in clips((world[0], [])).picks(0))
-    assert all(s == 0 for s, _, _ in clips(([], world[1])).picks(0))
+    assert all(s < 2 for s, *_ in clips((world[0], [])).picks(0))
+    assert all(s == 0 for s, *_ in clips(([], world[1])).picks(0))
 
 
 def test_batches_are_a_function_of_seed_step_and_rank(world):
@@ -746,19 +889,19 @@ def test_batches_are_a_function_of_seed_step_and_rank(world):
     assert len({tuple(clips(world, seed=s, rank=r).picks(7)) for s in (0, 1) for r in (0, 1)}) == 4
     loaders = [list(torch.utils.data.DataLoader(one, batch_size=None, sampler=range(3), num_workers=n)) for n in (0, 2)]
     for a, b in zip(*loaders):
-        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+        assert same(a, b)
 
 
 def test_where_a_labelled_clip_stands_in_a_batch_is_random(world):
-    first = [s < 2 for step in range(200) for s, _, _ in clips(world, 4, 0.5).picks(step)[:1]]
+    first = [s < 2 for step in range(200) for s, *_ in clips(world, 4, 0.5).picks(step)[:1]]
     assert 0.4 < np.mean(first) < 0.6
 
 
 def test_actions_are_normalised_padded_and_masked(world):
     c = clips(world, share=0.5)
     assert c.A == 2 * 4
-    for s, e, start in (pick for step in range(3) for pick in c.picks(step)):
-        clip = c.clip(s, e, start, 3)
+    for s, e, start, camera in (pick for step in range(3) for pick in c.picks(step)):
+        clip = c.clip(s, e, start, camera, 3)
         assert e in c.train[s] and e not in c.val[s]
         if s == 2:
             assert not clip['a_mask'].any() and not clip['a'].any()
@@ -780,3 +923,849 @@ def test_no_episode_is_in_both_splits(world):
         assert sorted([*train, *val]) == list(range(len(ds.episodes))) and val
     held = c.held_out(4, 6)
     assert set(held) == {'labelled', 'unlabelled'} and held['labelled']['x'].shape[:2] == (6, 4)
+
+
+# order ----------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def mixture(tmp_path_factory):
+    """Datasets of several lengths, rates, cameras and action widths; one has an episode of many segments."""
+    folder, rng, out = tmp_path_factory.mktemp('mixture'), np.random.default_rng(0), []
+    for name, lengths, width, fps, cameras in (('a', [9, 14, 30, 2], 2, 10, ['top']), ('b', [60, 50, 40], 3, 30, ['left', 'top']),
+                                               ('c', [25] * 4, 0, 15, ['ego']), ('d', [130, 70], 0, 5, ['top', 'wrist'])):
+        data.write_lerobot(folder / name, [
+            {f'observation.images.{k}': np.full((L, 16, 16, 3), 60 * c + i, np.uint8) for c, k in enumerate(cameras)}
+            | {'task': 't'} | ({'action': rng.normal(size=(L, width))} if width else {})
+            for i, L in enumerate(lengths)], fps)
+    return folder
+
+
+def mixed(folder, labelled='a,b', unlabelled='c,d', batch_size=8, share=0.25, camera='', **options):
+    at = [','.join(f'{folder}/{name}' for name in filter(None, text.split(','))) for text in (labelled, unlabelled)]
+    return data.Clips(data.open_sets(at[0], camera), data.open_sets(at[1], camera), 3, 2, 0, batch_size, share, 0.25, **options)
+
+
+def every_window(c, s):
+    return sorted((e, i) for e in c.train[s] for i in range(max(1, c.sets[s].episodes[e]['length'] - 4)))
+
+
+@pytest.mark.parametrize('world', [1, 2, 3])
+@pytest.mark.parametrize('segment, block', [(2048, 1 << 16), (7, 1 << 16), (7, 11), (2048, 1)])
+def test_ranks_together_see_every_window_once_an_epoch(mixture, monkeypatch, world, segment, block):
+    monkeypatch.setattr(data, 'SEGMENT', segment)
+    monkeypatch.setattr(data, 'BLOCK', block)
+    ranks = [mixed(mixture, rank=r, world=world) for r in range(world)]
+    drawn = {s: [] for s in range(4)}
+    for step in range(120):
+        for row in zip(*(sorted(c.picks(step)) for c in ranks)):
+            for s, e, start, _ in row:
+                drawn[s].append((e, start))
+    for s in range(4):
+        want, n = every_window(ranks[0], s), len(every_window(ranks[0], s))
+        assert len(drawn[s]) > n
+    # in the order of the draw, which is step by step and not rank by rank
+    for s in range(4):
+        want, n, seen = every_window(ranks[0], s), len(every_window(ranks[0], s)), [ranks[0].window(s, i) for i in range(1000)]
+        epochs = [seen[i:i + n] for i in range(0, 1000 - n, n)]
+        assert all(sorted(epoch) == want for epoch in epochs) and (block == 1 or epochs[0] != epochs[1])
+        counts = {w: drawn[s].count(w) for w in want}
+        assert max(counts.values()) - min(counts.values()) <= 1 and set(drawn[s]) == set(want)
+
+
+def test_an_epoch_is_well_mixed(mixture):
+    c = mixed(mixture, 'b', '')
+    first = np.array([c.window(0, i) for i in range(len(every_window(c, 0)))])
+    assert abs(np.corrcoef(np.arange(len(first)), first[:, 1])[0, 1]) < 0.3
+    assert 0.3 < np.mean(np.diff(first[:, 0]) != 0) < 0.7           # neighbours are of one episode as often as by chance
+
+
+def test_clips_are_shared_out_by_duration_or_weight(mixture):
+    def counts(c, steps=250):
+        kinds = [s for step in range(steps) for s, *_ in c.picks(step)]
+        return np.bincount(kinds, minlength=len(c.sets)) / len(kinds)
+
+    c = mixed(mixture)
+    seconds = np.array([len(every_window(c, s)) / c.sets[s].fps for s in range(4)])
+    want = np.concatenate([seconds[:2] / seconds[:2].sum() * 0.25, seconds[2:] / seconds[2:].sum() * 0.75])
+    assert np.abs(counts(c) - want).max() < 2e-3
+    assert np.abs(counts(mixed(mixture, 'a:3,b:1', 'c:0.2,d:0.2')) - [.1875, .0625, .375, .375]).max() < 2e-3
+    assert np.allclose(counts(mixed(mixture, 'a:1,b:3', '')), [.25, .75])
+    with pytest.raises(SystemExit) as error:
+        mixed(mixture, 'a:3,b')
+    says(error, 'a:3', 'a weight for every dataset')
+
+
+@pytest.mark.parametrize('world', [1, 3])
+def test_the_labelled_share_is_exact_for_every_rank(mixture, world):
+    for rank in range(world):
+        c = mixed(mixture, batch_size=5, share=0.05, rank=rank, world=world)
+        kinds = [s < 2 for step in range(40) for s, *_ in c.picks(step)]
+        assert [sum(kinds[i:i + 20]) for i in range(0, 200, 20)] == [1] * 10
+
+
+def test_cameras_are_drawn_by_weight_before_decoding(mixture, monkeypatch):
+    read, decode = [], data.read_frames
+    monkeypatch.setattr(data, 'read_frames', lambda path, *a: read.append(path) or decode(path, *a))
+    c = mixed(mixture, 'b', 'd', camera='left:3,top:1,wrist:3')
+    for step in range(5):
+        picks = c.picks(step)
+        x = c[step]['x']
+        for (s, e, start, camera), frames in zip(picks, x):
+            keys = [k for k in c.sets[s].cameras]
+            assert abs(frames.float().mean() - (60 * keys.index(camera) + e)) < 3
+    assert len(read) == 5 * 8
+    cameras = [(s, camera) for step in range(300) for s, _, _, camera in c.picks(step)]
+    for s, camera, share in ((0, 'left', .75), (0, 'top', .25), (1, 'top', .25), (1, 'wrist', .75)):
+        n = [k.endswith(camera) for t, k in cameras if t == s]
+        assert abs(np.mean(n) - share) < 0.05
+    assert {k for s, k in cameras if s == 0} == {'observation.images.left', 'observation.images.top'}
+
+
+def loaded(c, steps, workers):
+    return list(torch.utils.data.DataLoader(c, batch_size=None, sampler=steps, num_workers=workers))
+
+
+def test_batches_do_not_depend_on_workers_or_restarts(mixture):
+    whole = loaded(mixed(mixture), range(24), 0)
+    for workers in (1, 4):
+        assert all(map(same, whole, loaded(mixed(mixture), range(24), workers)))
+    for step in np.random.default_rng(0).integers(0, 24, 20):      # stopped there, and gone on with
+        again = loaded(mixed(mixture), range(step, min(step + 2, 24)), 2 * int(step == 7))
+        assert all(map(same, whole[step:], again))
+
+
+def test_going_on_decodes_nothing_that_was_seen(mixture, monkeypatch):
+    c, decode, read = mixed(mixture), data.read_frames, []
+    monkeypatch.setattr(data, 'read_frames', lambda *a: read.append(a) or decode(*a))
+    begun = time.perf_counter()
+    c[10 ** 9]
+    assert len(read) == 8 and time.perf_counter() - begun < 5
+
+
+def test_a_long_episode_is_many_segments(mixture, monkeypatch):
+    monkeypatch.setattr(data, 'SEGMENT', 16)
+    monkeypatch.setattr(data, 'BLOCK', 1)       # nothing but the order of the segments
+    starts = [start for i in range(126) for e, start in [mixed(mixture, 'a', 'd').window(1, i)] if e == 0]
+    assert sorted(starts) != starts and sum(abs(np.diff(starts)) > 1) in range(5, 9)
+
+
+# faults ---------------------------------------------------------------------------------------------------------------
+
+class Programming(Exception):
+    pass
+
+
+def die(*_):
+    os._exit(3)
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_our_own_mistakes_are_not_bad_data(mixture, monkeypatch, workers):
+    for error in [ValueError('z'), TypeError('x'), KeyError('y'), Programming('w')][:1 if workers else None]:
+        def wrong(*_):
+            raise error
+        monkeypatch.setattr(data, '_rgb', wrong)
+        with pytest.raises(type(error)):
+            loaded(mixed(mixture), range(2), workers)
+
+
+def test_a_worker_that_dies_ends_the_run(mixture, monkeypatch):
+    monkeypatch.setattr(data, '_rgb', die)
+    with pytest.raises(RuntimeError, match='worker'):
+        loaded(mixed(mixture), range(4), 2)
+
+
+def faulty(tmp_path, name):
+    """A v2.1 dataset of ten episodes, one of them bad in the way named; what opening and reading should say."""
+    root = write_v2(tmp_path / 'd', 'v2.1', lengths=[12] * 10)
+    video = f'{root}/videos/chunk-000/observation.images.top/episode_000003.mp4'
+    table = f'{root}/data/chunk-000/episode_000003.parquet'
+    if name == 'truncated mp4':
+        cut(video, 0.6)
+    elif name == 'zero-byte mp4':
+        cut(video, 0)
+    elif name == 'moov atom not found':
+        with open(video, 'rb') as f:
+            whole = f.read()
+        with open(video, 'wb') as f:
+            f.write(whole[:24] + whole[whole.index(b'mdat') - 4:])
+    elif name == 'mp4 of noise':
+        with open(video, 'wb') as f:
+            f.write(np.random.default_rng(0).bytes(20000))
+    elif name == 'zero-byte parquet':
+        cut(table, 0)
+    elif name == 'truncated parquet':
+        cut(table, 0.5)
+    elif name == 'missing column':
+        edit_table(table, lambda t: t.drop_columns(['action']))
+    elif name == 'column of another width':
+        edit_table(table, lambda t: t.set_column(0, 'action', pa.array([[1.]] * 12)))
+    elif name == 'ragged column':
+        edit_table(table, lambda t: t.set_column(0, 'action', pa.array([[1.] * (1 + i % 2) for i in range(12)])))
+    elif name == 'column of text':
+        edit_table(table, lambda t: t.set_column(0, 'action', pa.array(['go'] * 12)))
+    elif name == 'no rows':
+        edit_table(table, lambda t: t.slice(0, 0))
+    elif name == 'claims 10 GB':        # the size of the mp4's first box, in 64 bits
+        with open(video, 'r+b') as f:
+            f.write((1).to_bytes(4, 'big') + b'moov' + (10 << 30).to_bytes(8, 'big'))
+    elif name == 'claims 10 GB parquet':       # the length of the footer, and in it whatever comes
+        with open(table, 'r+b') as f:
+            f.seek(-8, 2)
+            f.write((0x7fffffff).to_bytes(4, 'little'))
+    elif name == 'vanished':
+        pass
+    return root, video, table
+
+
+def cut(path, share):
+    os.truncate(path, int(os.path.getsize(path) * share))
+
+
+# (fault, counted as a bad episode?, when, which words name it)
+FAULTS = [('truncated mp4', True, 'read', '.mp4'), ('zero-byte mp4', True, 'opening', '.mp4: cannot be read'),
+          ('moov atom not found', True, 'opening', '.mp4: cannot be read'), ('mp4 of noise', True, 'opening', '.mp4: cannot be read'),
+          ('zero-byte parquet', True, 'opening', '.parquet: cannot be read'), ('truncated parquet', True, 'opening', '.parquet: cannot be read'),
+          ('missing column', True, 'read', '.parquet: action has shape None'), ('column of another width', True, 'read', 'shape (12, 1)'),
+          ('ragged column', True, 'read', 'not the same count of numbers'), ('column of text', True, 'read', 'action is string'),
+          ('no rows', True, 'opening', 'lacks episode 3'), ('claims 10 GB', True, 'opening', '.mp4: cannot be read'),
+          ('claims 10 GB parquet', True, 'opening', '.parquet: cannot be read'), ('vanished', True, 'read', '.mp4: no such file')]
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('name, counted, when, words', FAULTS, ids=[f[0] for f in FAULTS])
+def test_fault(tmp_path, capfd, name, counted, when, words, workers):
+    root, video, table = faulty(tmp_path, name)
+    c = data.Clips([data.LeRobot(root)], [], 3, 2, 0, 8, 1.0, 0.1)
+    assert (len(c.sets[0].episodes) == 9) == (when == 'opening') == (words in capfd.readouterr().err)
+    c.count_faults({}, 0.1)
+    if name == 'vanished':
+        os.remove(video)
+    batches = loaded(c, range(12), workers)
+    for batch in batches:
+        assert batch['x'].shape[0] == 8
+        c.count_faults(batch, 0.1)
+        assert 'faults' not in batch
+    error = capfd.readouterr().err
+    assert error.count('episode 3: skipped') == (when == 'read') and (words in error) == (when == 'read')
+    with pytest.raises(SystemExit) as error:
+        c.count_faults({}, 0.09)
+    says(error, '--max_bad=0.09', '1 of 10 episodes')
+
+
+def test_a_clip_that_cannot_be_read_is_replaced_by_the_same_one(tmp_path):
+    """Whatever was read before, and by which worker: a restart gets the same batches."""
+    root, video, _ = faulty(tmp_path, 'truncated mp4')
+    c = data.Clips([data.LeRobot(root)], [], 3, 2, 0, 8, 1.0, 0.1)
+    batches = loaded(c, range(12), 0)
+    assert any(b['faults'] for b in batches)
+    for step in reversed(range(12)):
+        again = data.Clips([data.LeRobot(root)], [], 3, 2, 0, 8, 1.0, 0.1)[step]
+        assert again["faults"] == batches[step]["faults"]
+        assert same(again, batches[step])
+
+
+def test_odd_values_are_named_once_and_masked(tmp_path, capfd):
+    root = write_v2(tmp_path / 'd', 'v2.1', lengths=[12] * 4)
+    table = f'{root}/data/chunk-000/episode_000000.parquet'
+    a = np.ones((12, 2))
+    a[[3, 5]] = np.nan
+    edit_table(table, lambda t: t.set_column(0, 'action', pa.array(a.tolist(), pa.list_(pa.float32()))).append_column(
+        'timestamp', pa.array(np.arange(12) / 10 + 0.2)))
+    write_json(f'{root}/meta/stats.json', {'action': dict(mean=[1, 1], std=[1, 1], min=[0, 0], max=[9, 9])})
+    c = data.Clips([data.LeRobot(root)], [], 3, 2, 0, 8, 1.0, 0.25)
+    for batch in loaded(c, range(6), 2):
+        c.count_faults(batch, 0.0)
+        assert torch.isfinite(batch['a']).all()
+    error = capfd.readouterr().err
+    assert error.count('2 rows of action in episode 0 are not finite') == 1
+    assert error.count('timestamps of episode 0 are up to 0.2 s off the grid') == 1
+
+
+def test_nothing_readable_is_an_end_not_a_hang(tmp_path):
+    root = write_v2(tmp_path / 'd', 'v2.1', lengths=[12] * 4)
+    d = data.LeRobot(root)
+    shutil.rmtree(f'{root}/videos')
+    c = data.Clips([d], [], 3, 2, 0, 8, 1.0, 0.25)
+    with pytest.raises(ValueError, match='100 clips in a row'):
+        c[0]
+    with pytest.raises(SystemExit):
+        c.sample(4, 4)
+    with pytest.raises(SystemExit) as error:
+        data.LeRobot(root)
+    says(error, root, 'has no episodes', 'no such file')
+
+
+# cached latents -------------------------------------------------------------------------------------------------------
+
+class Mean(torch.nn.Module):
+    """An encoder of two tokens: the means of a frame's left and right half, in 4 channels, times a weight."""
+    name, layer, pool, size, width, grid, dim = 'mean', -1, 1, 16, 16, (1, 2), 4
+
+    def __init__(self, weight=1.0):
+        super().__init__()
+        self.weight, self.seen = torch.nn.Parameter(torch.tensor(weight)), 0
+
+    def forward(self, x):
+        self.seen += len(x)
+        z = x.mean(1).unflatten(2, (2, 8)).mean((1, 3))
+        return self.weight * torch.stack([z, -z, z ** 2, torch.ones_like(z)], -1)
+
+
+def cache(c, encoder=None, folder='', **options):
+    cpu = torch.device('cpu')
+    return data.cached_latents(c.sets, encoder or Mean(), cpu, data.autocast(cpu, 'float32'), str(folder), **options)
+
+
+def small(folder):
+    """Clips with frames of 16 x 16."""
+    return data.Clips([data.LeRobot(f'{folder}/b', 'left,top')], [data.LeRobot(f'{folder}/d')], 3, 2, 16, 6, 0.5, 0.25)
+
+
+@pytest.mark.parametrize('store, workers', [('float16', 0), ('float16', 2), ('int8', 0)])
+@pytest.mark.parametrize('disk', [False, True])
+def test_cached_latents_are_those_of_the_frames(mixture, tmp_path, capfd, store, workers, disk):
+    c = small(mixture)
+    c.tokens = cache(c, folder=tmp_path / 'l' if disk else '', store=store, workers=workers)
+    out = capfd.readouterr().out
+    assert out.count('latents of') == 3 and ('int8 error' in out) == (store == 'int8')
+    assert len(c.tokens) == 2 * 3 + 2
+    for step in range(4):
+        batch, plain = c[step], small(mixture)[step]
+        want = torch.stack([Mean()(x.float() / 255) for x in plain['x']])
+        assert batch['z'].dtype == torch.float16 and batch.keys() ^ plain.keys() == {'x', 'z'}
+        assert (batch['z'].float() - want).abs().max() < (1e-3 if store == 'float16' else 5e-3)
+        assert all(torch.equal(batch[k], plain[k]) for k in ('a', 'a_mask', 'z_mask'))
+    assert all(map(same, loaded(c, range(4), 2), loaded(c, range(4), 0)))
+
+
+def test_a_cache_goes_on_where_it_was_killed(mixture, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, 'CHUNK', 16)
+    monkeypatch.setattr(data, 'PART', 50 * 2 * 4 * 2)       # bytes: about an episode a file
+    c, whole = small(mixture), Mean()
+    total = len([None for ds in c.sets for k in ds.chosen for e in ds.episodes for _ in range(e['length'])])
+    cache(c, whole, tmp_path / 'whole')
+    assert whole.seen == total
+
+    class Killed(Mean):
+        def forward(self, x):
+            if self.seen >= 170:
+                raise KeyboardInterrupt
+            return super().forward(x)
+
+    with pytest.raises(KeyboardInterrupt):
+        cache(c, Killed(), tmp_path / 'killed')
+    files = [f for f in (tmp_path / 'killed').rglob('*') if f.is_file()]
+    done = [f for f in files if f.suffix == '.npy' and 'scale' not in f.name]
+    assert 0 < len(done) and any(f.suffix == f'.{os.getpid()}' for f in files)          # a half-written one as well
+    frames = sum(len(np.load(f)) for f in done)
+    rest = Mean()
+    c.tokens = cache(c, rest, tmp_path / 'killed')
+    assert rest.seen == total - frames
+    other = small(mixture)
+    other.tokens = cache(other, again := Mean(), tmp_path / 'whole')
+    assert again.seen == 0 and all(same(c[i], other[i]) for i in range(6))
+
+
+def rank_of(folder, root, rank):
+    torch.set_num_threads(1)
+    encoder = Mean()
+    cache(small(folder), encoder, root, rank=rank, world=2)
+    with open(f'{root}/seen{rank}', 'w') as f:
+        f.write(str(encoder.seen))
+
+
+def test_ranks_share_the_encoding(mixture, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, 'PART', 50 * 2 * 4 * 2)
+    fork = multiprocessing.get_context('fork')
+    ranks = [fork.Process(target=rank_of, args=(mixture, tmp_path, r)) for r in range(2)]
+    [p.start() for p in ranks], [p.join(60) for p in ranks]
+    seen = [int((tmp_path / f'seen{r}').read_text()) for r in range(2)]
+    assert min(seen) > 0 and sum(seen) == 2 * 150 + 200
+    one, two = small(mixture), small(mixture)
+    one.tokens, two.tokens = cache(one, folder=tmp_path), cache(two)
+    assert all(same(one[i], two[i]) for i in range(4))
+
+
+def test_a_cache_of_other_frames_is_refused_by_name(mixture, tmp_path):
+    root = shutil.copytree(mixture, tmp_path / 'data')
+    cache(small(root), folder=tmp_path / 'l')
+    n = len(os.listdir(tmp_path / 'l'))
+    cache(small(root), Mean(2.0), tmp_path / 'l')                                     # other weights: beside it
+    cache(small(root), folder=tmp_path / 'l', store='int8')
+    assert len(os.listdir(tmp_path / 'l')) == 3 * n
+    path = next((root / 'b/videos').rglob('*.mp4'))
+    path.write_bytes(path.read_bytes())
+    with pytest.raises(SystemExit) as error:
+        cache(small(root), folder=tmp_path / 'l')
+    says(error, str(tmp_path / 'l'), str(root / 'b'), 'changed')
+
+
+def test_what_cannot_be_encoded_is_counted(tmp_path, capfd):
+    root, _, _ = faulty(tmp_path, 'truncated mp4')
+    c = data.Clips([data.LeRobot(root)], [], 3, 2, 16, 8, 1.0, 0.1)
+    c.tokens = cache(c, folder=tmp_path / 'l')
+    c.tokens = cache(c, none := Mean(), tmp_path / 'l')
+    assert none.seen == 0 and isinstance(c.tokens[0, 3, c.sets[0].camera], str)
+    for step in range(12):
+        c.count_faults(c[step], 0.1)
+    assert capfd.readouterr().err.count('episode 3: skipped') == 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# motions between poses: the reference turns vectors by q u q* and powers of a matrix, never by the code's formulas
+
+PI = np.pi
+X, Y, Z = np.eye(3)
+
+
+def hamilton(a, b):
+    """Product of quaternions w x y z, (n, 4) each: the turn b, then the turn a."""
+    (aw, ax, ay, az), (bw, bx, by, bz) = a.T, b.T
+    return np.stack([aw * bw - ax * bx - ay * by - az * bz, aw * bx + ax * bw + ay * bz - az * by,
+                     aw * by - ax * bz + ay * bw + az * bx, aw * bz + ax * by - ay * bx + az * bw], 1)
+
+
+def turns(n, seed, low=0., high=PI):
+    """n unit quaternions w x y z that turn about random axes by an angle between low and high."""
+    rng = np.random.default_rng(seed)
+    axis = rng.normal(size=(n, 3))
+    half = rng.uniform(low, high, (n, 1)) / 2
+    return np.hstack([np.cos(half), np.sin(half) * axis / np.linalg.norm(axis, axis=1, keepdims=True)])
+
+
+def matrices(q):
+    """(n, 3, 3): column i is q e_i q*."""
+    conjugate = q * [1, -1, -1, -1]
+    return np.stack([hamilton(hamilton(q, np.tile([0, *e], (len(q), 1))), conjugate)[:, 1:] for e in np.eye(3)], 2)
+
+
+def expm(r):
+    """exp([r]x) of (n, 3) by the power series at r / 16, squared four times."""
+    K = np.zeros((len(r), 3, 3))
+    K[:, 2, 1], K[:, 0, 2], K[:, 1, 0] = r.T / 16
+    K = K - K.swapaxes(1, 2)
+    R = term = np.tile(np.eye(3), (len(r), 1, 1))
+    for i in range(1, 20):
+        term = term @ K / i
+        R = R + term
+    for _ in range(4):
+        R = R @ R
+    return R
+
+
+def written(q, rotation):
+    """Unit quaternions w x y z, written as `rotation` says."""
+    R, sine = matrices(q), np.linalg.norm(q[:, 1:], axis=1, keepdims=True)
+    return {'quat_wxyz': q, 'quat_xyzw': q[:, [1, 2, 3, 0]], 'rot6d': np.hstack([R[:, :, 0], R[:, :, 1]]),
+            'rot6d_rows': np.hstack([R[:, 0], R[:, 1]]),
+            'rotvec': 2 * np.arctan2(sine, q[:, :1]) * q[:, 1:] / np.where(sine, sine, 1),
+            'euler': np.stack([np.arctan2(R[:, 2, 1], R[:, 2, 2]),
+                               np.arctan2(-R[:, 2, 0], np.hypot(R[:, 0, 0], R[:, 1, 0])),
+                               np.arctan2(R[:, 1, 0], R[:, 0, 0])], 1)}[rotation]
+
+
+def deltas(p0, r0, p1, r1, rotation='euler', tool=False):
+    """pose_deltas with every warning an error; each part is one row or n of them."""
+    parts = [np.atleast_2d(np.asarray(x, float)) for x in (p0, r0, p1, r1)]
+    n = max(map(len, parts))
+    p0, r0, p1, r1 = (np.broadcast_to(x, (n, x.shape[1])) for x in parts)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        out = data.pose_deltas(np.hstack([p0, r0]), np.hstack([p1, r1]), rotation, tool)
+    assert out.shape == (n, 6) and out.dtype == np.float64
+    return out
+
+
+@pytest.mark.parametrize('rotation', data.ROTATIONS)
+@pytest.mark.parametrize('low, high', [(0, PI), (0, 0), (1e-9, 1e-9), (3.14, PI), (PI - 1e-9, PI - 1e-9), (PI, PI)])
+def test_the_delta_leads_from_before_to_after(rotation, low, high):
+    p0, p1 = np.random.default_rng(0).normal(size=(2, 300, 3))
+    q0, turn = turns(300, 1), turns(300, 2, low, high)
+    q1 = hamilton(turn, q0)
+    R0, R1 = matrices(q0), matrices(q1)
+    base, tool = (deltas(p0, written(q0, rotation), p1, written(q1, rotation), rotation, tool) for tool in (0, 1))
+    np.testing.assert_allclose(p0 + base[:, :3], p1, atol=1e-14)
+    np.testing.assert_allclose(expm(base[:, 3:]) @ R0, R1, atol=1e-13)
+    np.testing.assert_allclose(p0 + np.einsum('nij,nj->ni', R0, tool[:, :3]), p1, atol=1e-13)
+    np.testing.assert_allclose(R0 @ expm(tool[:, 3:]), R1, atol=1e-13)
+    for x in base, tool:  # the short way round, and as long as the turn
+        angle = np.linalg.norm(x[:, 3:], axis=1)
+        assert angle.max() <= PI + 1e-14
+        np.testing.assert_allclose(angle, 2 * np.arctan2(np.linalg.norm(turn[:, 1:], axis=1), turn[:, 0]), atol=1e-14)
+    for i in 0, 3:  # both halves of one motion, seen from two frames: base = R0 tool
+        np.testing.assert_allclose(np.einsum('nij,nj->ni', R0, tool[:, i:i + 3]), base[:, i:i + 3], atol=1e-13)
+
+
+def test_all_ways_to_write_a_rotation_agree():
+    q0 = turns(300, 3)
+    q1 = hamilton(turns(300, 4, 0, 3.1), q0)  # short of pi, where both signs are right
+    for tool in False, True:
+        first, *others = (deltas(X, written(q0, k), Y, written(q1, k), k, tool) for k in data.ROTATIONS)
+        for other in others:
+            np.testing.assert_allclose(other, first, atol=1e-12)
+    assert all(written(q0, k).shape[1] == n for k, n in data.ROTATIONS.items())
+
+
+@pytest.mark.parametrize('axis', np.eye(3))
+@pytest.mark.parametrize('angle', [PI / 2, -PI / 2, 1e-12, -1e-12, 1e-6, 3.14, PI - 1e-9])
+def test_a_turn_about_an_axis_from_rest(axis, angle):
+    """The numbers of the turn are given here: relative accuracy down to an angle of 1e-12."""
+    q = np.array([[np.cos(angle / 2), *np.sin(angle / 2) * axis]])
+    first, second = (c * np.cos(angle) + np.cross(axis, c) * np.sin(angle) + axis * (axis @ c) * (1 - np.cos(angle))
+                     for c in (X, Y))  # Rodrigues: where the turn takes x and y
+    for rotation, r0, r1 in [('euler', 0 * X, angle * axis), ('rotvec', 0 * X, angle * axis),
+                             ('quat_wxyz', [1, 0, 0, 0], q), ('quat_xyzw', [0, 0, 0, 1], q[:, [1, 2, 3, 0]]),
+                             ('rot6d', [*X, *Y], [*first, *second])]:
+        for tool in False, True:
+            (out,) = deltas([1, 2, 3], r0, [2, 4, 6], r1, rotation, tool)
+            np.testing.assert_allclose(out, [1, 2, 3, *angle * axis], rtol=1e-9, atol=abs(angle) * 1e-9)
+
+
+def test_small_turns_of_a_turned_tool():
+    """From any pose the error is that of the pose's own last digit, not its square root (as arccos would have it)."""
+    for angle in 1e-12, 1e-8, 1e-4:
+        q0, turn = turns(300, 5), turns(300, 6, angle, angle)
+        for rotation in data.ROTATIONS:
+            out = deltas(X, written(q0, rotation), X, written(hamilton(turn, q0), rotation), rotation)
+            np.testing.assert_allclose(out[:, 3:], written(turn, 'rotvec'), rtol=0, atol=4e-15)
+
+
+def test_half_turns_about_any_axis():
+    """Here one sign is as good as the other."""
+    axis = np.vstack([np.eye(3), turns(100, 7)[:, 1:]])
+    axis /= np.linalg.norm(axis, axis=1, keepdims=True)
+    out = deltas(X, 0 * X, X, PI * axis, 'rotvec')[:, 3:]
+    np.testing.assert_allclose(out * np.sign((out * axis).sum(1, keepdims=True)), PI * axis, atol=1e-14)
+
+
+def test_a_motion_through_three_angles_written_out():
+    """Fixed x, then y, then z: the tool's x axis, first along x, is where yaw and pitch put it; roll leaves it."""
+    roll, pitch, yaw = .3, -.7, 2.1
+    c, s = np.cos, np.sin
+    Rx = np.array([[1, 0, 0], [0, c(roll), -s(roll)], [0, s(roll), c(roll)]])
+    Ry = np.array([[c(pitch), 0, s(pitch)], [0, 1, 0], [-s(pitch), 0, c(pitch)]])
+    Rz = np.array([[c(yaw), -s(yaw), 0], [s(yaw), c(yaw), 0], [0, 0, 1]])
+    R = expm(deltas(X, 0 * X, X, [roll, pitch, yaw])[:, 3:])[0]
+    np.testing.assert_allclose(R, Rz @ Ry @ Rx, atol=1e-14)
+    np.testing.assert_allclose(R @ X, [c(yaw) * c(pitch), s(yaw) * c(pitch), -s(pitch)], atol=1e-14)
+
+
+def test_a_published_rotation():
+    """A row of huggingface.co/datasets/typoverflow/fractal holds one rotation as rpy and as the first two ROWS of R."""
+    rpy = [-2.887993574142456, .20818060636520386, -1.7991575002670288]
+    rows = [[-.22149360179901123, -.9311460852622986, .2896682918071747],
+            [-.9530078768730164, .2696484923362732, .13807876408100128]]
+    np.testing.assert_allclose(expm(deltas(X, 0 * X, X, rpy)[:, 3:])[0, :2], rows, atol=2e-7)
+    (right,) = deltas(X, 0 * X, X, rpy)
+    for name, sign in ('rot6d_rows', 1), ('rot6d', -1):     # who takes rows for columns reads the inverse
+        (got,) = deltas(X, [*X, *Y], X, [*rows[0], *rows[1]], name)
+        np.testing.assert_allclose(got[3:], sign * right[3:], atol=1e-6)
+
+
+def test_known_motions_of_the_tool():
+    # turned by 90 degrees about z, the tool goes 0.1 along its own x, which is the base's y
+    (out,) = deltas([.5, 0, .3], [0, 0, PI / 2], [.5, .1, .3], [0, 0, PI / 2], tool=True)
+    np.testing.assert_allclose(out, [.1, 0, 0, 0, 0, 0], atol=1e-15)
+    (out,) = deltas([.5, 0, .3], [0, 0, PI / 2], [.5, .1, .3], [0, 0, PI / 2])
+    np.testing.assert_allclose(out, [0, .1, 0, 0, 0, 0], atol=1e-15)
+    # pointing down (half a turn about x), it turns by 0.2 about the base's z: about its own z by -0.2
+    down, after = [PI, 0, 0], [PI, 0, .2]
+    np.testing.assert_allclose(deltas(X, down, X, after)[0], [0, 0, 0, 0, 0, .2], atol=1e-15)
+    np.testing.assert_allclose(deltas(X, down, X, after, tool=True)[0], [0, 0, 0, 0, 0, -.2], atol=1e-15)
+    # a screw about the base's z: the turn and the rise are the same in every step and in both frames, and so is the
+    # whole motion of the tool; the base's dx, dy turn along
+    step = np.arange(13) * PI / 6
+    p = np.stack([np.cos(step), np.sin(step), step / 10], 1)
+    r = np.stack([0 * step, 0 * step, (step + PI) % (2 * PI) - PI], 1)  # wrapped to +-pi
+    base, tool = deltas(p[:-1], r[:-1], p[1:], r[1:]), deltas(p[:-1], r[:-1], p[1:], r[1:], tool=True)
+    for x in base, tool:
+        np.testing.assert_allclose(x[:, 2:], np.tile([PI / 60, 0, 0, PI / 6], (12, 1)), atol=1e-14)
+    np.testing.assert_allclose(tool, np.tile(tool[0], (12, 1)), atol=1e-14)
+    np.testing.assert_allclose(tool[0, :2], [np.cos(PI / 6) - 1, np.sin(PI / 6)], atol=1e-14)
+    np.testing.assert_allclose(np.hypot(*base[:, :2].T), 2 * np.sin(PI / 12), atol=1e-14)
+
+
+def test_euler_angles_that_jump_are_small_motions():
+    e = 1e-3
+    for i in range(3):  # across +-pi: pitch beyond pi / 2 is another way to write a rotation, and must be read too
+        before, after = (PI - e) * np.eye(3)[i], (-PI + e) * np.eye(3)[i]
+        np.testing.assert_allclose(deltas(X, before, X, after)[0, 3:], 2 * e * np.eye(3)[i], atol=1e-14)
+    np.testing.assert_allclose(deltas(X, [PI, .1, -PI], X, [-PI, .1, PI])[0], np.zeros(6), atol=1e-14)
+    # two ways to write one rotation
+    np.testing.assert_allclose(deltas(X, [.2, .3, .4], X, [.2 + PI, PI - .3, .4 + PI])[0], np.zeros(6), atol=1e-14)
+    # at pitch = +-pi / 2 only yaw -+ roll counts
+    for pitch, sign in (PI / 2, 1), (-PI / 2, -1):
+        np.testing.assert_allclose(deltas(X, [.5, pitch, .2], X, [.5 + .7, pitch, .2 + sign * .7])[0], 0, atol=1e-14)
+        np.testing.assert_allclose(deltas(X, [.5, pitch, .2], X, [.5, pitch, .3])[0, 3:], .1 * Z, atol=1e-14)
+        np.testing.assert_allclose(deltas(X, [.5, pitch, .2], X, [.6, pitch, .2])[0, 3:], -sign * .1 * Z, atol=1e-14)
+
+
+def test_quaternions_of_either_sign_and_any_length():
+    q0, q1 = turns(300, 8), hamilton(turns(300, 9, 0, 3.1), turns(300, 8))
+    for tool in False, True:
+        want = deltas(X, q0, Y, q1, 'quat_wxyz', tool)
+        for scale in -1, 3, -.01, 1e-30, 1e30:
+            np.testing.assert_allclose(deltas(X, scale * q0, Y, q1, 'quat_wxyz', tool), want, atol=1e-13)
+            np.testing.assert_allclose(deltas(X, q0, Y, scale * q1, 'quat_wxyz', tool), want, atol=1e-13)
+    assert (deltas(X, q0, X, -q0, 'quat_wxyz') == 0).all()
+
+
+def test_rotation_vectors_beyond_pi_go_the_short_way():
+    np.testing.assert_allclose(deltas(X, 0 * X, X, (PI + .1) * Z, 'rotvec')[0, 3:], -(PI - .1) * Z, atol=1e-14)
+    np.testing.assert_allclose(deltas(X, 0 * X, X, 2 * PI * Y, 'rotvec')[0], np.zeros(6), atol=1e-14)
+
+
+def test_rot6d_is_the_first_two_columns():
+    quarter = [0, 1, 0, -1, 0, 0]  # of a quarter turn about z: x goes to y, y to -x; read as rows it turns back
+    np.testing.assert_allclose(deltas(X, [*X, *Y], X, quarter, 'rot6d')[0, 3:], PI / 2 * Z, atol=1e-15)
+    # neither long nor square, as a network writes them: the first keeps its direction, the second the plane
+    skew = [0, 5, 0, -2, 7, 0]
+    np.testing.assert_allclose(deltas(X, [*X, *Y], X, skew, 'rot6d')[0, 3:], PI / 2 * Z, atol=1e-15)
+
+
+@pytest.mark.parametrize('tool', [False, True])
+def test_what_is_no_pose_is_nan_in_its_row_alone(tool):
+    for rotation, k in data.ROTATIONS.items():
+        good = written(turns(20, 10), rotation)
+        want = deltas(X, good, Y, good[::-1], rotation, tool)
+        for bad in np.nan, np.inf:
+            for column in range(3 + k):
+                poses = [np.hstack([np.tile(x, (20, 1)), r]) for x, r in ((X, good), (Y, good[::-1]))]
+                poses[column % 2][7, column] = bad
+                out = deltas(*np.split(poses[0], [3], 1), *np.split(poses[1], [3], 1), rotation, tool)
+                assert np.isnan(out[7]).all()
+                np.testing.assert_array_equal(np.delete(out, 7, 0), np.delete(want, 7, 0))
+    for rotation, nothing in ('quat_xyzw', [0] * 4), ('quat_wxyz', [0] * 4), ('rot6d', [0] * 6), ('rot6d', [*X, *X]):
+        some = written(turns(1, 11), rotation)[0]
+        out = deltas(X, [some, nothing, some, some], X, [some, some, nothing, some], rotation, tool)
+        assert np.isnan(out).all(1).tolist() == [False, True, True, False]
+
+
+def test_no_rows_and_float32_rows():
+    assert data.pose_deltas(np.zeros((0, 6)), np.zeros((0, 6)), 'euler', True).shape == (0, 6)
+    rows = np.float32([[.1, .2, .3, .1, .2, .3]])  # computed in float64: the same numbers, read exactly
+    same = data.pose_deltas(rows, 2 * rows, 'euler', True)
+    np.testing.assert_array_equal(same, data.pose_deltas(np.float64(rows), np.float64(2 * rows), 'euler', True))
+
+
+def poses(n, seed):
+    """A tool that turns by 0.3 about its own z and goes 0.1 along its own x in every frame: x y z roll pitch yaw."""
+    at, yaw, out = np.zeros(2), 0.1 * seed, []
+    for _ in range(n):
+        out.append([*at, 0.5, 0, 0, yaw])
+        at, yaw = at + 0.1 * np.array([np.cos(yaw), np.sin(yaw)]), (yaw + 0.3 + PI) % (2 * PI) - PI
+    return np.array(out, np.float32)
+
+
+@pytest.mark.parametrize('key', ['observation.state', 'action'])
+@pytest.mark.parametrize('fps', [0, 5])
+def test_deltas_of_a_dataset(tmp_path, key, fps):
+    """Row j leads from frame j to frame j + 1: states are reached there, targets given before; at any rate."""
+    data.write_lerobot(tmp_path / 'd', [{'observation.images.top': np.zeros((L, 16, 16, 3), np.uint8), 'task': '',
+                                         key: np.hstack([poses(L, L), np.arange(L)[:, None]])} for L in (30, 21)], 10)
+    k = 2 if fps else 1
+    ds = {mode: data.LeRobot(tmp_path / 'd', action=key, fps=fps, action_mode=mode) for mode in ('delta', 'delta_tool')}
+    for i, n in enumerate((30, 21)):
+        own, base = ds['delta_tool'].rows(i), ds['delta'].rows(i)
+        length = -(-n // k)
+        assert own.shape == base.shape == (length, 7) and ds['delta'].action_dim == 7
+        known = np.arange(length - 1) if key != 'action' else np.arange(1, n // k)
+        assert np.isfinite(own[known]).all() and np.isnan(np.delete(own, known, 0)).any(1).all()
+        yaw = 0.3 * np.arange(k)        # k small motions, each turned by those before it
+        step = np.array([0.1 * np.cos(yaw).sum(), 0.1 * np.sin(yaw).sum(), 0, 0, 0, 0.3 * k])
+        np.testing.assert_allclose(own[known, :6], np.tile(step, (len(known), 1)), atol=1e-5)
+        truth = poses(n, n)             # in the base's frame: differences, and the same turn about z
+        after = (known + (key != 'action')) * k + (k - 1) * (key == 'action')
+        np.testing.assert_allclose(base[known, :3], (truth[after] - truth[after - k])[:, :3], atol=1e-5)
+        np.testing.assert_allclose(base[known, 5], 0.3 * k, atol=1e-5)
+        np.testing.assert_array_equal(own[known, 6], after)     # what is no pose: as it is at the end of the step
+        c = ds['delta'].clip(i, 0, 4, 2)
+        assert c['a'].shape == (4, 14) and c['a_mask'].tolist() == [False, key != 'action', True, True]
+    assert np.allclose(ds['delta_tool'].stats['mean'][:6], step, atol=1e-5)     # measured, not the poses'
+
+
+def test_no_pose_to_make_deltas_of(made):
+    with pytest.raises(SystemExit) as error:
+        data.LeRobot(made, action_mode='delta')
+    says(error, '--action_mode=delta', made, 'no pose of 6 numbers', 'action')
+
+
+# the hub --------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def hub(mixture, made, tmp_path, monkeypatch):
+    """A hub with me/made and me/a .. me/d; what comes from it is kept in tmp_path."""
+    shutil.copytree(mixture, tmp_path / 'hub/me')
+    shutil.copytree(made, tmp_path / 'hub/me/made')
+    # many files: an episode each
+    data.write_lerobot(tmp_path / 'hub/me/many', (episode(20 + i, i) for i in range(12)), 10, file_mb=0)
+    monkeypatch.setattr(data, 'HUB_HOME', str(tmp_path / 'kept'))
+    monkeypatch.setattr(data, 'PATIENCE', 20)
+    monkeypatch.setattr(data.huggingface_hub.constants, 'DOWNLOAD_CHUNK_SIZE', 500)     # what is kept of a broken one
+    with Hub(tmp_path / 'hub') as server:
+        monkeypatch.setenv('HF_ENDPOINT', server.url)
+        yield server
+
+
+def fetched(hub):
+    return [r.path.split('/', 6)[-1] for r in hub.log if r.method == 'GET' and '/resolve/' in r.path and r.status < 300]
+
+
+def test_a_dataset_of_the_hub(hub, made, tmp_path):
+    d, local = data.LeRobot('me/made', 'top'), data.LeRobot(made, 'top')
+    assert d.name == f'me/made@{hub.commit("me/made")}' and all(name.startswith('meta/') for name in fetched(hub))
+    for i in range(3):
+        assert np.array_equal(d.rows(i), local.rows(i)) and torch.equal(d.frames(i, [0, 5]), local.frames(i, [0, 5]))
+    assert sorted(n for n in fetched(hub) if not n.startswith('meta/')) == [ROWS, VIDEO]      # once, and no other camera
+    hub.log.clear()
+    again = data.LeRobot(d.name)        # that very revision: it is all there
+    assert torch.equal(again.frames(1, [3]), local.frames(1, [3])) and not hub.log
+
+
+def test_the_revision_is_pinned(hub, tmp_path):
+    first = data.LeRobot('me/made')
+    (tmp_path / 'hub/me/made/README.md').write_text('new')
+    second = data.LeRobot('me/made')
+    assert first.revision != second.revision == hub.commit('me/made')
+    assert data.LeRobot(first.name).revision == first.revision
+
+
+@pytest.mark.parametrize('name, words', [('me/nothing', '404'), ('nobody/made', '404'), ('me/made@0123abc', '404')])
+def test_what_the_hub_does_not_have(hub, name, words):
+    with pytest.raises(SystemExit) as error:
+        data.LeRobot(name)
+    says(error, name, 'hub', words)
+
+
+def test_no_network_is_said_at_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(data, 'HUB_HOME', str(tmp_path))
+    monkeypatch.setenv('HF_ENDPOINT', 'http://127.0.0.1:9')
+    begun = time.perf_counter()
+    with pytest.raises(SystemExit) as error:
+        data.LeRobot('some/folder')
+    says(error, 'some/folder', 'hub')
+    assert time.perf_counter() - begun < 30
+
+
+def streamed(**options):
+    return data.Clips([data.LeRobot('me/many', 'top', '', 0, 'absolute', 'euler', options.pop('cache_gb', 50))], [], 3, 2, 0,
+                      2, 1.0, 0.25, **options)
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_streamed_batches_equal_local_ones(hub, tmp_path, workers):
+    local = data.Clips([data.LeRobot(tmp_path / 'hub/me/many', 'top')], [], 3, 2, 0, 2, 1.0, 0.25)
+    c, count = streamed(), [0]
+    got = loaded(c, range(6), workers)
+    for batch in got:
+        assert not batch['faults']
+    assert sorted(set(fetched(hub))) == sorted(fetched(hub)), 'a file came twice'
+    for step, batch in enumerate(got):
+        for k, (s, e, start, camera) in enumerate(c.picks(step)):
+            assert torch.equal(batch['x'][k], local.clip(s, e, start, camera, 3)['x'])
+
+
+def test_files_come_ahead_of_time_and_no_others(hub, monkeypatch):
+    monkeypatch.setattr(data, 'BLOCK', 20)      # an epoch uses up one file after the other
+    monkeypatch.setattr(data, 'AHEAD', 8)
+    c = streamed()
+    c[0]
+    soon = {p for step in range(8) for s, e, _, k in c.picks(step) for p in c.sets[0]._paths(c.sets[0].episodes[e], k)}
+    for _ in range(200):
+        if all(map(os.path.exists, soon)):
+            break
+        time.sleep(0.05)
+    have = {name for name in fetched(hub) if not name.startswith('meta/')}
+    assert have == {os.path.relpath(p, c.sets[0].root) for p in soon} and len(have) < 24
+    hub.log.clear()
+    c[1]
+    assert not fetched(hub)
+
+
+def test_the_disk_cache_is_bounded(hub, tmp_path):
+    limit = 6 * max(p.stat().st_size for p in (tmp_path / 'hub/me/many').rglob('file-*') if 'meta' not in p.parts)
+    c = streamed(cache_gb=limit / 1e9)
+    local = data.Clips([data.LeRobot(tmp_path / 'hub/me/many', 'top')], [], 3, 2, 0, 2, 1.0, 0.25)
+    for step in range(0, 240, 7):
+        for s, e, start, camera in c.picks(step):
+            assert torch.equal(c.clip(s, e, start, camera, 3)['x'], local.clip(s, e, start, camera, 3)['x'])
+            kept = [p for d in ('data', 'videos') for p in (tmp_path / 'kept').rglob(f'{d}/**/*') if p.is_file()]
+            assert sum(p.stat().st_size for p in kept) <= limit
+    assert len(fetched(hub)) > len(set(fetched(hub))), 'some had to come again'
+
+
+def test_what_was_used_last_stays(hub, tmp_path):
+    d = data.LeRobot('me/many', 'top', 'none')
+    size = os.path.getsize(tmp_path / 'hub/me/many/videos/observation.images.top/chunk-000/file-000.mp4')
+    d.cache_gb = 2.5 * size / 1e9
+    for e in (0, 1, 0, 2):
+        d.frames(e, [0])
+        time.sleep(0.02)
+    names = sorted(p.name for p in (tmp_path / 'kept').rglob('*.mp4'))
+    assert names == ['file-000.mp4', 'file-002.mp4']
+
+
+@pytest.mark.parametrize('kind, options', [(429, dict(seconds=2)), (503, {}), ('cut', dict(times=2)), ('cut', dict(keep=1000))])
+def test_a_hub_that_fails_is_asked_again(hub, kind, options):
+    d = data.LeRobot('me/made', 'top', 'none')
+    hub.log.clear()
+    hub.fail('.mp4', kind, **options)
+    begun = time.monotonic()
+    assert d.frames(0, [0]).shape == (1, 3, 32, 48)
+    gets = [r for r in hub.log if r.method == 'GET' and r.path.endswith('.mp4')]
+    if kind == 429:
+        assert time.monotonic() - begun >= 2
+    if kind == 'cut':
+        assert gets[-1].range, 'goes on where it broke off'
+
+
+def test_a_hub_that_stalls(hub, monkeypatch):
+    monkeypatch.setattr(data.huggingface_hub.constants, 'HF_HUB_DOWNLOAD_TIMEOUT', 1)
+    d = data.LeRobot('me/made', 'top', 'none')
+    hub.fail('.mp4', 'stall', seconds=30)
+    begun = time.monotonic()
+    assert d.frames(0, [0]).shape == (1, 3, 32, 48) and time.monotonic() - begun < 20
+
+
+def test_a_hub_that_does_not_come_back(hub, monkeypatch, capfd):
+    monkeypatch.setattr(data, 'PATIENCE', 3)
+    c = streamed()
+    name = c.sets[0].episodes[c.train[0][0]]['data']['file_index']
+    hub.fail(f'file-{name:03d}.mp4', 404, times=1000, method='HEAD')
+    seen = [c.count_faults(c[step], 0.1) for step in range(60)]
+    assert len(seen) == 60 and capfd.readouterr().err.count('not to be had from the hub (404') == 1
+    with pytest.raises(SystemExit) as error:
+        c.count_faults({}, 0.05)
+    says(error, '1 of 12 episodes')
+
+
+def fetch_all(home, url):
+    data.HUB_HOME, os.environ['HF_ENDPOINT'] = home, url
+    d = data.LeRobot('me/many', 'top', 'none')
+    for e in range(12):
+        d.frames(e, [0])
+
+
+def test_processes_share_what_comes(hub, tmp_path):
+    data.LeRobot('me/many')
+    fork = multiprocessing.get_context('fork')
+    them = [fork.Process(target=fetch_all, args=(str(tmp_path / 'kept'), hub.url)) for _ in range(3)]
+    [p.start() for p in them], [p.join(60) for p in them]
+    assert [p.exitcode for p in them] == [0] * 3 and len(fetched(hub)) == len(set(fetched(hub)))
+
+
+def test_a_killed_download_goes_on(hub, tmp_path):
+    data.LeRobot('me/made')
+    hub.fail('.mp4', 'stall', seconds=60, keep=2000)
+    child = multiprocessing.get_context('fork').Process(target=data.LeRobot('me/made', 'top', 'none').frames, args=(0, [0]))
+    child.start()
+    for _ in range(200):
+        if any(p.stat().st_size >= 2000 for p in (tmp_path / 'kept').rglob('.part/**/*.mp4')):
+            break
+        time.sleep(0.05)
+    child.kill()
+    child.join()
+    hub.log.clear()
+    data.LeRobot('me/made', 'top', 'none').frames(0, [0])
+    assert [r.range for r in hub.log if r.method == 'GET' and r.path.endswith('.mp4')] == ['bytes=2000-']

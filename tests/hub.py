@@ -1,0 +1,155 @@
+"""
+A stand-in for the Hugging Face hub: dataset repositories in a folder, served on loopback, with faults on order.
+
+    with Hub(folder) as hub:                        # folder/owner/name/meta/info.json, ..
+        hub.fail('.mp4', 'cut', times=2)            # the next two downloads of a video break off half way
+        hub.fail('info.json', 429, seconds=1)       # Retry-After: 1
+        hf_hub_download('owner/name', 'meta/info.json', repo_type='dataset', endpoint=hub.url, local_dir=out)
+    assert [r.status for r in hub.log if r.method == 'GET'] == [429, 200]
+
+It speaks what huggingface_hub asks for when it reads a dataset: repo_info, list_repo_tree (always recursive) and
+hf_hub_download. A revision is main or the commit. Every file comes from here and by plain HTTP, where the real hub
+sends on to other hosts and to Xet.
+"""
+import collections
+import hashlib
+import http.server
+import json
+import re
+import threading
+import time
+from pathlib import Path
+from urllib.parse import parse_qs, unquote, urlsplit
+
+ROUTE = re.compile(r'(?:/api)?/datasets/([^/]+/[^/]+)(?:/(revision|tree|resolve)/([^/]+)/?(.*))?')
+Request = collections.namedtuple('Request', 'method path range status time')  # range '' or as asked for, time of start
+Fault = collections.namedtuple('Fault', 'part kind seconds keep method headers')
+
+
+class Hub:
+    """A server from `with` to its end. The files under root, page and commits may change at any time.
+
+    url: for HF_ENDPOINT or endpoint=; log: a Request for each answer about a dataset; faults: those not used up yet;
+    page: entries of a tree per answer; commits: {repo: sha} to stand in for the hash of a repository's files.
+    """
+
+    def __init__(self, root):
+        self.root, self.page, self.commits, self.log, self.faults = Path(root), 1000, {}, [], []
+        self.over, self.lock = threading.Event(), threading.Lock()
+        self.server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), type('Answers', (Answer,), {'hub': self}))
+        self.server.daemon_threads, self.server.block_on_close = True, False  # closing waits for no client
+        self.url = f'http://127.0.0.1:{self.server.server_port}'
+
+    def __enter__(self):
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+        return self
+
+    def __exit__(self, *error):
+        self.over.set()
+        self.server.shutdown()
+        self.server.server_close()
+
+    def fail(self, part, kind, times=1, seconds=None, keep=None, method='GET', headers=()):
+        """Let the next requests of a method with `part` in their path go wrong.
+
+        kind is a status such as 429 or 503 (with `headers`, and Retry-After if seconds is given), 'cut' (the connection
+        closes after `keep` bytes of the body, half of it by default; a HEAD gets no answer), 'stall' (after `keep`
+        bytes nothing for `seconds`, then the rest) or 'short' (a complete answer, but the file's last byte is missing).
+        """
+        wait = {'Retry-After': str(seconds)} if seconds is not None else {}
+        with self.lock:
+            self.faults += [Fault(part, kind, seconds, keep, method, {**wait, **dict(headers)})] * times
+
+    def files(self, repo):
+        """{name: (content, git's or LFS's hash of it)} of a repository; empty if there is none."""
+        files = {}
+        for path in sorted((self.root / repo).rglob('*')):
+            if path.is_file():
+                body = path.read_bytes()
+                large = path.suffix in ('.mp4', '.parquet')  # what the hub keeps in LFS by default
+                oid = hashlib.sha256(body) if large else hashlib.sha1(b'blob %d\0' % len(body) + body)
+                files[path.relative_to(self.root / repo).as_posix()] = body, oid.hexdigest()
+        return files
+
+    def commit(self, repo):
+        hashes = {name: oid for name, (_, oid) in self.files(repo).items()}
+        return self.commits.get(repo) or hashlib.sha1(json.dumps(hashes).encode()).hexdigest()
+
+
+class Answer(http.server.BaseHTTPRequestHandler):
+    timeout = 60  # seconds, for a client that never finishes its request
+
+    def do_GET(self):
+        self.began, self.url = time.monotonic(), urlsplit(self.path)
+        self.where, match = unquote(self.url.path), ROUTE.fullmatch(self.url.path)
+        if not match:  # such as the client's own news, which no test is about
+            return self.send_error(404)
+        with self.hub.lock:
+            hits = (f for f in self.hub.faults if f.part in self.where and f.method == self.command)
+            self.fault = next(hits, Fault('', '', 0, None, '', {}))
+            if self.fault.kind:
+                self.hub.faults.remove(self.fault)
+        if isinstance(self.fault.kind, int):
+            return self.answer(self.fault.kind, b'{"error": "a fault on order"}', self.fault.headers)
+        repo, what, revision, name = (unquote(text or '') for text in match.groups())
+        files, sha = self.hub.files(repo), self.hub.commit(repo)
+        if not files:
+            self.answer(404, headers={'X-Error-Code': 'RepoNotFound'})
+        elif revision not in ('', 'main', sha):
+            self.answer(404, headers={'X-Error-Code': 'RevisionNotFound'})
+        elif what == 'resolve' and name in files:
+            self.file(*files[name], sha)
+        elif what == 'tree' and (not name or any(file.startswith(name + '/') for file in files)):
+            self.tree(files, name and name + '/')
+        elif what in ('', 'revision'):
+            self.answer(200, json.dumps({'id': repo, 'sha': sha, 'siblings': [{'rfilename': file} for file in files],
+                                         'private': False, 'downloads': 0, 'likes': 0, 'tags': []}).encode())
+        else:
+            self.answer(404, headers={'X-Error-Code': 'EntryNotFound', 'X-Repo-Commit': sha})
+
+    do_HEAD = do_GET
+
+    def tree(self, files, folder):
+        """All files and folders under `folder` ('' or with a slash), in pages that name the next one."""
+        paths = {p.as_posix() for name in files for p in Path(name).parents} - {'.'} | set(files)
+        entries = []
+        for path in sorted(p for p in paths if p.startswith(folder)):
+            body, oid = files.get(path, (b'', '0' * 40))
+            entries += [{'type': 'file' if path in files else 'directory', 'path': path, 'oid': oid, 'size': len(body)}]
+            if len(oid) == 64:
+                entries[-1]['lfs'] = {'oid': oid, 'size': len(body), 'pointerSize': 130}
+        start = int(parse_qs(self.url.query).get('cursor', ['0'])[0])
+        stop = start + self.hub.page
+        more = {'Link': f'<{self.hub.url}{self.url.path}?recursive=True&cursor={stop}>; rel="next"'}
+        self.answer(200, json.dumps(entries[start:stop]).encode(), more if stop < len(entries) else {})
+
+    def file(self, body, oid, sha):
+        headers = {'X-Repo-Commit': sha, 'ETag': f'"{oid}"', 'X-Linked-ETag': f'"{oid}"', 'X-Linked-Size': len(body)}
+        size = len(body) - (self.fault.kind == 'short')
+        span = re.fullmatch(r'bytes=(\d+)-(\d*)', self.headers.get('Range', ''))
+        start, stop = (int(span[1]), min(int(span[2] or size) + 1, size)) if span else (0, size)
+        if span:
+            headers['Content-Range'] = f'bytes {start}-{stop - 1}/{size}' if start < stop else f'bytes */{size}'
+        self.answer(200 if not span else 206 if start < stop else 416, body[start:stop], headers)
+
+    def answer(self, status, body=b'', headers=()):
+        kind, seconds, keep = self.fault.kind, self.fault.seconds, self.fault.keep
+        keep = len(body) if kind not in ('cut', 'stall') else len(body) // 2 if keep is None else keep
+        with self.hub.lock:
+            self.hub.log.append(Request(self.command, self.where, self.headers.get('Range', ''), status, self.began))
+        if self.command == 'HEAD' and (kind == 'cut' or kind == 'stall' and self.hub.over.wait(seconds)):
+            return
+        try:
+            self.send_response(status)
+            for header in {'Content-Length': len(body), **dict(headers)}.items():
+                self.send_header(*header)
+            self.end_headers()
+            if self.command == 'GET':
+                self.wfile.write(body[:keep])
+                if kind == 'stall' and not self.hub.over.wait(seconds):
+                    self.wfile.write(body[keep:])
+        except ConnectionError:  # the client gave up
+            pass
+
+    def log_message(self, *args):
+        pass
