@@ -842,7 +842,7 @@ def write_lerobot(root, episodes, fps, names={}, robot_type='', crf=18, gop=2, f
     if os.path.exists(root):
         sys.exit(f'{root}: exists already, will not write over it')
     shutil.rmtree(tmp, ignore_errors=True)  # left by a run that was interrupted
-    keys, shapes, tasks, rows, parts, number, total = None, {}, {}, [], [], -1, 0
+    keys, shapes, size, tasks, rows, parts, number, total = None, {}, {}, {}, [], [], -1, 0
 
     def finish():
         writer.close()
@@ -956,7 +956,7 @@ def make_env(name, flag):
 
 
 def record(env, episodes, steps, policy, seed, fps=0):
-    """(episodes, fps) for write_lerobot from a gymnasium environment, which runs while they are written.
+    """(episodes, fps) for write_lerobot(root, *..) from a gymnasium environment, which runs while they are written.
 
     Row i's action is what was done after frame i. Actions are flattened, discrete ones to one-hot vectors, as numbers
     would have an order. The state is the observation, or its 'agent_pos', 'state', 'observation' or first other part,
@@ -1016,6 +1016,7 @@ def record(env, episodes, steps, policy, seed, fps=0):
                     return
         finally:
             signal.signal(signal.SIGINT, before)
+            env.close()
 
     return run(), fps
 

@@ -1,10 +1,15 @@
-"""python -m pytest tests/test_data.py: command line, pictures, video, LeRobot datasets."""
+"""python -m pytest tests/test_data.py: command line, video, datasets, batches, caches, the hub, recording."""
 import fractions
+import glob
+import itertools
 import json
 import math
 import multiprocessing
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import time
 import warnings
 
@@ -17,6 +22,7 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 import data
+from conftest import ROOT
 from hub import Hub
 
 A = 2  # action width of the made datasets
@@ -930,7 +936,7 @@ def test_no_episode_is_in_both_splits(world):
 @pytest.fixture(scope='module')
 def mixture(tmp_path_factory):
     """Datasets of several lengths, rates, cameras and action widths; one has an episode of many segments."""
-    folder, rng, out = tmp_path_factory.mktemp('mixture'), np.random.default_rng(0), []
+    folder, rng = tmp_path_factory.mktemp('mixture'), np.random.default_rng(0)
     for name, lengths, width, fps, cameras in (('a', [9, 14, 30, 2], 2, 10, ['top']), ('b', [60, 50, 40], 3, 30, ['left', 'top']),
                                                ('c', [25] * 4, 0, 15, ['ego']), ('d', [130, 70], 0, 5, ['top', 'wrist'])):
         data.write_lerobot(folder / name, [
@@ -1656,7 +1662,7 @@ def streamed(**options):
 @pytest.mark.parametrize('workers', [0, 2])
 def test_streamed_batches_equal_local_ones(hub, tmp_path, workers):
     local = data.Clips([data.LeRobot(tmp_path / 'hub/me/many', 'top')], [], 3, 2, 0, 2, 1.0, 0.25)
-    c, count = streamed(), [0]
+    c = streamed()
     got = loaded(c, range(6), workers)
     for batch in got:
         assert not batch['faults']
@@ -1769,3 +1775,564 @@ def test_a_killed_download_goes_on(hub, tmp_path):
     hub.log.clear()
     data.LeRobot('me/made', 'top', 'none').frames(0, [0])
     assert [r.range for r in hub.log if r.method == 'GET' and r.path.endswith('.mp4')] == ['bytes=2000-']
+
+
+def same_files(one, two):
+    """How many files two folders have, after a look that they are equal byte for byte."""
+    names = [sorted(p.relative_to(root) for p in root.rglob('*') if p.is_file()) for root in (one, two)]
+    assert names[0] == names[1] and all((one / n).read_bytes() == (two / n).read_bytes() for n in names[0])
+    return len(names[0])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the writer: frame by frame, and in several files
+
+def noisy(n, H, W, seed):
+    """Frames that do not compress."""
+    rng = np.random.default_rng(seed)
+    return (rng.integers(0, 256, (H, W, 3), dtype=np.uint8) for _ in range(n))
+
+
+SEVEN = 7, 60, 3, 45, 45, 1, 30
+
+
+def two_cameras():
+    for i, n in enumerate(SEVEN):
+        yield {'observation.images.top': noisy(n, 64, 96, i), 'observation.images.side': noisy(n, 33, 47, i + 100),
+               'action': [[i, f] for f in range(n)], 'task': f'task {i % 2}'}
+
+
+@pytest.fixture(scope='module')
+def rolled(tmp_path_factory):
+    root = str(tmp_path_factory.mktemp('rolled') / 'd')
+    data.write_lerobot(root, two_cameras(), 10, file_mb=.25)
+    return root
+
+
+def test_new_files_when_a_video_is_full(rolled):
+    rows = pq.read_table(f'{rolled}/meta/episodes/chunk-000/file-000.parquet').to_pylist()
+    numbers = [r['data/file_index'] for r in rows]
+    assert numbers == sorted(numbers) and set(numbers) == set(range(max(numbers) + 1)) and 2 <= max(numbers) <= 5
+    places = 'data', 'videos/observation.images.top', 'videos/observation.images.side'
+    for place in places:
+        assert [r[f'{place}/file_index'] for r in rows] == numbers and {r[f'{place}/chunk_index'] for r in rows} == {0}
+        assert len(os.listdir(f'{rolled}/{place}/chunk-000')) == max(numbers) + 1
+    sizes = [os.path.getsize(f'{rolled}/{places[1]}/chunk-000/file-{n:03d}.mp4') for n in range(max(numbers) + 1)]
+    assert min(sizes[:-1]) >= .25 * 2 ** 20  # the larger camera decides
+    for n in range(max(numbers) + 1):
+        here = [r for r in rows if r['data/file_index'] == n]
+        ends = np.cumsum([0] + [r['length'] for r in here])
+        for place in places[1:]:
+            assert [r[f'{place}/from_timestamp'] for r in here] == [e / 10 for e in ends[:-1]]
+            assert [r[f'{place}/to_timestamp'] for r in here] == [e / 10 for e in ends[1:]]
+            assert len(sequential(f'{rolled}/{place}/chunk-000/file-{n:03d}.mp4')) == ends[-1]
+        table = pq.ParquetFile(f'{rolled}/data/chunk-000/file-{n:03d}.parquet')
+        assert table.num_row_groups == len(here)
+        assert table.read(['index'])['index'].to_pylist() == list(range(here[0]['dataset_from_index'],
+                                                                        here[-1]['dataset_to_index']))
+    assert [r['dataset_to_index'] for r in rows] == np.cumsum(SEVEN).tolist()
+    with open(f'{rolled}/meta/info.json') as f:
+        info = json.load(f)
+    assert (info['total_episodes'], info['total_frames'], info['total_tasks']) == (7, sum(SEVEN), 2)
+
+
+@pytest.mark.parametrize('camera, side', [('top', (64, 96)), ('side', (34, 48))])
+def test_frames_and_rows_of_several_files(rolled, camera, side):
+    d = data.LeRobot(rolled, camera)
+    truth = [sequential(path) for path in sorted(glob.glob(f'{rolled}/videos/{d.camera}/*/*.mp4'))]
+    truth = np.concatenate(truth)
+    assert truth.shape == (sum(SEVEN), *side, 3)
+    for i, n in enumerate(SEVEN):
+        first = sum(SEVEN[:i])
+        got = d.frames(i, range(n)).permute(0, 2, 3, 1).numpy()
+        assert np.array_equal(got, truth[first:first + n])
+        assert np.array_equal(d.frames(i, [n - 1]).permute(0, 2, 3, 1).numpy()[0], truth[first + n - 1])
+        assert d.rows(i).tolist() == [[i, f] for f in range(n)]
+        assert d.clip(i, 0, 2, 1)['task'] == f'task {i % 2}'
+
+
+def test_chunks_of_a_thousand_files(tmp_path):
+    data.write_lerobot(tmp_path / 'd', ({'observation.images.a': np.full((1, 16, 16, 3), i % 200, np.uint8), 'task': ''}
+                                        for i in range(1002)), 10, file_mb=0)
+    d, rows = data.LeRobot(tmp_path / 'd'), pq.read_table(tmp_path / 'd/meta/episodes').to_pydict()
+    for place in ('data', 'videos/observation.images.a'):
+        assert rows[f'{place}/chunk_index'] == [0] * 1000 + [1] * 2
+        assert rows[f'{place}/file_index'] == [*range(1000), 0, 1]
+    for i in (0, 999, 1000, 1001):
+        assert abs(d.frames(i, [0]).float().mean() - i % 200) < 3
+
+
+def test_iterators_are_read_in_step_and_like_arrays(tmp_path):
+    """Both cameras from one source, which must not run ahead; the same dataset as from arrays, statistics included."""
+    arrays = [{'observation.images.a': np.stack(list(noisy(n, 32, 48, n))), 'task': 't',
+               'observation.images.b': np.stack(list(noisy(n, 16, 16, n + 1)))} for n in (5, 730)]
+    drawn, cameras = [], ('observation.images.a', 'observation.images.b')
+
+    def draw(e, k):
+        for x in e[k]:
+            drawn.append(k)
+            yield x
+
+    data.write_lerobot(tmp_path / 'one', arrays, 10)
+    data.write_lerobot(tmp_path / 'two', ({k: draw(e, k) for k in cameras} | {'task': 't'} for e in arrays), 10)
+    assert drawn == list(cameras) * 735
+    for name in ('meta/stats.json', 'videos/observation.images.a/chunk-000/file-000.mp4',
+                 'videos/observation.images.b/chunk-000/file-000.mp4'):
+        assert (tmp_path / 'one' / name).read_bytes() == (tmp_path / 'two' / name).read_bytes()
+    with open(tmp_path / 'two/meta/stats.json') as f:
+        stats = json.load(f)
+    for k in cameras:
+        truth = np.concatenate([e[k] for e in arrays]).reshape(-1, 3) / 255
+        assert np.allclose(np.ravel(stats[k]['mean']), truth.mean(0), atol=.01) and stats[k]['count'] == [735]
+        assert np.allclose(np.ravel(stats[k]['std']), truth.std(0), atol=.01)
+
+
+def test_a_vector_of_width_one_is_a_column_of_numbers(tmp_path):
+    """lerobot's rule, whose package does not open the file otherwise."""
+    data.write_lerobot(tmp_path / 'd', [{'observation.images.a': noisy(4, 16, 16, 0), 'task': 't',
+                                         'action': [[i] for i in range(4)]}], 10)
+    d = data.LeRobot(tmp_path / 'd')
+    assert str(pq.read_schema(tmp_path / 'd/data/chunk-000/file-000.parquet').field('action').type) == 'float'
+    assert d.rows(0).tolist() == [[0], [1], [2], [3]] and d.stats['max'].tolist() == [3]
+
+
+def raising(n, error):
+    yield from noisy(n, 16, 16, 0)
+    raise error
+
+
+@pytest.mark.parametrize('bad, error', [
+    ({'observation.images.a': raising(4, RuntimeError('no frame'))}, RuntimeError),
+    ({'observation.images.a': raising(4, KeyboardInterrupt())}, KeyboardInterrupt),
+    ({'observation.images.a': noisy(4, 16, 18, 0)}, 'frame 0'),
+    ({'observation.images.b': noisy(3, 16, 16, 0)}, 'frame 3'),
+    ({'observation.images.a': noisy(3, 16, 16, 0)}, 'frame 3'), ({'action': [[0.]] * 3}, 'rows of action'),
+    ({'action': [[0., 1.]] * 4}, 'rows of action'), ({'action': [0.] * 4}, 'rows of action'),
+    ({'observation.images.a': iter(()), 'observation.images.b': iter(()), 'action': []}, 'wants frames'),
+    ({'observation.images.a': (x.astype(np.float32) for x in noisy(4, 16, 16, 0))}, 'float32'),
+    ({'observation.images.a': (x[..., 0] for x in noisy(4, 16, 16, 0))}, '(16, 16)'),
+    ({'observation.images.c': noisy(4, 16, 16, 0)}, 'observation.images.c')])
+def test_a_bad_episode_leaves_nothing(tmp_path, bad, error):
+    def episode(**changes):
+        return {'observation.images.a': noisy(4, 16, 16, 0), 'observation.images.b': noisy(4, 16, 16, 1),
+                'action': [[0.]] * 4, 'task': 't', **changes}
+
+    root = tmp_path / 'd'
+    with pytest.raises(ValueError):
+        data.write_lerobot(root, [episode(action=[0.] * 4)], 10)
+    with pytest.raises(ValueError if isinstance(error, str) else error) as info:
+        data.write_lerobot(root, [episode(), episode(**bad)], 10)
+    if isinstance(error, str):
+        says(info, str(root), 'episode 1', error)
+    assert not root.exists()
+    data.write_lerobot(root, [episode(), episode()], 10)
+    assert len(data.LeRobot(root).episodes) == 2
+
+
+def test_interrupted_encoder_leaves_nothing(tmp_path, monkeypatch):
+    calls, encode = itertools.count(), data._encode
+
+    def interrupted(*args, **options):
+        if next(calls) == 30:
+            raise KeyboardInterrupt
+        return encode(*args, **options)
+
+    monkeypatch.setattr(data, '_encode', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        data.write_lerobot(tmp_path / 'd', two_cameras(), 10)
+    assert not (tmp_path / 'd').exists()
+
+
+MEMORY = """
+import resource, sys
+import numpy as np
+import data
+
+def frames(n):
+    x = np.zeros((480, 640, 3), np.uint8)
+    for i in range(n):
+        x[:, :] = i % 250  # one buffer, as simulators do
+        yield x
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+def write(n):
+    data.write_lerobot(sys.argv[1] + str(n), [{'observation.images.a': frames(n), 'task': 't'}], 30)
+    return peak()
+
+print(write(200), write(3000))
+"""
+
+
+def test_a_long_video_is_never_in_memory(tmp_path):
+    """3000 frames are 2.8 GB; beside what 200 frames took, they take next to nothing."""
+    run = subprocess.run([sys.executable, '-c', MEMORY, f'{tmp_path}/'], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    few, many = map(int, run.stdout.split())
+    assert many - few < 150, run.stdout
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# recording
+
+WORLD = """
+import gymnasium
+import numpy as np
+from gymnasium.spaces import Box, Dict, Discrete
+
+class Sum(gymnasium.Env):
+    '''The grey level of a frame is 20 + the running sum of the actions; 200 is the end.'''
+    metadata = {'render_modes': ['rgb_array'], 'render_fps': 5}
+    action_space = Box(0, 4, (1, 2))
+
+    def __init__(self, render_mode=None, kind='dict'):
+        self.render_mode, self.picture, self.position = render_mode, np.zeros((32, 48, 3), np.uint8), np.zeros(2)
+        box = Box(-np.inf, np.inf, (2,), np.float64)
+        self.observation_space = {
+            'dict': Dict(pixels=Box(0, 255, (32, 48, 3), np.uint8), other=Box(-1, 1, (3,)), agent_pos=box),
+            'vector': box, 'pixels': Box(0, 255, (32, 48, 3), np.uint8)}[kind]
+        self.kind = kind
+
+    def see(self):
+        return {'dict': {'pixels': self.render(), 'other': np.zeros(3, np.float32), 'agent_pos': self.position},
+                'vector': self.position, 'pixels': self.render()}[self.kind]
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.position[:] = self.np_random.integers(0, 9), 0
+        return self.see(), {}
+
+    def step(self, action):
+        self.position += np.ravel(action)  # in place, as some do
+        return self.see(), 0.0, bool(self.position[0] > 180), False, {}
+
+    def render(self):
+        self.picture[:] = round(20 + self.position[0])
+        return self.picture
+
+class Switch(Sum):
+    action_space = Discrete(3, start=1)
+
+    def step(self, action):
+        return super().step((action, 0))
+
+gymnasium.register('sumworld/Sum-v0', Sum)
+gymnasium.register('sumworld/Vector-v0', Sum, kwargs=dict(kind='vector'))
+gymnasium.register('sumworld/Pixels-v0', Sum, kwargs=dict(kind='pixels'), max_episode_steps=7)
+gymnasium.register('sumworld/Switch-v0', Switch)
+gymnasium.register('Bare-v0', Sum)
+gymnasium.register('sumworld/Timeless-v0', type('Timeless', (Sum,), dict(metadata={'render_modes': ['rgb_array']})))
+"""
+
+
+@pytest.fixture
+def sums(tmp_path, monkeypatch):
+    """A folder in which to record; the module sumworld can be imported from it."""
+    pytest.importorskip('gymnasium', reason='gymnasium is not installed')
+    (tmp_path / 'sumworld.py').write_text(WORLD)
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+def levels(d, i):
+    return d.frames(i, range(d.episodes[i]['length'])).float().mean((1, 2, 3)).numpy() - 20
+
+
+@pytest.mark.parametrize('policy', ['random', 'noise'])
+@pytest.mark.parametrize('steps', [40, 0])
+def test_recorded_actions_stand_at_the_frame_before_them(sums, steps, policy):
+    root = sums / 'd'
+    data.write_lerobot(root, *data.record('sumworld/Sum-v0', 3, steps, policy, 0), file_mb=0)
+    d, state = data.LeRobot(root), data.LeRobot(root, action='observation.state')
+    assert (d.fps, d.action_dim, state.action_dim, len(d.episodes)) == (5, 2, 2, 3)
+    assert d.camera == 'observation.images.render' and d.tasks == {0: 'sumworld/Sum-v0'}
+    for i, e in enumerate(d.episodes):
+        a, s, seen = d.rows(i), state.rows(i), levels(d, i)
+        before = s[0] + np.concatenate([np.zeros((1, 2)), a.cumsum(0)[:-1]])
+        assert np.allclose(s, before, atol=1e-3) and abs(seen - before[:, 0]).max() < 2.5
+        assert a.min() >= 0 and a.max() <= 4 and a.std() > .3
+        if steps:
+            assert e['length'] == 40 and s[-1, 0] + a[-1, 0] <= 180
+        else:
+            assert s[-1, 0] <= 180 < s[-1, 0] + a[-1, 0]  # the last row is the action that ended it
+    c = d.clip(1, 2, 5, 3)
+    assert np.allclose(c['x'].float().mean((1, 2, 3)).diff(), c['a'].view(5, 3, 2)[1:, :, 0].sum(1), atol=2)
+
+
+def test_what_becomes_the_state(sums):
+    for name, width in (('Vector', 2), ('Pixels', 0), ('Sum', 2)):
+        data.write_lerobot(sums / name, *data.record(f'sumworld/{name}-v0', 2, 10, 'random', 0, fps=12.5))
+        d = data.LeRobot(sums / name)
+        assert ('observation.state' in d.features) == bool(width) and d.fps == 12.5
+        assert [e['length'] for e in d.episodes] == [7 if name == 'Pixels' else 10] * 2  # its own limit of time
+    data.write_lerobot(sums / 'bare', *data.record('sumworld:Bare-v0', 1, 5, 'random', 0))
+    assert data.LeRobot(sums / 'bare').tasks == {0: 'sumworld:Bare-v0'}
+
+
+@pytest.mark.parametrize('policy', ['random', 'noise'])
+def test_discrete_actions_become_one_hot(sums, policy):
+    data.write_lerobot(sums / 'd', *data.record('sumworld/Switch-v0', 2, 60, policy, 0))
+    d = data.LeRobot(sums / 'd')
+    for i in range(2):
+        a = d.rows(i)
+        assert a.shape == (60, 3) and (a.sum(1) == 1).all() and set(a.ravel()) == {0, 1}
+        moved = (a @ [1, 2, 3])[:-1]
+        assert abs(np.diff(levels(d, i)) - moved).max() < 2.5
+    assert (np.diff(a.argmax(1)) == 0).mean() > .75 if policy == 'noise' else (np.diff(a.argmax(1)) == 0).mean() < .6
+
+
+@pytest.mark.parametrize('policy', ['random', 'noise', 'function'])
+def test_a_seed_is_a_dataset(sums, policy):
+    (sums / 'mine.py').write_text('def act(observation, frame, step, rng):\n    return rng.uniform(0, 4, (1, 2))\n')
+    policy = f'{sums}/mine.py:act' if policy == 'function' else policy
+    rows = []
+    for name, seed in (('a', 3), ('b', 3), ('c', 4)):
+        data.write_lerobot(sums / name, *data.record('sumworld/Sum-v0', 2, 20, policy, seed))
+        rows.append([data.LeRobot(sums / name).rows(i) for i in range(2)])
+    one, again, other = rows
+    assert np.array_equal(one, again) and not np.array_equal(one, other) and not np.array_equal(one[0], one[1])
+    assert same_files(sums / 'a', sums / 'b') == 6
+
+
+def test_noise_is_correlated_over_ten_steps_and_fills_the_bounds(sums):
+    data.write_lerobot(sums / 'd', *data.record('sumworld/Vector-v0', 40, 50, 'noise', 0))
+    d = data.LeRobot(sums / 'd')
+    a = [d.rows(i) for i in range(40)]
+    for lag in (1, 10):
+        pairs = np.concatenate([np.stack([r[:-lag], r[lag:]]) for r in a], 1)
+        assert abs(np.corrcoef(pairs[0].ravel(), pairs[1].ravel())[0, 1] - np.exp(-lag / 10)) < .08
+    a = np.concatenate(a)
+    assert 0 <= a.min() < .1 and 3.9 < a.max() <= 4 and abs(a.mean() - 2) < .25
+    assert np.histogram(a, 4, (0, 4))[0].min() > .15 * a.size
+
+
+def test_policy_of_ones_own(sums, capsys):
+    (sums / 'mine.py').write_text('''
+seen = []
+
+def act(observation, frame, step, rng):
+    assert frame.shape == (32, 48, 3) and observation['agent_pos'].shape == (2,)
+    return [[step % 3, frame.mean() / 100]]
+
+def other():
+    pass
+''')
+    data.write_lerobot(sums / 'd', *data.record('sumworld/Sum-v0', 12, 9, f'{sums}/mine.py:act', 0))
+    d = data.LeRobot(sums / 'd')
+    for i in range(12):
+        assert d.rows(i)[:, 0].tolist() == [0, 1, 2] * 3
+        assert np.allclose(d.rows(i)[:, 1] * 100 - 20, levels(d, i), atol=2)
+    out = capsys.readouterr().out.splitlines()
+    assert 'recording: 12 of 12 episodes' in out and len(out) <= 10
+    for policy, words in (('nope', ['random', 'nope']), (f'{sums}/no.py:act', ['no file', 'no.py']),
+                          (f'{sums}/mine.py:none', ['mine.py has no', 'none'])):
+        with pytest.raises(SystemExit) as error:
+            data.record('sumworld/Sum-v0', 1, 9, policy, 0)
+        says(error, f'--policy={policy}', *words)
+
+
+INTERRUPT = '''
+import signal
+times = [0]
+
+def act(observation, frame, step, rng):
+    times[0] += 1
+    if times[0] in {set}:
+        signal.raise_signal(signal.SIGINT)
+    return [[1, 1]]
+'''
+
+
+def test_ctrl_c_keeps_what_was_recorded(sums, capsys):
+    (sums / 'mine.py').write_text(INTERRUPT.replace('{set}', '{15}'))
+    before = signal.getsignal(signal.SIGINT)
+    data.write_lerobot(sums / 'd', *data.record('sumworld/Sum-v0', 5, 10, f'{sums}/mine.py:act', 0))
+    d = data.LeRobot(sums / 'd')
+    assert [e['length'] for e in d.episodes] == [10, 5] and signal.getsignal(signal.SIGINT) is before
+    assert abs(np.diff(levels(d, 1)) - 1).max() < 1.5 and d.rows(1).shape == (5, 2)
+    out = capsys.readouterr().out.splitlines()
+    assert 'Ctrl-C' in out[-1] and '2 of 5 episodes' in out[-1]
+
+
+def test_a_second_ctrl_c_leaves_nothing(sums):
+    (sums / 'mine.py').write_text(INTERRUPT.replace('{set}', '{15}').replace(
+        'signal.raise_signal(signal.SIGINT)', '[signal.raise_signal(signal.SIGINT) for _ in range(2)]'))
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        data.write_lerobot(sums / 'd', *data.record('sumworld/Sum-v0', 5, 10, f'{sums}/mine.py:act', 0))
+    assert not (sums / 'd').exists() and signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_while_a_frame_is_encoded(sums, monkeypatch):
+    calls, encode = itertools.count(), data._encode
+
+    def interrupted(*args, **options):
+        if next(calls) == 12:
+            signal.raise_signal(signal.SIGINT)
+        return encode(*args, **options)
+
+    monkeypatch.setattr(data, '_encode', interrupted)
+    data.write_lerobot(sums / 'd', *data.record('sumworld/Sum-v0', 5, 10, 'random', 0))
+    d = data.LeRobot(sums / 'd')
+    assert [e['length'] for e in d.episodes] == [10, 3] and len(levels(d, 1)) == 3
+
+
+@pytest.mark.parametrize('name, missing, line', [
+    ('gym_pusht/PushT-v0', 'gym_pusht', '--record=gym_pusht/PushT-v0 needs: pip install gym-pusht'),
+    ('gym_pusht/PushT-v0', 'gymnasium', '--record=gym_pusht/PushT-v0 needs: pip install gym-pusht'),
+    ('CartPole-v1', 'gymnasium', '--record=CartPole-v1 needs: pip install gymnasium')])
+def test_missing_package(monkeypatch, name, missing, line):
+    monkeypatch.setitem(sys.modules, missing, None)
+    if missing == 'gymnasium':
+        monkeypatch.delitem(sys.modules, 'gym_pusht', raising=False)
+    with pytest.raises(SystemExit) as error:
+        data.record(name, 1, 1, 'random', 0)
+    assert error.value.code == line
+
+
+@pytest.mark.parametrize('name, words', [('sumworld/Nope-v0', ['--record=sumworld/Nope-v0']),
+                                         ('sumworld/Timeless-v0', ['--fps', 'sumworld/Timeless-v0'])])
+def test_environment_refused(sums, name, words):
+    with pytest.raises(SystemExit) as error:
+        data.record(name, 1, 1, 'random', 0)
+    says(error, *words)
+
+
+def test_pusht(tmp_path):
+    pytest.importorskip('gym_pusht', reason='recorded only where gym-pusht is installed', exc_type=ImportError)
+    for name in ('a', 'b'):
+        data.write_lerobot(tmp_path / name, *data.record('gym_pusht/PushT-v0', 2, 8, 'noise', 1))
+    d, state = data.LeRobot(tmp_path / 'a'), data.LeRobot(tmp_path / 'a', action='observation.state')
+    assert (d.fps, d.action_dim, state.action_dim) == (10, 2, 5) and [e['length'] for e in d.episodes] == [8, 8]
+    assert np.array_equal(d.rows(1), data.LeRobot(tmp_path / 'b').rows(1))
+    assert torch.equal(d.frames(1, [7]), data.LeRobot(tmp_path / 'b').frames(1, [7]))
+    # the arm moves towards its action: what it did is told by the row before
+    s, a = state.rows(0), d.rows(0)
+    assert (np.linalg.norm(s[1:, :2] - a[:-1], axis=1) < np.linalg.norm(s[:-1, :2] - a[:-1], axis=1)).all()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# plain videos
+
+def video(path, n, rate=10, side=(48, 64), times=None, codec='libx264', turn=0, **options):
+    """Six stripes show the bits of a frame's number, above a dark half; shown at i / rate, or at times[i] ms."""
+    with av.open(str(path), 'w') as container:
+        stream = container.add_stream(codec, rate=rate, options=options)
+        (stream.height, stream.width), stream.pix_fmt = side, 'yuvj420p' if codec == 'mjpeg' else 'yuv420p'
+        if times:
+            stream.time_base = stream.codec_context.time_base = data.fractions.Fraction(1, 1000)
+        if turn:
+            stream.set_display_rotation(turn)
+        for i in range(n):
+            x = np.full((*side, 3), 20, np.uint8)
+            for bit in range(6):
+                x[:side[0] // 2, side[1] * bit // 6:side[1] * (bit + 1) // 6] += 200 * (i >> bit & 1)
+            frame = av.VideoFrame.from_ndarray(x, 'rgb24').reformat(format=stream.pix_fmt)
+            if times:
+                frame.pts, frame.time_base = times[i], data.fractions.Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def shown(d, i):
+    """Which frame of its video each frame of an episode is."""
+    x = d.frames(i, range(d.episodes[i]['length'])).float().mean(1)  # (length, H, W)
+    return sum((x[:, x.shape[1] // 4, int(x.shape[2] * (bit + .5) / 6)] > 120).long() << bit
+               for bit in range(6)).tolist()
+
+
+def test_videos_of_different_rates_and_sizes(tmp_path, capsys):
+    video(tmp_path / 'a.mp4', 30)
+    video(tmp_path / 'b.mkv', 20, 30, (96, 96), codec='mpeg4', bf='2')
+    video(tmp_path / 'c.webm', 12, 5, (50, 30), codec='libvpx-vp9')
+    (tmp_path / 'd.txt').write_text('not a video\n' * 99)
+    (tmp_path / 'e.mp4').write_text('version https://git-lfs.github.com/spec/v1\noid sha256:0\n')
+    (tmp_path / 'f').mkdir()
+    data.write_lerobot(tmp_path / 'out', *data.import_videos(f'{tmp_path}/*'))
+    d = data.LeRobot(tmp_path / 'out')
+    assert (d.fps, d.action_dim, d.cameras) == (10, 0, ['observation.images.video'])
+    assert [e['tasks'] for e in d.episodes] == [['a'], ['b'], ['c']] and d.frames(2, [0]).shape == (1, 3, 48, 64)
+    assert shown(d, 0) == list(range(30)) and shown(d, 1) == [0, 3, 6, 9, 12, 15, 18]
+    assert shown(d, 2) == sorted([*range(12)] * 2)
+    out = capsys.readouterr().out
+    assert 'd.txt' in out and 'e.mp4' in out and 'git-LFS' in out and '3 videos, 2 skipped' in out
+    episodes, fps = data.import_videos(f'{tmp_path}/*', 15, (32, 40))
+    data.write_lerobot(tmp_path / 'out2', episodes, fps)
+    d = data.LeRobot(tmp_path / 'out2', '')
+    assert fps == 15 and d.frames(1, [0]).shape == (1, 3, 32, 40) and shown(d, 1) == [0, 2, 4, 6, 8, 10, 12, 14, 16, 18]
+    c = d.clip(0, 0, 4, 2)
+    assert c['a'].shape == (4, 0) and not c['a_mask'].any() and c['z_mask'].all()
+
+
+def test_pixels_of_an_imported_video(tmp_path):
+    """As from the array that the shared reader gives."""
+    video(tmp_path / 'a.mp4', 20)
+    data.write_lerobot(tmp_path / 'one', *data.import_videos(f'{tmp_path}/a.mp4', size=24))
+    x = data.read_frames(f'{tmp_path}/a.mp4', range(20), 10, 24).permute(0, 2, 3, 1).numpy()
+    data.write_lerobot(tmp_path / 'two', [{'observation.images.video': x, 'task': 'a'}], 10)
+    assert same_files(tmp_path / 'one', tmp_path / 'two') == 6
+
+
+@pytest.mark.parametrize('rate, fps', [(data.fractions.Fraction(30000, 1001), 29.97), (25, 25),
+                                       (data.fractions.Fraction(24000, 1001), 23.976)])
+def test_rate_of_the_first_video(tmp_path, rate, fps):
+    video(tmp_path / 'a.mp4', 40, rate)
+    data.write_lerobot(tmp_path / 'out', *data.import_videos(f'{tmp_path}/*.mp4'))
+    d = data.LeRobot(tmp_path / 'out')
+    assert d.fps == fps and type(d.fps) is type(fps) and shown(d, 0) == list(range(40))
+
+
+def test_variable_frame_rate(tmp_path):
+    times = [1000 + t for t in (0, 33, 67, 150, 400, 433, 467, 500, 905, 1000)]  # a phone in the dark, and a late start
+    video(tmp_path / 'a.mkv', 10, 30, times=times)
+    data.write_lerobot(tmp_path / 'out', *data.import_videos(f'{tmp_path}/*.mkv', 10))
+    assert shown(data.LeRobot(tmp_path / 'out'), 0) == [0, 2, 3, 4, 4, 7, 7, 7, 8, 8, 9]
+
+
+@pytest.mark.parametrize('name, options', [('a.h264', dict(bf='3')), ('a.avi', dict(bf='3')), ('a.ts', dict(bf='2')),
+                                           ('b.avi', dict(codec='mpeg4', bf='2')), ('a.mjpeg', dict(codec='mjpeg'))])
+def test_files_without_times_or_with_odd_ones(tmp_path, name, options):
+    video(tmp_path / name, 25, 25, **options)
+    data.write_lerobot(tmp_path / 'out', *data.import_videos(f'{tmp_path}/*.*', 25))
+    got = shown(data.LeRobot(tmp_path / 'out'), 0)
+    assert got == sorted(got) and set(got) == set(range(25)) and len(got) <= 27
+
+
+@pytest.mark.parametrize('turn, place', [(0, (12, 26.6)), (-90, (26.6, 36)), (90, (37.4, 12)), (180, (36, 37.4))])
+def test_phones_videos_are_turned_upright(tmp_path, turn, place):
+    """place: where the bright stripe of frame 4 is to be found, (row, column)."""
+    video(tmp_path / 'a.mp4', 5, turn=turn)
+    for size, want in ((0, (64, 48) if turn % 180 else (48, 64)), ((32, 20), (32, 20))):
+        data.write_lerobot(tmp_path / f'{want}', *data.import_videos(f'{tmp_path}/*.mp4', 0, size))
+        x = data.LeRobot(tmp_path / f'{want}').frames(0, [4])[0].float().mean(0)
+        scale = torch.tensor(want) / torch.tensor((64, 48) if turn % 180 else (48, 64))
+        assert tuple(x.shape) == want
+        assert (((x > 120).nonzero() + .5).mean(0) / scale - torch.tensor(place)).abs().max() < 2
+
+
+def test_a_video_that_breaks_off(tmp_path, capsys):
+    """A file that has no beginning is skipped; what comes before the damage is used."""
+    x = torch.from_numpy(np.stack(list(noisy(40, 96, 96, 0)))).permute(0, 3, 1, 2)
+    data.write_video(tmp_path / 'a.mp4', x, 10)
+    whole = (tmp_path / 'a.mp4').read_bytes()
+    (tmp_path / 'b.mp4').write_bytes(bytes(300) + whole[300:])
+    (tmp_path / 'c.mp4').write_bytes(whole[:len(whole) // 2] + bytes(len(whole) - len(whole) // 2))
+    data.write_lerobot(tmp_path / 'out', *data.import_videos(f'{tmp_path}/*.mp4'))
+    d = data.LeRobot(tmp_path / 'out')
+    assert [(e['tasks'], e['length']) for e in d.episodes[:1]] == [(['a'], 40)]
+    n = d.episodes[1]['length']
+    assert d.episodes[1]['tasks'] == ['c'] and 15 <= n <= 21 and len(d.episodes) == 2
+    assert (d.frames(1, range(n - 1)).float() - d.frames(0, range(n - 1)).float()).abs().mean() < 3
+    out = capsys.readouterr().out
+    assert 'skipped ' + str(tmp_path / 'b.mp4') in out and f'{tmp_path}/c.mp4: cannot be read' in out
+    assert '2 videos, 1 skipped' in out
+
+
+def test_no_video(tmp_path):
+    (tmp_path / 'a.mp4').write_bytes(b'junk' * 99)
+    for pattern in ('*.mp4', '*.mov', 'nowhere/*'):
+        with pytest.raises(SystemExit) as error:
+            data.import_videos(f'{tmp_path}/{pattern}')
+        says(error, f'--videos={tmp_path}/{pattern}', 'none of')

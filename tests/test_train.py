@@ -182,7 +182,7 @@ def test_a_signal_saves_and_ends_well(demo, tmp_path, number):
     out = tmp_path / 'out'
     run = start(*demo, *SMALL, '--max_steps=100000', '--log_interval=5', '--save_interval=100000', f'--out_dir={out}',
                 '--eval_interval=100000')
-    while not (line := run.stdout.readline()).startswith('step '):
+    while not run.stdout.readline().startswith('step '):
         assert run.poll() is None, run.stderr.read()
     run.send_signal(number)
     said, errors = run.communicate(timeout=60)
