@@ -14,6 +14,7 @@ LeRobot's formats: v2.0 and v2.1 keep one parquet and one mp4 per episode, v3.0 
 import collections
 import contextlib
 import difflib
+import errno
 import fractions
 import functools
 import glob
@@ -24,6 +25,7 @@ import itertools
 import json
 import math
 import os
+import pathlib
 import re
 import runpy
 import shutil
@@ -387,16 +389,15 @@ def _ask_hub(what, call, patience):
         try:
             return call()
         except (OSError, huggingface_hub.errors.HTTPError) as error:    # a transfer that breaks off is no OSError
-            cause = error.__cause__ or error        # what failed before the transfer comes wrapped
-            answer = next((e.response for e in (error, cause) if getattr(e, 'response', None) is not None), None)
-            status, headers = (answer.status_code, answer.headers) if answer is not None else (0, {})
+            answers = [getattr(e, 'response', None) for e in (error, error.__cause__)]
+            answer = next((a for a in answers if a is not None), None)      # one of an error is not true
+            status, headers = (0, {}) if answer is None else (answer.status_code, answer.headers)
             asked = re.search(r'^\d+$|(?<=;t=)\d+', headers.get('Retry-After') or headers.get('RateLimit') or '')
             pause = max(wait, int(asked[0]) + 1 if asked else 0)
-            ours = not status and getattr(error, 'errno', None) and not isinstance(error, (ConnectionError, TimeoutError))
-            final = ours or isinstance(cause, huggingface_hub.errors.OfflineModeIsEnabled) or status in (401, 403, 404)
-            if final or time.monotonic() + pause > end:
-                why = f'{status} {headers.get("X-Error-Code", "")}'.strip() if status else str(cause).split('\n')[0]
-                raise Bad(f'{what}: not to be had from the hub ({why})') from None
+            full = getattr(error, 'errno', None) in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT)   # our disk
+            if full or status in (401, 403, 404) or time.monotonic() + pause > end:
+                why = f'{status} {headers.get("X-Error-Code", "")}' if status else str(error.__cause__ or error)
+                raise Bad(f'{what}: not to be had from the hub ({" ".join(why.split())})') from None
             time.sleep(pause)
             wait = min(2 * wait, 60)
 
@@ -427,15 +428,16 @@ class LeRobot:
                 sys.exit(f'{root}: not a LeRobot dataset: it has no meta/info.json')
             self._read_info(camera, action, fps)
             self.episodes = sorted(self._read_episodes(), key=lambda e: e['index'])
-            if self.episodes:  # so that a template which leaves the folder is refused at once
-                self._paths(self.episodes[0])
+            [self._paths(e) for e in self.episodes[:1]]     # a template which leaves the folder is refused at once
             if not self.repo:
                 self._check()
             if not self.episodes:
                 sys.exit(f'{root}: has no episodes' + ''.join(f': {line}' for line in self.dropped[:1]))
             for e in self.episodes:     # frame j is the file's frame round(j step)
                 e['length'] = math.ceil((e['have'] - fractions.Fraction(1, 2)) / self.step)
-            self.tasks = self._read_tasks()
+            # in v3.0 the text is pandas' index: its column may have any name
+            tasks = self._load('meta/tasks.parquet' if self.v3 else 'meta/tasks.jsonl')
+            self.tasks = {r['task_index']: r.get('task') or next(r[k] for k in r if k != 'task_index') for r in tasks}
             self.stats = self._read_stats() if self.action_dim else None
         except Bad as error:
             sys.exit(str(error))
@@ -445,12 +447,12 @@ class LeRobot:
         self.repo, _, self.revision = self.name.partition('@')
         home = os.path.join(HUB_HOME, self.repo.replace('/', '--'), '')
         if not os.path.exists(f'{home}{self.revision}/meta/.whole'):
-            api, which = huggingface_hub.HfApi(os.environ.get('HF_ENDPOINT')), dict(repo_id=self.repo, repo_type='dataset')
-            self.revision = _ask_hub(
-                self.name, lambda: api.repo_info(revision=self.revision or None, **which).sha, patience=0)     # may be a typo
-            which |= dict(revision=self.revision, path_in_repo='meta', recursive=True)
-            self.root = home + self.revision
-            for file in _ask_hub(self.name, lambda: list(api.list_repo_tree(**which)), PATIENCE):
+            api, kind = huggingface_hub.HfApi(os.environ.get('HF_ENDPOINT')), 'dataset'
+            about = _ask_hub(self.name, lambda: api.repo_info(self.repo, repo_type=kind, revision=self.revision or None),
+                             patience=0)        # who mistypes a folder will not wait
+            self.revision, self.root = about.sha, home + about.sha
+            for file in _ask_hub(self.name, lambda: list(api.list_repo_tree(
+                    self.repo, 'meta', recursive=True, repo_type=kind, revision=self.revision)), PATIENCE):
                 if isinstance(file, huggingface_hub.hf_api.RepoFile):
                     self._fetch(self._file('{name}', name=file.path))
             open(f'{self.root}/meta/.whole', 'w').close()
@@ -462,33 +464,31 @@ class LeRobot:
         if os.path.exists(path):
             return os.utime(path)
         name = os.path.relpath(path, self.root)
-        url = huggingface_hub.hf_hub_url(self.repo, name, repo_type='dataset', revision=self.revision,
-                                         endpoint=os.environ.get('HF_ENDPOINT'))
-        part = f'{self.root}/.part/{name}'
+        part, url = f'{self.root}/.part/{name}', huggingface_hub.hf_hub_url(
+            self.repo, name, repo_type='dataset', revision=self.revision, endpoint=os.environ.get('HF_ENDPOINT'))
 
         def download():     # goes on where an earlier one broke off or was killed; hf_hub_download begins anew
             size = huggingface_hub.get_hf_file_metadata(url).size
             with open(part, 'ab', buffering=0) as f:
                 have = f.tell() if f.tell() <= size else f.truncate(0)
                 if have < size:
-                    http_get(url, f, resume_size=have, headers=huggingface_hub.utils.build_hf_headers(), expected_size=size)
+                    headers = huggingface_hub.utils.build_hf_headers()
+                    http_get(url, f, resume_size=have, headers=headers, expected_size=size)
 
-        for folder in {os.path.dirname(path), os.path.dirname(part)}:
-            os.makedirs(folder, exist_ok=True)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        os.makedirs(os.path.dirname(part), exist_ok=True)
         with huggingface_hub.utils.WeakFileLock(f'{part}.lock'):
             if not os.path.exists(path):        # else another process was first
                 _ask_hub(path, download, PATIENCE)
                 os.replace(part, path)
-        kept = []
-        for folder in glob.glob(glob.escape(HUB_HOME) + '/*/*/[dv]*'):  # data and videos, never metadata
-            for at, _, files in os.walk(folder):
-                with contextlib.suppress(FileNotFoundError):  # another process makes room as well
-                    kept += [(os.stat(os.path.join(at, f)), os.path.join(at, f)) for f in files]
-        kept.sort(key=lambda f: f[0].st_mtime, reverse=True)
-        for total, (_, old) in zip(itertools.accumulate(f.st_size for f, _ in kept), kept):
-            if total > self.cache_gb * 1e9 and old != path:
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(old)
+        with contextlib.suppress(FileNotFoundError):        # another process makes room as well
+            files = [f for f in pathlib.Path(HUB_HOME).glob('*/*/[dv]*/**/*') if f.is_file()]   # data and videos alone
+            left = [(f.stat().st_mtime, f.stat().st_size, f) for f in files]
+            total = sum(size for _, size, _ in left)
+            for _, size, f in sorted(left)[:-1]:
+                if total > self.cache_gb * 1e9:
+                    f.unlink()
+                    total -= size
 
     def _read(self, path, call):
         """call() once the file is here; another process may have dropped it meanwhile, to make room."""
@@ -505,23 +505,21 @@ class LeRobot:
         """The path of a file of the dataset. Checked by spelling: links may lead elsewhere, as in the hub's cache."""
         try:
             path = os.path.normpath(os.path.join(self.root, template.format(**values)))
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise Bad(f'{self.root}: cannot make a path from {template!r} and {values} ({error!r})') from None
         if os.path.commonpath([path, self.root]) != self.root:
             sys.exit(f'{self.root}: refused: {template!r} leads out of the dataset, to {path}')
         return path
 
     def _place(self, e, camera=''):
-        """The file of an episode's rows, or of its frames by a camera."""
-        if not camera:
-            return self._file(self.paths['data'], **e['data'])
-        return self._file(self.paths['video'], video_key=camera, **e['video'][camera])
+        """The file of an episode's frames by a camera, or, without one and where frames are there too, of its rows."""
+        kind, where = ('video', e['video'][camera]) if camera in e['video'] else ('data', e['data'])
+        return self._file(self.paths[kind], video_key=camera, **where)
 
     def _paths(self, e, camera=''):
-        """{file: camera} that the clips of an episode are read from; without a camera, those of all chosen cameras."""
+        """{file: its camera, or '' for a table} that an episode's clips by a camera, or by all chosen, are read from."""
         cameras = [camera] if camera else [*self.chosen]
-        rows = self.action_keys or any(k not in e['video'] for k in cameras)
-        return {self._place(e, k): k for k in [''] * bool(rows) + [k for k in cameras if k in e['video']]}
+        return {self._place(e, k): k * (k in e['video']) for k in [''] * bool(self.action_keys) + cameras}
 
     def _load(self, name):
         """What a file of the dataset holds: a list of rows unless it is .json; {} if there is no such file."""
@@ -548,19 +546,17 @@ class LeRobot:
             paths['video'] = videos.get('videos_path')
         if not isinstance(features, dict) or not isinstance(self.native, (int, float)) or not self.native > 0:
             sys.exit(f'{where}: wants features and fps, has only {", ".join(self.info)}')
-        self.fps, rates = fps or self.native, [fractions.Fraction(f or self.native).limit_denominator(1001) for f in (0, fps)]
-        self.step = rates[0] / rates[1]
+        self.fps, exact = fps or self.native, lambda rate: fractions.Fraction(rate).limit_denominator(1001)
+        self.step = exact(self.native) / exact(self.fps)
         if self.step < 1:
             sys.exit(f'--fps={fps}: {self.name} has only {self.native} frames per second')
         self.features, self.paths = features, {k: v or PATHS[version[:2]][k] for k, v in paths.items()}
-        self.cameras, numeric = [], []
-        for k, f in features.items():
-            flags = {**f, **(f.get('video_info') or {}), **(f.get('info') or {})}  # a flag may be the text "false"
-            depth = 'true' in (str(flags.get(n)).lower() for n in ('is_depth_map', 'video.is_depth_map'))
-            if f.get('dtype') in ('video', 'image') and not depth:
-                self.cameras.append(k)
-            if str(f.get('dtype')).startswith(('float', 'int', 'uint', 'bool')):  # an action of text exists as well
-                numeric.append(k)
+        flags = {k: {**f, **(f.get('video_info') or {}), **(f.get('info') or {})} for k, f in features.items()}
+        depth = {k for k, f in flags.items() for name in ('is_depth_map', 'video.is_depth_map')
+                 if str(f.get(name)).lower() == 'true'}        # may be the text "false"
+        self.cameras = [k for k, f in flags.items() if f.get('dtype') in ('video', 'image') and k not in depth]
+        # an action of text exists as well
+        numeric = [k for k, f in features.items() if re.match('float|u?int|bool', str(f.get('dtype')))]
         if not self.cameras:
             sys.exit(f'{self.root}: has no cameras, only {", ".join(features)}')
         wanted = weighted(camera) or [(self.cameras[0], 0)]
@@ -573,15 +569,12 @@ class LeRobot:
         for key in set(self.action_keys) - set(numeric):
             sys.exit(f'{self.root}: has no numeric {key!r} to be an action, only {", ".join(numeric)}')
         self.widths = [int(np.prod(features[k].get('shape') or 1)) for k in self.action_keys]
-        pose, self.rows_each, self.action_dim = 3 + ROTATIONS[self.rotation], 1, 0
-        if self.action_mode == 'absolute':
-            self.rows_each = math.ceil(self.step)
-            self.action_dim = self.rows_each * sum(self.widths)
-        elif self.action_keys:
-            if max(self.widths) < pose:
-                sys.exit(f'--action_mode={self.action_mode}: {self.name} has no pose of {pose} numbers in '
-                         f'{", ".join(self.action_keys)} ({self.widths}): name it by --action=...')
-            self.action_dim = sum(w - pose + 6 if w >= pose else w for w in self.widths)
+        absolute, pose = self.action_mode == 'absolute', 3 + ROTATIONS[self.rotation]
+        self.rows_each = math.ceil(self.step) if absolute else 1
+        self.action_dim = self.rows_each * sum(w if absolute or w < pose else w - pose + 6 for w in self.widths)
+        if not absolute and self.action_keys and max(self.widths) < pose:
+            sys.exit(f'--action_mode={self.action_mode}: {self.name} has no pose of {pose} numbers in '
+                     f'{", ".join(self.action_keys)} ({self.widths}): name it by --action=...')
 
     def _read_episodes(self):
         place, videos = ('chunk_index', 'file_index'), [k for k in self.chosen if self.features[k]['dtype'] == 'video']
@@ -609,6 +602,9 @@ class LeRobot:
     def _check(self):
         """Compare the lengths in metadata, rows and videos: name what differs, once; keep what all of them have."""
         users = {}
+        for k, n in ('total_episodes', len(self.episodes)), ('total_frames', sum(e['full'] for e in self.episodes)):
+            if self.info.get(k, n) != n:
+                _note(f'{self.root}: info.json says {k} {self.info[k]}, its episodes make {n}')
         for e in self.episodes:
             try:
                 for path, camera in self._paths(e).items():
@@ -616,27 +612,21 @@ class LeRobot:
             except Bad as error:
                 e |= dict(have=0, why=str(error))
         for (path, camera), es in users.items():
-            want = max(e['base'][camera] + e['full'] for e in es) if camera else sum(e['full'] for e in es)
             try:
                 with _reading(path):
                     n = _count_frames(path) if camera else pq.read_metadata(path).num_rows
+                want = max(e['base'][camera] + e['full'] for e in es) if camera else sum(e['full'] for e in es)
                 if n != want:
                     _note(f'{path}: has {n} {"frames" if camera else "rows"}, the metadata say {want}')
-                    for e in es:
-                        begin, count = (e['base'][camera], e['full']) if camera else self._span(path, e)
-                        if min(count, n - begin) < e['have']:
-                            e |= dict(have=max(0, min(count, n - begin)), why=f'{path}: lacks episode {e["index"]}')
+                for e in es if n != want else ():
+                    begin, count = (e['base'][camera], e['full']) if camera else self._span(path, e)
+                    if min(count, n - begin) < e['have']:
+                        e |= dict(have=max(0, min(count, n - begin)), why=f'{path}: lacks episode {e["index"]}')
             except Bad as error:
-                for e in es:
-                    e |= dict(have=0, why=str(error))
-        self.dropped = [e['why'] for e in self.episodes if not e['have']]
-        for line in dict.fromkeys(self.dropped):
-            _note(line)
+                [e.update(have=0, why=str(error)) for e in es]
+        self.dropped = [e.get('why', f'{self.root}: an episode is empty') for e in self.episodes if not e['have']]
+        [_note(line) for line in self.dropped]
         self.episodes = [e for e in self.episodes if e['have']]
-
-    def _read_tasks(self):  # in v3.0 the text is pandas' index: its column may have any name
-        rows = self._load('meta/tasks.parquet' if self.v3 else 'meta/tasks.jsonl')
-        return {r['task_index']: r.get('task') or next(r[k] for k in r if k != 'task_index') for r in rows}
 
     def _read_stats(self):
         stats = self._load('meta/stats.json')
@@ -652,8 +642,8 @@ class LeRobot:
         parts = []
         for i in range(0, len(self.episodes), -(-len(self.episodes) // 16) if self.repo else 1):
             with contextlib.suppress(Bad):  # is counted where it is drawn
-                a = self.rows(i)
-                parts += [_describe(a[ok]) for ok in [np.isfinite(a).all(1)] if ok.any()]
+                parts.append(self.rows(i)[np.isfinite(self.rows(i)).all(1)])
+        parts = [_describe(a) for a in parts if len(a)]
         if not parts:
             sys.exit(f'{self.root}: no finite row in {", ".join(self.action_keys)}')
         return {k: v.astype(np.float32) for k, v in _pool(parts).items() if k in STATS}
@@ -663,12 +653,11 @@ class LeRobot:
         # dataset_from_index is scrambled in some converted datasets; the column in the file itself is not
         index = self._read(path, lambda: _columns(path, ('episode_index',))).get('episode_index') if self.v3 else None
         if index is None:
-            before = [o for o in self.episodes if o['data'] == e['data'] and o['index'] < e['index']] if self.v3 else []
-            return sum(o['full'] for o in before), e['full']
+            before = [o['full'] for o in self.episodes if o['data'] == e['data'] and o['index'] < e['index']]
+            return sum(before), e['full']
         rows = np.flatnonzero(index[:, 0] == e['index'])
-        if len(rows) == 0 or rows[-1] - rows[0] != len(rows) - 1:
-            return 0, 0         # none, or scattered
-        return int(rows[0]), len(rows)
+        whole = len(rows) and rows[-1] - rows[0] == len(rows) - 1       # neither none nor scattered
+        return (int(rows[0]), len(rows)) if whole else (0, 0)
 
     def _at(self, j):
         """Frame numbers of the file for frames j."""
@@ -678,43 +667,40 @@ class LeRobot:
         """float32 (length, action_dim): raw actions; row j is what is done between frames j and j + 1, NaN if unknown.
 
         'absolute': the columns as they are; at a lower rate all rows from one frame to the next, one after the other.
-        'delta' and 'delta_tool': columns that hold a pose (x y z and a rotation first, see pose_deltas) become its motion
-        since the frame before, in the frame of the base or of the tool; what comes after the pose, and other columns,
-        stay. A column of `observation.*` is a state, reached at the next frame; any other is a target, given at this one.
+        'delta' and 'delta_tool': the pose that a column begins with (x y z, then a rotation: see pose_deltas) becomes its
+        motion since the frame before, in the base's or the tool's frame; what follows it, and columns without one, stay.
+        A column of `observation.*` is a state, reached at the next frame; any other is a target, given at this one.
         """
         e, n = self.episodes[episode], self.episodes[episode]['length']
         if not self.action_dim:
             return np.zeros((n, 0), np.float32)
-        path = self._place(e)
-        keys = (*self.action_keys, 'timestamp', 'frame_index')
+        path, keys = self._place(e), (*self.action_keys, 'timestamp', 'frame_index')
         columns, (begin, count) = self._read(path, lambda: _columns(path, keys)), self._span(path, e)
         raw = {k: v[begin:begin + min(e['have'], count)] for k, v in columns.items()}
         for key, width in zip(self.action_keys, self.widths):
             if key not in raw or raw[key].shape != (e['have'], width):
                 raise Bad(f'{path}: {key} has shape {raw[key].shape if key in raw else None} in episode {e["index"]}, '
                           f'expected {e["have"], width}')
-        bad = sum(~np.isfinite(raw[k]).all(1) for k in self.action_keys).astype(bool).sum()
-        if bad:
+        a = np.concatenate([raw[k] for k in self.action_keys], 1)
+        if bad := (~np.isfinite(a)).any(1).sum():
             _note(f'{path}: {bad} rows of {", ".join(self.action_keys)} in episode {e["index"]} are not finite: masked')
-        if raw.keys() >= {'timestamp', 'frame_index'}:
-            off = np.abs(raw['timestamp'] - raw['frame_index'] / self.native).max()
-            if not off <= 0.5 / self.native:
-                _note(f'{path}: timestamps of episode {e["index"]} are up to {off:.3g} s off the grid of {self.native} '
-                      'frames per second: frames are taken by their number')
-        at, out = self._at(np.arange(n + 1)), []
+        off = np.abs(raw.get('timestamp', 0) - raw['frame_index'] / self.native).max() if len(raw) == len(keys) else 0
+        if not off <= 0.5 / self.native:
+            _note(f'{path}: timestamps of episode {e["index"]} are up to {off:.3g} s off the grid of {self.native} '
+                  'frames a second: frames are taken by their number')
+        at = self._at(np.arange(n + 1))
         if self.action_mode == 'absolute':
-            per = math.ceil(self.step)
-            i = at[:-1, None] + np.arange(per) * np.diff(at)[:, None] // per               # (length, rows in a frame)
-            a = np.concatenate([raw[k] for k in self.action_keys], 1)
+            i = at[:-1, None] + np.arange(self.rows_each) * np.diff(at)[:, None] // self.rows_each     # (n, rows each)
             return a[np.minimum(i, len(a) - 1)].reshape(n, -1)
-        k = 3 + ROTATIONS[self.rotation]
+        out, k = [], 3 + ROTATIONS[self.rotation]
         for key in self.action_keys:
-            x = np.concatenate([raw[key], np.full_like(raw[key][:1], np.nan)])
             i = at - (not key.startswith('observation'))
-            x = x[np.where((i < 0) | (i >= e['have']), -1, i)]                             # (length + 1, width)
-            if x.shape[1] >= k:
+            known = (i >= 0) & (i < len(a))
+            x = np.where(known[:, None], raw[key][i.clip(0, len(a) - 1)], np.nan)           # (n + 1, width)
+            pose = k if x.shape[1] >= k else 0
+            if pose:
                 out.append(pose_deltas(x[:-1, :k], x[1:, :k], self.rotation, self.action_mode == 'delta_tool'))
-            out.append(x[1:, k if x.shape[1] >= k else 0:])
+            out.append(x[1:, pose:])
         return np.concatenate(out, 1).astype(np.float32)
 
     def frames(self, episode, indices, size=0, camera=''):
@@ -722,23 +708,23 @@ class LeRobot:
         e, camera = self.episodes[episode], camera or self.camera
         if len(indices) == 0 or min(indices) < 0 or max(indices) >= e['length']:
             raise ValueError(f'{self.root}: episode {e["index"]} has {e["length"]} frames, not {[*map(int, indices)]}')
-        at, path = self._at(indices), self._place(e, camera if camera in e['video'] else '')
+        path, at = self._place(e, camera), self._at(indices)
         if camera in e['video']:
             return self._read(path, lambda: read_frames(path, e['base'][camera] + at, self.native, size))
-        return self._read(path, lambda: self._images(path, e, at, size, camera))
+        return self._read(path, lambda: self._images(path, self._span(path, e)[0] + at, size, camera))
 
-    def _images(self, path, e, at, size, camera):
+    def _images(self, path, rows, size, camera):
         with _reading(path):
             meta, out = pq.read_metadata(path), []
             ends = np.cumsum([meta.row_group(g).num_rows for g in range(meta.num_row_groups)])
-            for row in self._span(path, e)[0] + at:
+            for row in rows:
                 group = int(np.searchsorted(ends, row, 'right'))
                 cell = _row_group(path, group, camera)[int(row - ends[group])].as_py() or {}  # counted from the end
                 if not cell.get('bytes') and not cell.get('path'):
                     raise Bad(f'{camera} is empty in row {row}')
-                if not cell['bytes']:
-                    with open(self._file('{name}', name=cell['path']), 'rb') as f:
-                        cell['bytes'] = f.read()
+                if not cell['bytes']:       # the picture is a file beside the table
+                    cell['bytes'] = self._read(beside := self._file('{name}', name=cell['path']),
+                                               lambda: pathlib.Path(beside).read_bytes())
                 out.append(_picture(cell['bytes'], size))
             return torch.from_numpy(np.stack(out)).permute(0, 3, 1, 2)
 
@@ -765,13 +751,13 @@ class LeRobot:
                         task=e['tasks'][0] if e['tasks'] else '')
 
     def fingerprint(self, camera):
-        """What must be equal for latents of a camera to be of the same frames: the hub's revision, or files and times."""
+        """What tells whether a camera's frames are still the same: the hub's revision, or the files' sizes and times."""
         if self.repo:
             return self.revision
-        text = [repr((e['index'], e['base'], e['length'])) for e in self.episodes]
-        for path in dict.fromkeys(self._place(e, camera if camera in e['video'] else '') for e in self.episodes):
-            text.append(repr((os.path.relpath(path, self.root), os.path.getsize(path), os.stat(path).st_mtime_ns)))
-        return hashlib.sha256('\n'.join(text).encode()).hexdigest()
+        found = [(e['index'], e['base'], e['length']) for e in self.episodes]
+        for path in dict.fromkeys(self._place(e, camera) for e in self.episodes):
+            found.append((os.path.relpath(path, self.root), os.path.getsize(path), os.stat(path).st_mtime_ns))
+        return hashlib.sha256(repr(found).encode()).hexdigest()
 
 
 def weighted(text):
@@ -791,7 +777,8 @@ def open_sets(text, *options):
     return sets
 
 
-ROTATIONS = {'euler': 3, 'rotvec': 3, 'quat_xyzw': 4, 'quat_wxyz': 4, 'rot6d': 6, 'rot6d_rows': 6}  # a pose's columns after x y z
+# columns of a pose after x y z
+ROTATIONS = {'euler': 3, 'rotvec': 3, 'quat_xyzw': 4, 'quat_wxyz': 4, 'rot6d': 6, 'rot6d_rows': 6}
 _norm = functools.partial(np.linalg.norm, axis=1, keepdims=True)
 
 

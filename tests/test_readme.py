@@ -11,12 +11,12 @@ COMMANDS = [c.strip() for c in re.findall(r'^    (\S.*)$', TEXT.replace('\\\n', 
 
 
 def constants(name):
-    """The options of a script: its top-level constants before the call of override."""
-    out = {}
-    for node in ast.parse((ROOT / name).read_text()).body:
+    """The options of a script: its constants before the call of override, at top level or, in data.py, in its last if."""
+    out, body = {}, ast.parse((ROOT / name).read_text()).body
+    for node in body[-1].body if name == 'data.py' else body:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
             break
-        if isinstance(node, ast.Assign):
+        if isinstance(node, ast.Assign) and isinstance(node.value, (ast.Constant, ast.UnaryOp)):
             out[node.targets[0].id] = ast.literal_eval(node.value)
     return out
 
@@ -28,7 +28,7 @@ def test_there_are_two_commands_to_begin_with():
 
 @pytest.mark.parametrize('command', COMMANDS)
 def test_files_and_options_exist(command):
-    scripts = re.findall(r'\b(train|plan|decode)\.py((?:\s+--?\S+)*)', command)
+    scripts = re.findall(r'\b(data|train|plan|decode)\.py((?:\s+--?\S+)*)', command)
     assert scripts
     for name, options in scripts:
         known = constants(f'{name}.py')
@@ -37,7 +37,7 @@ def test_files_and_options_exist(command):
 
 
 def test_every_option_named_in_the_text_exists():
-    known = set().union(*(constants(f'{name}.py') for name in ('train', 'plan', 'decode'))) | {'nproc_per_node'}
+    known = set().union(*(constants(f'{name}.py') for name in ('data', 'train', 'plan', 'decode'))) | {'nproc_per_node'}
     assert {o for o in re.findall(r'`--(\w+)', TEXT)} <= known
 
 
