@@ -11,8 +11,10 @@ import pytest
 import safetensors.torch
 import torch
 
+import data
 import model
 from conftest import ROOT, SMALL, ends, script
+from hub import Hub
 
 
 def entries(out):
@@ -272,3 +274,46 @@ def test_real_robot_video(shared, tmp_path):
     net, config = model.load(tmp_path / 'o' / 'ckpt.safetensors')
     assert net.config['action_dim'] == 6 * 26 and net.config['dim'] == 384 and net.config['grid'] == [2, 2]
     assert entries(tmp_path / 'o')[1][-1]['val']['labelled']['model']['5'] > 0
+
+
+def test_other_rates_cameras_and_motions(tmp_path):
+    """A robot with odd cameras, 26 actions of which a pose makes motions, at 30 frames a second of which 10 are used."""
+    rng = np.random.default_rng(0)
+    x = {k: rng.integers(0, 255, (1, 24, 32, 3), np.uint8) for k in ('gripper.cam', 'überblick')}
+    for name, keys in (('a', ('action',)), ('b', ())):
+        data.write_lerobot(tmp_path / name, [{f'observation.images.{k}': np.repeat(v, 120, 0) for k, v in x.items()}
+                                             | {k: rng.normal(size=(120, 26)) for k in keys} | {'task': 't'}
+                                             for _ in range(3)], 30)
+    options = (f'--labelled={tmp_path / "a"}:3', f'--unlabelled={tmp_path / "b"}', '--fps=10', '--action_mode=delta_tool',
+               '--camera=cam:2,überblick', '--labelled_share=0.5', f'--out_dir={tmp_path / "o"}')
+    g = script('train.py', *SMALL, *options, '--max_steps=2')
+    net, config = model.load(tmp_path / 'o' / 'ckpt.safetensors')
+    assert g['clips'].A == 2 * 26 and config['labelled'].endswith(':3') and net.stats['a_rows'].tolist() == [2]
+    assert len(g['clips'].tokens) == 2 * 3 * 2 and g['clips'].sets[0].episodes[0]['length'] == 40
+    script('train.py', *SMALL, *options, '--max_steps=4', '--resume=True')
+    assert '--fps' in ends('train.py', *SMALL, *options, '--fps=15', '--max_steps=6', '--resume=True')
+
+
+def test_bad_episodes_stop_the_run_above_max_bad(demo, tmp_path, capfd):
+    root = shutil.copytree(demo[0].partition('=')[2], tmp_path / 'd')
+    path = root / 'videos/observation.images.top/chunk-000/file-000.mp4'
+    os.truncate(path, path.stat().st_size * 5 // 6)
+    options = (f'--labelled={root}', *SMALL, '--max_steps=20', '--cache=False', '--workers=0')
+    line = ends('train.py', *options, f'--out_dir={tmp_path / "o"}')
+    assert '--max_bad=0.01' in line and ' of 6 episodes' in line
+    script('train.py', *options, '--max_bad=0.5', f'--out_dir={tmp_path / "o"}')
+    assert capfd.readouterr().err.count('episode 5: skipped') == 2
+
+
+def test_a_dataset_of_the_hub_is_pinned_in_the_checkpoint(demo, tmp_path, monkeypatch):
+    shutil.copytree(demo[0].partition('=')[2], tmp_path / 'hub/me/robot')
+    monkeypatch.setattr(data, 'HUB_HOME', str(tmp_path / 'kept'))
+    options = ('--labelled=me/robot', *SMALL, '--cache=False', f'--out_dir={tmp_path / "o"}')
+    with Hub(tmp_path / 'hub') as hub:
+        monkeypatch.setenv('HF_ENDPOINT', hub.url)
+        script('train.py', *options, '--max_steps=2')
+        pinned = f'me/robot@{hub.commit("me/robot")}'
+        assert model.load(tmp_path / 'o' / 'ckpt.safetensors')[1]['labelled'] == pinned
+        (tmp_path / 'hub/me/robot/README.md').write_text('a new revision')
+        g = script('train.py', *options, '--max_steps=4', '--resume=True')
+        assert g['clips'].sets[0].name == pinned and model.load(tmp_path / 'o' / 'ckpt.safetensors')[0].step == 4
