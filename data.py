@@ -50,13 +50,8 @@ from tqdm import tqdm
 # the command line
 
 def override(g, argv):
-    """Set a script's constants from its command line and return them all.
-
-    g is the script's globals(), argv a list of --name=value. Only names g already binds to a
-    bool, int, float or str can be set, and the text must read as that type. Returns
-    {name: value} for every such name: the config to print and to save. Anything else ends
-    the script with one line that says what was wrong.
-    """
+    """Set a script's constants, all bool, int, float and str in its globals() g, by argv, a list of --name=value.
+    Returns them all, {name: value}, to print and to save. What cannot be set ends the script with one line."""
     config = {k: v for k, v in g.items() if k[0] != '_' and type(v) in (bool, int, float, str)}
     if '-h' in argv or '--help' in argv:
         print(g['__doc__'], *(f'  --{k}={v}' for k, v in config.items()), sep='\n')
@@ -100,24 +95,16 @@ def autocast(device, dtype):
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == 'bfloat16' or dtype == 'auto' and fast)
 
 
-def move_aside(folder, *marks):
-    """Rename a folder that holds one of the files `marks` to the next free folder.1, folder.2, ..: no run is lost."""
-    if any(os.path.exists(os.path.join(folder, mark)) for mark in marks):
-        n = next(i for i in itertools.count(1) if not os.path.exists(f'{folder.rstrip("/")}.{i}'))
-        os.rename(folder, f'{folder.rstrip("/")}.{n}')
-        print(f'{folder} held an earlier run: it is now {folder.rstrip("/")}.{n}')
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # pictures and video
 
-# One reformatter for everything: it keeps its swscale tables while the geometry stays the same (a fresh one per frame
-# costs a quarter to a half of the speed). swscale low-passes when it shrinks; of its kernels BICUBIC comes nearest to
-# the antialiased resize that image encoders are trained with, and unlike AREA, a tenth faster, it enlarges well.
+# One for everything: it keeps its swscale tables while sizes stay (a fresh one a frame costs up to half of the speed).
+# BICUBIC comes nearest to the antialiased resize of encoders' training; AREA, a tenth faster, enlarges badly.
 _reformat = functools.partial(av.video.reformatter.VideoReformatter().reformat, interpolation='BICUBIC', threads=1)
 MAX_OPEN = 8  # containers kept open per process; one holds a decoder's frames, a few MB
 MP4 = dict(format='mp4', options={'movflags': '+faststart'})
 _open = collections.OrderedDict()
+_notes = {}     # what is odd in the data, but usable, by text: True until a worker has told the main process
 
 
 def _rgb(frame, size):
@@ -127,10 +114,7 @@ def _rgb(frame, size):
 
 
 class Bad(ValueError):
-    """A file, frame or row of a dataset that cannot be used, named in one line. Batches count it and go on without it."""
-
-
-_notes = {}     # what is odd in the data, but usable, by text: True until a worker has told the main process
+    """A file, frame or row of a dataset that cannot be used, named in one line. Batches count it and go on."""
 
 
 def _note(text):
@@ -143,18 +127,17 @@ def _note(text):
 
 @contextlib.contextmanager
 def _reading(path):
-    """What a bad file makes fail in here becomes a Bad that names it and says what it looks like; no other mistake does."""
+    """What a bad file makes fail in here becomes a Bad that names it and says why; no other mistake does."""
     try:
         yield
-    except (Bad, OSError, MemoryError, av.FFmpegError, pa.ArrowException, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (Bad, OSError, MemoryError, av.FFmpegError, pa.ArrowException, json.JSONDecodeError, UnicodeError) as error:
         if (os.getpid(), path) in _open:  # a decoder that failed is not used again
             _open.pop((os.getpid(), path)).close()
-        if not os.path.isfile(path):
-            raise Bad(f'{path}: no such file') from None
-        with open(path, 'rb') as f:
+        why = f'cannot be read ({" ".join(str(error).split())})' if os.path.isfile(path) else 'no such file'
+        with contextlib.suppress(OSError), open(path, 'rb') as f:
             if f.read(30).startswith(b'version https://git-lfs'):
-                raise Bad(f'{path}: is a git-LFS pointer, not the file itself (git lfs pull)') from None
-        raise Bad(f'{path}: cannot be read ({" ".join(str(error).split())})') from None
+                why = 'is a git-LFS pointer, not the file itself (git lfs pull)'
+        raise Bad(f'{path}: {why}') from None
 
 
 def _picture(data, size):
@@ -162,13 +145,11 @@ def _picture(data, size):
     if data[:2] == b'\xff\xd8' and b'\xff\xd9' not in data[-1024:]:  # ffmpeg forgives a JPEG without its end
         raise Bad('truncated')
     with av.open(io.BytesIO(data)) as container:
-        # without the tty check any text file would be "decoded" as ANSI art
-        if not container.streams.video or container.format.name == 'tty':
+        if not container.streams.video or container.format.name == 'tty':  # any text would be ANSI art
             raise Bad('no picture in it')
-        # else the missing half of a truncated picture would come out grey, with a message at most
+        # else the missing half of a truncated picture would come out grey
         container.streams.video[0].codec_context.options = {'err_detect': 'explode'}
-        frame = next(container.decode(video=0), None)
-        if frame is None or frame.is_corrupt:
+        if (frame := next(container.decode(video=0), None)) is None or frame.is_corrupt:
             raise Bad('truncated')
         return _rgb(frame, size)
 
@@ -184,34 +165,27 @@ def read_image(path, size=0):
 
 def resize(x, size):
     """uint8 (n, 3, H, W) -> (n, 3, *size), by the same resampling as a video's frames."""
-    frames = [av.VideoFrame.from_ndarray(rgb, 'rgb24') for rgb in x.permute(0, 2, 3, 1).contiguous().numpy()]
-    return torch.from_numpy(np.stack([_rgb(f, size) for f in frames])).permute(0, 3, 1, 2)
+    frames = [_rgb(av.VideoFrame.from_ndarray(rgb, 'rgb24'), size) for rgb in x.permute(0, 2, 3, 1).contiguous().numpy()]
+    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
 
 
 def enlarge(x, side=128):
     """uint8 (n, 3, H, W) -> the same with every pixel repeated until a picture is about `side` pixels high."""
-    k = max(1, round(side / x.shape[2]))
-    return x.repeat_interleave(k, dim=2).repeat_interleave(k, dim=3)
+    return torch.nn.functional.interpolate(x, scale_factor=max(1, round(side / x.shape[2])))
 
 
 def write_image(path, x):
-    """Write uint8 (3, H, W) as PNG."""
-    assert x.dtype == torch.uint8 and x.ndim == 3, f'wants uint8 (3, H, W), got {x.dtype} {tuple(x.shape)}'
-    codec = av.CodecContext.create('png', 'w')
-    codec.height, codec.width, codec.pix_fmt, codec.time_base = *x.shape[1:], 'rgb24', fractions.Fraction(1)
-    frame = av.VideoFrame.from_ndarray(x.permute(1, 2, 0).contiguous().cpu().numpy(), 'rgb24')
-    with open(path, 'wb') as f:
-        f.writelines(map(bytes, codec.encode(frame) + codec.encode(None)))
+    """Write uint8 (3, H, W) as .png."""
+    av.VideoFrame.from_ndarray(x.permute(1, 2, 0).cpu().numpy(), 'rgb24').save(str(path))
 
 
 def _encode(container, rgb, i, fps, **options):
     """Append uint8 (H, W, 3) to an mp4 as frame i, shown at i / fps exactly. Returns the bytes that came out."""
     (H, W), rate = rgb.shape[:2], fractions.Fraction(fps).limit_denominator(1001)
     if not container.streams.video:  # without B-frames packets lie in the order of display
-        stream = container.add_stream('libx264', rate=rate, options={'bf': '0', **options})
-        stream.width, stream.height, stream.pix_fmt = W + W % 2, H + H % 2, 'yuv420p'
+        container.add_stream('libx264', rate, {'bf': '0', **options}, width=W + W % 2, height=H + H % 2)
     rgb = np.pad(rgb, ((0, H % 2), (0, W % 2), (0, 0)), 'edge')  # yuv420p halves both sides
-    frame = _reformat(av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), 'rgb24'), format='yuv420p')
+    frame = _reformat(av.VideoFrame.from_ndarray(rgb, 'rgb24'), format='yuv420p')
     frame.pts, frame.time_base = i, 1 / rate
     packets = container.streams.video[0].encode(frame)
     container.mux(packets)
@@ -220,7 +194,6 @@ def _encode(container, rgb, i, fps, **options):
 
 def write_video(path, x, fps):
     """Write uint8 (T, 3, H, W) as H.264 mp4, aside and then renamed; odd sides grow by one repeated line."""
-    assert x.dtype == torch.uint8 and x.ndim == 4, f'wants uint8 (T, 3, H, W), got {x.dtype} {tuple(x.shape)}'
     with av.open(f'{path}.tmp', 'w', **MP4) as container:
         for i, rgb in enumerate(x.permute(0, 2, 3, 1).cpu().numpy()):
             _encode(container, rgb, i, fps, crf='12')
@@ -331,15 +304,12 @@ PATHS = {'v3': dict(data='data/chunk-{chunk_index:03d}/file-{file_index:03d}.par
 
 
 def _pool(parts):
-    """The statistics of a whole from those of its parts (dicts of arrays with a count of rows).
-
-    var = sum n_i (s_i^2 + (m_i - mean)^2) / n: without the cancellation of E[x^2] - E[x]^2. Quantiles can only be
-    averaged (as lerobot does): they are approximate.
-    """
+    """Statistics of a whole from those of its parts, dicts of arrays with a count of rows; quantiles are averaged."""
     parts = {k: np.stack([np.asarray(p[k], np.float64) for p in parts]) for k in set.intersection(*map(set, parts))}
     n = parts['count'].sum(0)
     weight = (parts['count'] / n).reshape(-1, *[1] * (parts['mean'].ndim - 1))
     out = {k: (weight * v).sum(0) for k, v in parts.items() if k == 'mean' or k in QUANTILES}
+    # without the cancellation of E[x^2] - E[x]^2
     out['std'] = np.sqrt((weight * (parts['std'] ** 2 + (parts['mean'] - out['mean']) ** 2)).sum(0))
     return {**out, 'min': parts['min'].min(0), 'max': parts['max'].max(0), 'count': n.astype(np.int64)}
 
@@ -361,18 +331,18 @@ def _table(path, names=(), needed=()):
 
 @functools.lru_cache(maxsize=32)
 def _columns(path, keys):
-    """{key: array (rows, width)} of numeric columns; float32, but int64 for indices. Nulls are NaN, or -1."""
+    """{key: array (rows, width)} of numeric columns; float32, but float64 for indices. Nulls are NaN."""
     with _reading(path):
         table, out = _table(path, keys), {}
         for key in table.column_names:
             column, valid = table[key].combine_chunks().drop_null(), table[key].is_valid().to_numpy()
             while pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type):
                 column = column.flatten()
-            if not pa.types.is_primitive(column.type) or len(column) % max(1, valid.sum()):
+            width, rest = divmod(len(column), max(1, valid.sum()))
+            if rest or not pa.types.is_primitive(column.type):
                 raise Bad(f'{key} is {table[key].type}, not the same count of numbers in every row')
-            kind, null = (np.int64, -1) if key.endswith('_index') else (np.float32, np.nan)
-            out[key] = np.full((len(valid), len(column) // max(1, valid.sum())), null, kind)
-            out[key][valid] = column.to_numpy(zero_copy_only=False).reshape(out[key][valid].shape)
+            out[key] = np.full((len(valid), width), np.nan, np.float64 if key.endswith('_index') else np.float32)
+            out[key][valid] = column.to_numpy(zero_copy_only=False).reshape(valid.sum(), width)
         return out
 
 
@@ -400,6 +370,9 @@ def _ask_hub(what, call, patience):
                 raise Bad(f'{what}: not to be had from the hub ({" ".join(why.split())})') from None
             time.sleep(pause)
             wait = min(2 * wait, 60)
+
+
+huggingface_hub.utils.disable_progress_bars()       # of several processes at once
 
 
 class LeRobot:
@@ -461,14 +434,16 @@ class LeRobot:
 
     def _fetch(self, path):
         """Bring a file from the hub unless it is here; of all that have come, those used longest ago make room."""
-        if os.path.exists(path):
-            return os.utime(path)
+        with contextlib.suppress(FileNotFoundError):
+            return os.utime(path)       # it is here, and used now
         name = os.path.relpath(path, self.root)
         part, url = f'{self.root}/.part/{name}', huggingface_hub.hf_hub_url(
             self.repo, name, repo_type='dataset', revision=self.revision, endpoint=os.environ.get('HF_ENDPOINT'))
 
         def download():     # goes on where an earlier one broke off or was killed; hf_hub_download begins anew
             size = huggingface_hub.get_hf_file_metadata(url).size
+            if size > 1e8:
+                print(f'fetching {url} ({size / 1e6:,.0f} MB)', file=sys.stderr, flush=True)
             with open(part, 'ab', buffering=0) as f:
                 have = f.tell() if f.tell() <= size else f.truncate(0)
                 if have < size:
@@ -663,6 +638,7 @@ class LeRobot:
         """Frame numbers of the file for frames j."""
         return (2 * np.asarray(j) * self.step.numerator + self.step.denominator) // (2 * self.step.denominator)
 
+    @functools.lru_cache(maxsize=16)
     def rows(self, episode):
         """float32 (length, action_dim): raw actions; row j is what is done between frames j and j + 1, NaN if unknown.
 
@@ -1413,70 +1389,57 @@ def cached_latents(sets, encoder, device, autocast, folder='', store='float16', 
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# the demo world: a table seen from above; an arm's tip, moved by (dx, dy), pushes a disc
+# the demo world: a table seen from above; an arm's tip, moved by (dx, dy), pushes a disc; lengths are in table widths
 
-DEMO_FPS, DEMO_STEP = 10, 0.05  # frames per second; the longest move of the tip in a frame, in table widths
-TIP, DISC, HALO = 0.11, 0.15, 0.3   # radii, in table widths
-DEMO_NEAR = 0.08                # what counts as reached, in table widths
+DEMO_STEP, DEMO_NEAR = 0.05, 0.08   # the longest move of the tip in a frame; what counts as reached
+TIP, DISC, HALO = 0.11, 0.15, 0.3   # radii
 
 
 def demo_step(state, action):
     """state (n, 4): x, y of the tip and of the disc, in [0, 1]; action (n, 2): move of the tip -> next state."""
-    tip, disc = state[:, :2], state[:, 2:]
-    tip = np.clip(tip + np.clip(action, -DEMO_STEP, DEMO_STEP), TIP, 1 - TIP)
-    away = disc - tip
-    far = np.linalg.norm(away, axis=1, keepdims=True)
-    push = np.maximum(TIP + DISC - far, 0) * away / np.maximum(far, 1e-6)
-    disc = np.clip(disc + push, DISC, 1 - DISC)
-    away = disc - tip           # at the border the disc stops, and stops the tip
-    far = np.linalg.norm(away, axis=1, keepdims=True)
-    tip = tip - np.maximum(TIP + DISC - far, 0) * away / np.maximum(far, 1e-6)
-    return np.concatenate((np.clip(tip, TIP, 1 - TIP), disc), axis=1)
+    def overlap(tip, disc):  # as a vector from the tip to the disc
+        far = np.linalg.norm(disc - tip, axis=1, keepdims=True)
+        return np.maximum(TIP + DISC - far, 0) * (disc - tip) / np.maximum(far, 1e-6)
+    tip = np.clip(state[:, :2] + np.clip(action, -DEMO_STEP, DEMO_STEP), TIP, 1 - TIP)
+    disc = np.clip(state[:, 2:] + overlap(tip, state[:, 2:]), DISC, 1 - DISC)
+    tip = np.clip(tip - overlap(tip, disc), TIP, 1 - TIP)   # at the border the disc stops, and stops the tip
+    return np.concatenate((tip, disc), axis=1)
 
 
 def demo_draw(state, size=64):
-    """uint8 (n, size, size, 3): large shapes with wide halos.
-
-    A distance between pictures must say how far a shape is from its goal also where the two do not overlap; for the
-    same reason no shape can leave the table: half a tip off the edge is closer to any goal than a whole one.
-    """
+    """uint8 (n, size, size, 3): large shapes with wide halos, so that a distance of pictures says how far a shape is from
+    its goal also without overlap. None can leave the table: half a tip is closer to any goal than a whole one."""
     at = (np.arange(size, dtype=np.float32) + 0.5) / size
-    image = np.broadcast_to(np.float32((0.86, 0.84, 0.80)), (len(state), size, size, 3)).copy()
-    for centre, radius, colour in ((state[:, 2:], DISC, (0.15, 0.35, 0.80)), (state[:, :2], TIP, (0.85, 0.25, 0.15))):
-        d2 = [((at - centre[:, i, None].astype(np.float32)) ** 2) for i in (0, 1)]
-        far = np.sqrt(d2[1][:, :, None] + d2[0][:, None, :])                              # (n, rows = y, columns = x)
-        cover = np.clip((radius - far) / 0.03 + 0.5, 0, 1)
-        cover = np.maximum(cover, 0.45 * np.exp(-(far / HALO) ** 2))[..., None]
-        image += cover * (np.float32(colour) - image)
+    image = np.full((len(state), size, size, 3), (0.86, 0.84, 0.80), np.float32)
+    for i, radius, colour in ((2, DISC, (0.15, 0.35, 0.80)), (0, TIP, (0.85, 0.25, 0.15))):
+        x, y = ((at - centre[:, None]) ** 2 for centre in state.T[i:i + 2].astype(np.float32))      # (n, size)
+        far = np.sqrt(y[:, :, None] + x[:, None, :])
+        cover = np.maximum(np.clip((radius - far) / 0.03 + 0.5, 0, 1), 0.45 * np.exp(-(far / HALO) ** 2))
+        image += cover[..., None] * (np.float32(colour) - image)
     return np.uint8(image * 255 + 0.5)
 
 
 def demo_start(n, rng):
     """n states with the tip clear of the disc."""
-    low, high = (0.12, 0.12, 0.22, 0.22), (0.88, 0.88, 0.78, 0.78)
-    state = rng.uniform(low, high, (n, 4))
-    while len(near := np.flatnonzero(np.linalg.norm(state[:, :2] - state[:, 2:], axis=1) < TIP + DISC + 0.02)):
-        state[near] = rng.uniform(low, high, (len(near), 4))
+    state = np.zeros((n, 4))
+    while (near := np.linalg.norm(state[:, :2] - state[:, 2:], axis=1) < TIP + DISC + 0.02).any():
+        state[near] = rng.uniform((0.12, 0.12, 0.22, 0.22), (0.88, 0.88, 0.78, 0.78), (near.sum(), 4))
     return state
 
 
 def demo_episodes(n, T, rng):
     """States (n, T, 4) and actions (n, T, 2) of a noisy script: wander to random places, often through the disc."""
-    state, states, actions = demo_start(n, rng), [], []
-    aim, left = np.zeros((n, 2)), np.zeros(n)
-    for _ in range(T):
-        new = left <= 0
-        through = rng.random(n) < 0.6           # beyond the disc, as seen from the tip
-        beyond = state[:, 2:] + (state[:, 2:] - state[:, :2]) * rng.uniform(0.2, 1.2, (n, 1))
-        beyond = np.where(through[:, None], beyond + rng.normal(0, 0.05, (n, 2)), rng.uniform(0, 1, (n, 2)))
-        aim = np.where(new[:, None], np.clip(beyond, 0, 1), aim)
-        left = np.where(new, rng.integers(6, 16, n), left - 1)
-        action = (aim - state[:, :2]) * 0.5 + rng.normal(0, 0.015, (n, 2))
-        action = np.clip(action, -DEMO_STEP, DEMO_STEP)
-        states.append(state)
-        actions.append(action)
-        state = demo_step(state, action)
-    return np.stack(states, 1), np.stack(actions, 1)
+    state, states, actions = demo_start(n, rng), np.empty((n, T, 4)), np.empty((n, T, 2))
+    aim, left = np.zeros((n, 2)), np.zeros((n, 1))      # where the tip goes, and for how many frames
+    for t in range(T):
+        tip, disc = state[:, :2], state[:, 2:]
+        through = rng.random((n, 1)) < 0.6              # beyond the disc, as seen from the tip
+        beyond = disc + (disc - tip) * rng.uniform(0.2, 1.2, (n, 1)) + rng.normal(0, 0.05, (n, 2))
+        aim = np.where(left <= 0, np.where(through, beyond, rng.uniform(0, 1, (n, 2))).clip(0, 1), aim)
+        left = np.where(left <= 0, rng.integers(6, 16, (n, 1)), left - 1)
+        action = ((aim - tip) * 0.5 + rng.normal(0, 0.015, (n, 2))).clip(-DEMO_STEP, DEMO_STEP)
+        states[:, t], actions[:, t], state = state, action, demo_step(state, action)
+    return states, actions
 
 
 def write_demo(root, n, labelled, seed):
@@ -1484,7 +1447,7 @@ def write_demo(root, n, labelled, seed):
     states, actions = demo_episodes(n, 60, np.random.default_rng(seed))
     write_lerobot(root, ({'observation.images.top': demo_draw(s), 'task': 'push the disc'} |
                          ({'action': a} if labelled else {}) for s, a in zip(states, actions)),
-                  DEMO_FPS, names={'action': ['dx', 'dy']})
+                  fps=10, names={'action': ['dx', 'dy']})
 
 
 if __name__ == '__main__':

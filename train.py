@@ -9,6 +9,7 @@ Train a world model on LeRobot datasets.
 Leaves out_dir/ckpt.safetensors, out_dir/optim.pt and out_dir/log.jsonl.
 """
 import copy
+import itertools
 import json
 import math
 import os
@@ -243,7 +244,10 @@ if resume:
     optimizer.load_state_dict(state['optimizer'])
     rms, step = state['rms'], state['step']
 elif rank == 0:
-    data.move_aside(out_dir, 'ckpt.safetensors', 'log.jsonl')
+    if any(os.path.exists(os.path.join(out_dir, name)) for name in ('ckpt.safetensors', 'log.jsonl')):     # none is lost
+        free = next(p for i in itertools.count(1) if not os.path.exists(p := f'{out_dir.rstrip("/")}.{i}'))
+        os.rename(out_dir, free)
+        print(f'{out_dir} held an earlier run: it is now {free}')
 if rank == 0:
     os.makedirs(out_dir, exist_ok=True)
 run = torch.compile(model) if compile else model
