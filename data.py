@@ -1052,156 +1052,133 @@ BLOCK = 1 << 16     # windows that are shuffled among each other
 AHEAD = 16          # batches whose files are fetched from the hub before their turn
 
 
-def held_out(ds, val_share):
-    """Positions of the episodes to train on and to validate on: every k-th is held out, at least one."""
-    n = len(ds.episodes)
-    if n < 2:
-        sys.exit(f'{ds.root}: has {n} episode, splitting off whole episodes for validation wants at least 2')
-    k = max(1, min(n - 1, round(n * val_share)))
-    val = {int((i + 0.5) * n / k) for i in range(k)}
-    return [i for i in range(n) if i not in val], sorted(val)
+class Order:
+    """Windows of T steps in some episodes: [i] is an (episode, start), each once in `count`; at most `files` mixed."""
+
+    def __init__(self, ds, episodes, T, frameskip, files, *seed):
+        self.seed, units, place = seed, [], {}      # a unit: end, windows, episode, file
+        for e in episodes:
+            n = max(1, ds.episodes[e]['length'] - (T - 1) * frameskip)      # a short episode is padded
+            file = str(ds.episodes[e]['video'].get(ds.camera, ds.episodes[e]['data'])) if ds.repo else ''
+            file = place.setdefault(file, len(place))
+            units += [(min(i + SEGMENT, n), min(SEGMENT, n - i), e, file) for i in range(0, n, SEGMENT)]
+        self.units = np.array(units)
+        self.count = int(self.units[:, 1].sum())
+        self.block = max(1, min(BLOCK, self.count * files // len(place)))
+
+    @functools.lru_cache(maxsize=64)
+    def _block(self, epoch, block):     # of segments in random order, but one file is used up before the next one comes
+        rng, units = np.random.default_rng((*self.seed, epoch)), self.units
+        units = units[np.lexsort((rng.random(len(units)), rng.random(len(units))[units[:, 3]]))]
+        ends, i = np.cumsum(units[:, 1]), np.arange(block * self.block, min((block + 1) * self.block, self.count))
+        np.random.default_rng((*self.seed, epoch, block)).shuffle(i)
+        u = np.searchsorted(ends, i, 'right')
+        return np.stack([units[u, 2], units[u, 0] - (ends[u] - i)], 1)
+
+    def __getitem__(self, i):
+        epoch, i = divmod(i, self.count)
+        return tuple(self._block(epoch, i // self.block)[i % self.block].tolist())
 
 
-class Clips(torch.utils.data.Dataset):
-    """Batches of clips from several datasets; clips[step] is a pure function of (seed, step, rank, world).
+class Clips:
+    """Batches of clips from two lists of LeRobot; clips[step] is a pure function of (seed, step, rank, world).
 
-    labelled and unlabelled: lists of LeRobot (the actions of unlabelled ones are not read). A batch holds
-    x (B, T, 3, H, W) uint8, or z (B, T, N, D) float16 where `tokens` is set (see cached_latents),
-    a (B, T, A) normalised by each dataset's own mean and std, clipped at +-5, padded to the widest, a_mask and z_mask
-    (B, T), and `faults`, which count_faults wants to see. Of any 1/labelled_share consecutive clips of a rank exactly
-    one is labelled (0.05: one of 20). Among datasets of a kind clips are shared out by duration or by the weights given,
-    exactly; all ranks together see every window of a dataset once before any of them again. The camera is drawn by
-    weight. Episodes shorter than a clip are padded. A clip that cannot be read is replaced by another of its dataset.
+    A batch holds x (B, T, 3, H, W) uint8, or z (B, T, N, D) float16 once `tokens` are set (see cached_latents);
+    a (B, T, A) normalised by each dataset's mean and std, clipped at +-5, padded to the widest; a_mask, z_mask (B, T);
+    and `faults`, for count_faults. Of any 1/labelled_share consecutive clips of a rank exactly one is labelled. All
+    datasets of a kind share clips exactly, by duration or the weights given; all ranks together see every window of one
+    once before any again. Cameras are drawn by weight. A clip that cannot be read is replaced by one of its dataset.
     """
 
     def __init__(self, labelled, unlabelled, T, frameskip, size, batch_size, labelled_share, val_share, seed=0, rank=0,
                  world=1):
-        self.sets, self.groups = [*labelled, *unlabelled], [len(labelled), len(unlabelled)]
-        self.T, self.frameskip, self.size, self.batch_size = T, frameskip, size, batch_size
-        self.seed, self.rank, self.world, self.tokens, self.faults = seed, rank, world, None, {}
-        share = 1.0 if not unlabelled else labelled_share if labelled else 0.0
+        self.T, self.frameskip, self.size, self.batch_size, self.tokens = T, frameskip, size, batch_size, None
+        self.seed, self.rank, self.world, self.sets, self.faults = seed, rank, world, [*labelled, *unlabelled], {}
+        self.kinds = range(len(labelled)), range(len(labelled), len(self.sets))
+        share = labelled_share if labelled and unlabelled else bool(labelled)
         self.share = fractions.Fraction(share).limit_denominator(1000)
         self.A = frameskip * max([ds.action_dim for ds in labelled], default=0)
-        self.train, self.val = zip(*(held_out(ds, val_share) for ds in self.sets))
-        self.units, self.block = [], []         # (episode, first window, windows); their file's number last
+        self.train, self.val, self.orders, weight = [], [], [], []
         for s, ds in enumerate(self.sets):
-            files, units = {}, []
-            for e in self.train[s]:
-                file = files.setdefault(str(ds.episodes[e]['data']) if ds.repo else '', len(files))
-                n = self.windows(s, e, T)
-                units += [(e, first, min(SEGMENT, n - first), file) for first in range(0, n, SEGMENT)]
-            self.units.append(np.array(units))
-            # files of the hub are used up before others come: a block holds what fits into half of the disk cache
-            mb = ds.info.get('video_files_size_in_mb', 10) * max(1, len(ds.chosen))
-            n = self.units[s][:, 2].sum() * max(1, ds.cache_gb * 500 // mb) / len(files)
-            self.block.append(max(1, int(min(BLOCK, n) if ds.repo else BLOCK)))
-        self.chain = []         # per kind: (dataset, its share of what the datasets before it have left)
-        for group in (range(len(labelled)), range(len(labelled), len(self.sets))):
-            weight = {s: fractions.Fraction(self.sets[s].weight).limit_denominator(10**6) or
-                      int(self.units[s][:, 2].sum()) / fractions.Fraction(self.sets[s].fps).limit_denominator(1001)
-                      for s in group}
-            self.chain.append([(s, w / sum(list(weight.values())[i:])) for i, (s, w) in enumerate(weight.items())])
-
-    def windows(self, s, e, T):
-        """How many clips of T steps begin in an episode; one, padded, if it is too short."""
-        return max(1, self.sets[s].episodes[e]['length'] - (T - 1) * self.frameskip)
-
-    @functools.lru_cache(maxsize=64)
-    def _epoch(self, s, epoch):
-        """A dataset's units in an epoch's order, file by file, and the number of windows up to the end of each."""
-        rng, units = np.random.default_rng((self.seed, 1, s, epoch)), self.units[s]
-        units = units[np.lexsort((rng.random(len(units)), rng.random(units[-1, 3] + 1)[units[:, 3]]))]
-        return units, np.cumsum(units[:, 2])
-
-    @functools.lru_cache(maxsize=64)
-    def _shuffled(self, s, epoch, block, n):
-        return np.random.default_rng((self.seed, 2, s, epoch, block)).permutation(n)
-
-    def window(self, s, i):
-        """The i-th (episode, start) that is drawn from dataset s, counted over all ranks and epochs."""
-        n, size = int(self.units[s][:, 2].sum()), self.block[s]
-        epoch, i = divmod(i, n)
-        units, ends = self._epoch(s, epoch)
-        block = i // size
-        i = block * size + self._shuffled(s, epoch, block, min(size, n - block * size))[i % size]
-        u = np.searchsorted(ends, i, 'right')
-        return int(units[u, 0]), int(units[u, 1] + units[u, 2] - (ends[u] - i))
+            n = len(ds.episodes)
+            if n < 2:
+                sys.exit(f'{ds.root}: has {n} episode, splitting off whole episodes for validation wants at least 2')
+            k = max(1, min(n - 1, round(n * val_share)))
+            self.val.append([int((i + 0.5) * n / k) for i in range(k)])
+            self.train.append(sorted({*range(n)} - {*self.val[s]}))
+            mb = ds.info.get('video_files_size_in_mb', 10) * len(ds.chosen)     # half of the disk cache is in use
+            self.orders.append(Order(ds, self.train[s], T, frameskip, max(1, int(ds.cache_gb * 500 / mb)), seed, 1, s))
+            weight.append(fractions.Fraction(ds.weight).limit_denominator(10**6) or
+                          self.orders[s].count / fractions.Fraction(ds.fps).limit_denominator(1001))
+        # what each dataset gets of that which those of its kind before it leave
+        self.rest = [weight[s] / sum(weight[s:kind.stop]) for kind in self.kinds for s in kind]
 
     @functools.lru_cache(maxsize=4 * AHEAD)
     def picks(self, step):
         """The (dataset, episode, start, camera) of each clip of a batch, without reading any."""
         rng, out = np.random.default_rng((self.seed, step, self.rank)), []
         for i in range(step * self.batch_size, (step + 1) * self.batch_size):
-            k = i * self.share.numerator // self.share.denominator      # labelled clips of this rank before this one
-            labelled = (i + 1) * self.share.numerator // self.share.denominator > k
+            k = i * self.share // 1                                     # labelled clips of this rank before this one
+            labelled = (i + 1) * self.share // 1 > k
             i = (k if labelled else i - k) * self.world + self.rank     # now counted over all ranks, within the kind
-            for s, share in self.chain[not labelled]:
-                k = i * share.numerator // share.denominator
-                if (i + 1) * share.numerator // share.denominator > k:
+            for s in self.kinds[not labelled]:
+                k = i * self.rest[s] // 1
+                if (i + 1) * self.rest[s] // 1 > k:
                     break
                 i -= k
-            weights = np.cumsum([*self.sets[s].chosen.values()])
-            camera = [*self.sets[s].chosen][np.searchsorted(weights, rng.random() * weights[-1], 'right')]
-            out.append((s, *self.window(s, k), camera))
+            weights = np.array([*self.sets[s].chosen.values()])
+            out.append((s, *self.orders[s][k], str(rng.choice([*self.sets[s].chosen], p=weights / weights.sum()))))
         # the loss treats the first rows in a way of its own: which clips they are must not depend on their kind
         return [out[i] for i in rng.permutation(len(out))]
 
     def clip(self, s, e, start, camera, T):
         """One clip of dataset s, episode e, as it goes into a batch."""
-        ds = self.sets[s]
-        if self.tokens is not None and isinstance(self.tokens[s, e, camera], str):
-            raise Bad(self.tokens[s, e, camera])
-        c = ds.clip(e, start, T, self.frameskip, self.size, self.tokens is None, camera)
-        if self.tokens is not None:
-            z, scale, at = self.tokens[s, e, camera]
-            f = at + start + np.minimum(np.arange(T), int(c['z_mask'].sum()) - 1) * self.frameskip
-            c['z'] = torch.from_numpy(z[f] if scale is None else (z[f] * scale[f]).astype(np.float16))
-        a = torch.zeros(T, self.A)
-        if s < self.groups[0]:
+        ds, z = self.sets[s], self.tokens and self.tokens[s, e, camera]
+        if isinstance(z, str):
+            raise Bad(z)
+        c, a = ds.clip(e, start, T, self.frameskip, self.size, z is None, camera), torch.zeros(T, self.A)
+        if z is not None:
+            z = z[start + np.minimum(np.arange(T), int(c['z_mask'].sum()) - 1) * self.frameskip]
+            c['z'] = torch.from_numpy(z['z'] * z['scale'][:, None] if 'scale' in z.dtype.names else z['z'])
+        if s in self.kinds[0]:
             mean, std = (torch.from_numpy(ds.stats[k]).repeat(self.frameskip) for k in ('mean', 'std'))
             known = c['a_mask'][:, None] & (std > 1e-6)         # a dimension that never moves stays 0
-            a[:, :len(mean)] = torch.where(known, (c['a'] - mean) / std.clamp(min=1e-6), 0.0).clamp(-5, 5)
-        else:
-            c['a_mask'] = torch.zeros(T, dtype=torch.bool)
-        return {k: c[k] for k in ('x', 'z') if k in c} | dict(a=a, a_mask=c['a_mask'], z_mask=c['z_mask'])
+            a[:, :len(mean)] = torch.where(known, (c['a'] - mean) / std, 0.0).clamp(-5, 5)
+        c |= dict(a=a, a_mask=c['a_mask'] & (s in self.kinds[0]))
+        return {k: c[k] for k in c if k != 'task'}
 
-    def __len__(self):
-        return sys.maxsize
+    def _bring(self, steps):
+        """Bring the files of some batches from the hub."""
+        for s, e, _, camera in itertools.chain(*map(self.picks, steps)):
+            with contextlib.suppress(Bad, OSError):     # the reader will meet it, too
+                for path in self.sets[s]._paths(self.sets[s].episodes[e], camera) if self.sets[s].repo else ():
+                    self.sets[s]._fetch(path)
 
     def __getitem__(self, step):
+        stride = getattr(torch.utils.data.get_worker_info(), 'num_workers', 1)
+        for k in range(1, 5) if any(ds.repo for ds in self.sets) else ():       # four threads work ahead
+            if f'ahead {k}' not in [t.name for t in threading.enumerate()]:
+                steps = range(step + k * stride, step + AHEAD * stride, 4 * stride)
+                threading.Thread(target=self._bring, args=(steps,), name=f'ahead {k}', daemon=True).start()
         clips, faults = [], []
-        self._fetch_ahead(step)
         for i, (s, *where) in enumerate(self.picks(step)):
             for attempt in range(100):
                 try:
                     clips.append(self.clip(s, *where, self.T))
                     break
                 except Bad as error:    # not remembered: whether a clip is replaced must not depend on earlier ones
-                    faults.append([f'{self.sets[s].name}, episode {self.sets[s].episodes[where[0]]["index"]}', str(error)])
+                    name = f'{self.sets[s].name}, episode {self.sets[s].episodes[where[0]]["index"]}'
+                    faults.append([name, str(error)])
                     rng = np.random.default_rng((self.seed, step, self.rank, i, attempt))
-                    where = *self.window(s, int(rng.integers(self.units[s][:, 2].sum()))), where[2]
+                    where = *self.orders[s][int(rng.integers(self.orders[s].count))], where[2]
             else:
-                raise Bad(f'{self.sets[s].name}: 100 clips in a row cannot be read, at last {faults[-1][1]}')
+                raise Bad(f'{name}: 100 clips in a row cannot be read, at last {faults[-1][1]}')
         faults += [['', text] for text in _notes if _notes[text]]       # a worker's, for the main process to print
         _notes.update(dict.fromkeys(_notes, False))
         return torch.utils.data.default_collate(clips) | dict(faults=faults)
 
-    def _fetch_ahead(self, step):
-        """Have the files of the next batches of this process brought from the hub in the background."""
-        def bring(ds, path):
-            with contextlib.suppress(Bad):      # the reader will meet it, too
-                ds._fetch(path)
-
-        stride = getattr(torch.utils.data.get_worker_info(), 'num_workers', 1)
-        for later in range(step + stride, step + AHEAD * stride, stride) if any(ds.repo for ds in self.sets) else ():
-            for ds, e, camera in [(self.sets[s], e, camera) for s, e, _, camera in self.picks(later) if self.sets[s].repo]:
-                for path in ds._paths(ds.episodes[e], camera):
-                    busy = [t.name for t in threading.enumerate() if os.path.isabs(t.name)]
-                    if len(busy) < 4 and path not in busy and not os.path.exists(path):
-                        threading.Thread(target=bring, args=(ds, path), name=path, daemon=True).start()
-
     def count_faults(self, batch, max_bad):
-        """Print, once, what a batch (taken out of it) says is wrong; end the run if too many episodes cannot be read."""
+        """Print, once, what a batch (taken out of it) says is wrong; end the run if too many episodes are bad."""
         for episode, text in batch.pop('faults', ()):
             if (episode or text) not in self.faults:
                 self.faults[episode or text] = bool(episode)
@@ -1211,181 +1188,144 @@ class Clips(torch.utils.data.Dataset):
         if bad > max_bad * every:
             sys.exit(f'--max_bad={max_bad}: {bad} of {every} episodes cannot be read (they are named above)')
 
-    def _near(self, s, episodes):
-        """(s, episode) of those given; of a hub dataset only what lies in a few files, so that not all must come."""
-        ds, files = self.sets[s], {}
-        for e in episodes:
-            files.setdefault(str(ds.episodes[e]['data']) if ds.repo else '', []).append((s, e))
-        return list(itertools.chain(*list(files.values())[:4]))
+    def _some(self, kind, split, n, T, read):
+        """[read(dataset, episode, start, camera)] of up to n windows of T steps, of all datasets of a kind in turn."""
+        orders, out = {s: Order(self.sets[s], split[s], T, self.frameskip, 4, 0) for s in kind}, []
+        for i, s in [(i, s) for i in range(n) for s in kind if i < orders[s].count][:n]:
+            with contextlib.suppress(Bad):      # is counted where it is drawn
+                out.append(read(s, *orders[s][i], [*self.sets[s].chosen][i % len(self.sets[s].chosen)]))
+        return out
 
     def sample(self, n, m):
-        """uint8 (about n m, 3, H, W): m frames of each of n training episodes, spread over all of them."""
-        every, out = [pick for s, es in enumerate(self.train) for pick in self._near(s, es)], []
-        for i in range(min(n, len(every))):
-            s, e = every[int((i + 0.5) * len(every) / min(n, len(every)))]
-            at = np.linspace(0, self.sets[s].episodes[e]['length'] - 1, m).astype(int)
-            with contextlib.suppress(Bad):      # is counted where it is drawn
-                out.append(self.sets[s].frames(e, at, self.size, [*self.sets[s].chosen][i % len(self.sets[s].chosen)]))
+        """uint8 (about n m, 3, H, W): m frames of each of n training episodes."""
+        out = self._some(range(len(self.sets)), self.train, n, sys.maxsize, lambda s, e, _, camera: self.sets[s].frames(
+            e, np.linspace(0, self.sets[s].episodes[e]['length'] - 1, m).astype(int), self.size, camera))
         if not out:
             sys.exit(f'{", ".join(ds.name for ds in self.sets)}: no episode can be read')
         return torch.cat(out)
 
     def held_out(self, T, n):
-        """{'labelled' and/or 'unlabelled': a batch of about n clips of T steps, spread over validation episodes}."""
-        out = {}
-        for name, begin, end in (('labelled', 0, self.groups[0]), ('unlabelled', self.groups[0], len(self.sets))):
-            every, clips = [pick for s in range(begin, end) for pick in self._near(s, self.val[s])], []
-            ends = np.cumsum([self.windows(s, e, T) for s, e in every]).astype(int)
-            for i in range(min(n, ends[-1]) if len(ends) else 0):
-                at = int((i + 0.5) * ends[-1] / min(n, ends[-1]))
-                u = np.searchsorted(ends, at, 'right')
-                s, e = every[u]
-                with contextlib.suppress(Bad):
-                    clips.append(self.clip(s, e, at - int(ends[u]) + self.windows(s, e, T),
-                                           [*self.sets[s].chosen][i % len(self.sets[s].chosen)], T))
-            if clips:
-                out[name] = torch.utils.data.default_collate(clips)
-        return out
+        """{'labelled' and/or 'unlabelled': a batch of about n clips of T steps from validation episodes}."""
+        clips = {name: self._some(kind, self.val, n, T, lambda *where: self.clip(*where, T))
+                 for name, kind in zip(('labelled', 'unlabelled'), self.kinds)}
+        return {name: torch.utils.data.default_collate(c) for name, c in clips.items() if c}
 
     def action_stats(self):
-        """{name: tensor (labelled datasets, A)}: mean, std, low, high of a model step's raw actions; their width and rows."""
-        out = {k: torch.zeros(self.groups[0], self.A) for k in ('mean', 'std', 'low', 'high')}
-        out['width'] = torch.tensor([ds.action_dim * self.frameskip for ds in self.sets[:self.groups[0]]])
-        out['rows'] = torch.tensor([ds.rows_each * self.frameskip for ds in self.sets[:self.groups[0]]])
-        for s, ds in enumerate(self.sets[:self.groups[0]]):
-            for k, name in (('mean', 'mean'), ('std', 'std'), ('low', 'min'), ('high', 'max')):
-                out[k][s, :ds.action_dim * self.frameskip] = torch.from_numpy(ds.stats[name]).repeat(self.frameskip)
-        return out
+        """{name: (labelled datasets, A)} of raw actions of a model step: mean, std, low, high; and (n,) width, rows."""
+        sets, out = [self.sets[s] for s in self.kinds[0]], {}
+        for k, name in zip(('mean', 'std', 'low', 'high'), STATS):
+            out[k] = torch.zeros(len(sets), self.A)
+            for row, ds in zip(out[k], sets):
+                row[:ds.action_dim * self.frameskip] = torch.from_numpy(ds.stats[name]).repeat(self.frameskip)
+        return out | {k: torch.tensor([v * self.frameskip for v in of]) for k, of in (
+            ('width', [ds.action_dim for ds in sets]), ('rows', [ds.rows_each for ds in sets]))}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # cached latents
 
-CHUNK, PART = 64, 1 << 26     # frames that are encoded at once; bytes of a file of latents
-
-
-def _hash_of(encoder):
-    """A hash of all tensors of an encoder: latents of other weights are other latents."""
-    digest = hashlib.sha256()
-    for k, v in sorted(encoder.state_dict().items()):
-        digest.update(k.encode() + v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-class _Chunks(torch.utils.data.Dataset):
-    """Frames (n, 3, H, W) of a dataset's camera by [(episode, first)], or the line that says why they cannot be read."""
-    def __init__(self, ds, camera, size, todo):
-        self.ds, self.camera, self.size, self.todo = ds, camera, size, todo
-
-    def __len__(self):
-        return len(self.todo)
-
-    def __getitem__(self, i):
-        e, first = self.todo[i]
-        try:
-            end = min(first + CHUNK, self.ds.episodes[e]['length'])
-            return self.ds.frames(e, range(first, end), self.size, self.camera)
-        except Bad as error:
-            return str(error)
-
-
-def _encode_part(path, frames, episodes, length, encode, shape, small, bar):
-    """Latents of some episodes -> z, scale, {episode: why there are none}, squared error and variance; in memory, or in
-    files that get their names when they are whole."""
-    n, at, bad, sums = sum(length[e] for e in episodes), 0, {}, np.zeros(2)
-    new = functools.partial(np.lib.format.open_memmap, mode='w+') if path else lambda _, dtype, shape: np.empty(shape, dtype)
-    z = new(f'{path}.npy.{os.getpid()}', dtype=np.int8 if small else np.float16, shape=(n, *shape))
-    scale = new(f'{path}.scale.{os.getpid()}', dtype=np.float16, shape=(n, 1, shape[1])) if small else None
-    for e in episodes:
-        for first in range(0, length[e], CHUNK):
-            x, end = next(frames), at + min(CHUNK, length[e] - first)
-            if isinstance(x, str):
-                bad[str(e)] = x
-            elif small:
-                v = encode(x)
-                scale[at:end] = np.maximum(np.abs(v).max(1, keepdims=True) / 127, 1e-6)
-                z[at:end] = np.rint(v / scale[at:end]).clip(-127, 127)
-                sums += np.square(z[at:end] * scale[at:end] - v).sum(), np.square(v - v.mean((0, 1))).sum()
-            else:
-                z[at:end] = encode(x)
-            at = end
-            bar.update(0 if isinstance(x, str) else len(x))
-    if path:
-        with open(f'{path}.json.{os.getpid()}', 'w') as f:
-            json.dump(bad, f)
-        for array in filter(lambda v: v is not None, (z, scale)):
-            array.flush()
-        for ending, name in (('json', 'json'), ('scale', 'scale.npy'), ('npy', 'npy'))[:]:
-            if ending != 'scale' or small:
-                os.replace(f'{path}.{ending}.{os.getpid()}', f'{path}.{name}')
-    return z, scale, bad, sums
+CHUNK, PART, TELL = 64, 1 << 26, 10     # frames encoded at once; bytes of a file; seconds between lines of progress
 
 
 @torch.no_grad()
 def cached_latents(sets, encoder, device, autocast, folder='', store='float16', workers=0, rank=0, world=1):
-    """The latents of all frames: {(dataset, episode, camera): (z, scale, at), or the line that says why there are none}.
+    """The latents of all frames: {(dataset, episode, camera): array, or the line that says why there is none}.
 
-    Frame j of the episode is z[at + j] (N, D) float16, or z[at + j] * scale[at + j] with int8 z, where scale (1, D) puts
-    the largest |z| of each channel of a frame at 127. Without a folder they stay in memory. Else every dataset and camera
-    has a folder in there, named by a hash of all that latents depend on, with files of some episodes each, memory-mapped:
-    what is there is not made again, the rest is shared out among ranks. Latents of files that have changed are refused.
+    array[j]['z'] (N, D) of frame j is float16; or int8, to be multiplied by array[j]['scale'] (D,), which puts the
+    largest |z| of each channel at 127. Without a folder they stay in memory. Else every dataset and camera has a folder
+    in there, named by a hash of what latents depend on, with memory-mapped files of some episodes each: what is there
+    is not made again, the rest is shared out among ranks. Latents of files that have changed are refused.
     """
+    def read(chunk):
+        e, i = chunk
+        try:
+            return ds.frames(e, range(i - begin[e], min(i + CHUNK, begin[e + 1]) - begin[e]), size, camera)
+        except Bad as why:
+            return str(why)
+
     def encode(x):
         with autocast:
-            return encoder(x.to(device).float() / 255).float().cpu().numpy()
+            v = encoder(x.to(device).float() / 255).float().cpu().numpy()                           # (n, N, D)
+        out = np.empty(len(v), kind)
+        if store == 'int8':
+            out['scale'] = np.maximum(np.abs(v).max(1) / 127, 1e-6)
+            out['z'] = np.rint(v / out['scale'][:, None]).clip(-127, 127)
+            error[:] += np.square(out['z'] * out['scale'][:, None] - v).sum(), np.square(v - v.mean((0, 1))).sum()
+        else:
+            out['z'] = v
+        return out
 
-    size, shape = (encoder.size, encoder.width), (math.prod(encoder.grid), encoder.dim)
-    about = dict(encoder=encoder.name, weights=_hash_of(encoder), layer=encoder.layer, pool=encoder.pool, size=size,
-                 dtype=str(autocast.fast_dtype) if autocast._enabled else 'float32', store=store)
-    out = {}
+    size, shape, weights = (encoder.size, encoder.width), (math.prod(encoder.grid), encoder.dim), hashlib.sha256()
+    for k, v in sorted(encoder.state_dict().items()):
+        weights.update(k.encode() + v.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    about = dict(encoder=encoder.name, weights=weights.hexdigest(), layer=encoder.layer, pool=encoder.pool, size=size,
+                 dtype=str(autocast.fast_dtype) if autocast._enabled else 'float32', store=store, part=PART)
+    kind = np.dtype([('z', 'i1', shape), ('scale', 'f2', shape[1:])] if store == 'int8' else [('z', 'f2', shape)])
+    found, own, temp = {}, '', f'.{os.getpid()}'        # a file gets its name, without that, when it is whole
     for s, ds, camera in [(s, ds, k) for s, ds in enumerate(sets) for k in ds.chosen]:
-        length, own = [e['length'] for e in ds.episodes], ''
         if folder:
-            key = about | dict(source=ds.repo or ds.root, camera=camera, fps=float(ds.fps))
-            sha = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
-            own = os.path.join(folder, f'{os.path.basename(ds.repo or ds.root)}-{camera.rpartition(".")[2]}-{sha}')
-            key = json.dumps(key | dict(frames=ds.fingerprint(camera)), indent=1)
+            key = json.dumps(about | dict(source=ds.repo or ds.root, camera=camera, fps=float(ds.fps)), sort_keys=True)
+            name = f'{os.path.basename(ds.repo or ds.root)}-{camera.rpartition(".")[2]}-'
+            name = os.path.join(folder, name + hashlib.sha256(key.encode()).hexdigest()[:12] + '-')
+            own = name + ds.fingerprint(camera)[:12]
+            for old in {*glob.glob(glob.escape(name) + '*')} - {own}:
+                sys.exit(f'{old}: holds latents of {ds.name} as it was; its files have changed since. Remove that '
+                         'folder to encode them again')
             os.makedirs(own, exist_ok=True)
-            if os.path.isfile(f'{own}/key.json'):
-                with open(f'{own}/key.json') as f:
-                    if f.read() != key:
-                        sys.exit(f'{own}: holds latents of {ds.name} as it was; its files have changed since. Remove that '
-                                 'folder to encode them again')
-            with open(f'{own}/key.json.{os.getpid()}', 'w') as f:
-                f.write(key)
-            os.replace(f.name, f'{own}/key.json')
-        parts, each = [[]], math.prod(shape) * (1 if store == 'int8' else 2)
-        for e, n in enumerate(length):  # files of PART bytes, or more where there would be over 4,000
-            if parts[-1] and (sum(length[o] for o in parts[-1]) + n) * each > max(PART, sum(length) * each >> 12):
-                parts.append([])
-            parts[-1].append(e)
-        paths = [f'{own}/{i:05d}' if own else '' for i in range(len(parts))]
-        todo = [i for i, path in enumerate(paths) if not path or i % world == rank and not os.path.exists(f'{path}.npy')]
+            for left in glob.glob(glob.escape(own) + '/*.[0-9]*'):
+                with contextlib.suppress(FileNotFoundError):    # other ranks clear up as well
+                    if time.time() - os.path.getmtime(left) > 3600:     # its run was killed
+                        os.remove(left)
+        begin = [*itertools.accumulate((e['length'] for e in ds.episodes), initial=0)]      # frames before an episode
+        most = max(PART, begin[-1] * kind.itemsize >> 8)        # of 256 files at most: each keeps a descriptor open
+        groups = itertools.groupby(range(len(ds.episodes)), lambda e: begin[e] * kind.itemsize // most)
+        parts = {f'{own}/{i:03d}': [*episodes] for i, episodes in groups}
+        todo = [p for i, p in enumerate(parts) if not own or (i + s) % world == rank and not os.path.exists(f'{p}.npy')]
+        chunks = {path: [(e, i) for e in parts[path] for i in range(begin[e], begin[e + 1], CHUNK)] for path in todo}
         frames = iter(torch.utils.data.DataLoader(
-            _Chunks(ds, camera, size, [(e, j) for i in todo for e in parts[i] for j in range(0, length[e], CHUNK)]),
-            batch_size=None, num_workers=workers, multiprocessing_context='fork' if workers else None))
-        sums, clock, n = np.zeros(2), time.perf_counter(), sum(length[e] for i in todo for e in parts[i])
-        with tqdm(total=n, desc=f'encoding {ds.name}', unit='frame', disable=rank > 0 or not sys.stderr.isatty()) as bar:
-            made = {}
-            for i in todo:
-                *made[i], more = _encode_part(paths[i], frames, parts[i], length, encode, shape, store == 'int8', bar)
-                sums += more
-        while own and not all(os.path.exists(f'{path}.npy') for path in paths):
-            time.sleep(1)       # for the other ranks; a barrier would give up after some minutes
-        for i, (path, episodes) in enumerate(zip(paths, parts)):
+            [*itertools.chain(*chunks.values())], batch_size=None, collate_fn=read, num_workers=workers,
+            multiprocessing_context='fork' if workers else None))
+        total, error, made = sum(ds.episodes[e]['length'] for path in todo for e in parts[path]), np.zeros(2), {}
+        bar = tqdm(total=total, desc=f'encoding {ds.name}', unit='frame', disable=rank > 0 or not sys.stderr.isatty())
+        clock = told = time.monotonic()
+        for path in todo:
+            first, bad = begin[parts[path][0]], {}
+            n = begin[parts[path][-1] + 1] - first
+            z = np.lib.format.open_memmap(f'{path}.npy{temp}', 'w+', kind, (n,)) if own else np.empty(n, kind)
+            for (e, i), x in zip(chunks[path], frames):
+                if isinstance(x, str):
+                    bad[e] = x
+                else:
+                    z[i - first:i - first + len(x)] = encode(x)
+                bar.update(min(CHUNK, begin[e + 1] - i))
+                if rank == 0 and bar.disable and time.monotonic() > told + TELL:
+                    told = time.monotonic()
+                    print(f'encoding {ds.name}, {camera}: frame {i:,} of {begin[-1]:,}', flush=True)
             if own:
-                with open(f'{path}.json') as f:
-                    bad = json.load(f)
-                z, scale = np.load(f'{path}.npy', mmap_mode='r'), np.load(f'{path}.scale.npy', mmap_mode='r') if store == 'int8' else None
-            else:
-                z, scale, bad = made[i]
-            for at, e in zip(itertools.accumulate([0] + [length[e] for e in episodes]), episodes):
-                out[s, e, camera] = bad.get(str(e)) or (z, scale, at)
+                with open(f'{path}.json{temp}', 'w') as f:
+                    json.dump([*bad.items()], f)
+                z.flush()
+                os.replace(f.name, f'{path}.json')
+                os.replace(z.filename, f'{path}.npy')
+            made[path] = z, bad
+        bar.close()
+        while own and not all(os.path.exists(f'{path}.npy') for path in parts):
+            time.sleep(1)       # for the other ranks; a barrier would give up after some minutes
+        for path, es in parts.items():
+            if path not in made:
+                try:
+                    with open(f'{path}.json') as f:
+                        made[path] = np.load(f'{path}.npy', mmap_mode='r'), dict(json.load(f))
+                except (OSError, ValueError, TypeError, EOFError) as why:
+                    sys.exit(f'{path}: a damaged file of latents ({why}). Remove {own} to encode them again')
+            z, bad = made[path]
+            for e in es:
+                found[s, e, camera] = bad.get(e) or z[begin[e] - begin[es[0]]:begin[e + 1] - begin[es[0]]]
         if rank == 0:
-            print(f'{ds.name}, {camera}: latents of {sum(length):,} frames, {sum(length) * each / 1e6:,.0f} MB in {own or "memory"}, {n:,} '
-                  f'encoded now, {n / (time.perf_counter() - clock):.0f} frames/s'
-                  + (f', int8 error {(sums[0] / sums[1]) ** 0.5:.2%} of the std' if store == 'int8' and n else ''), flush=True)
-    return out
+            print(f'{ds.name}, {camera}: latents of {begin[-1]:,} frames, {begin[-1] * kind.itemsize / 1e6:,.0f} MB in '
+                  f'{own or "memory"}, {total:,} encoded now, {total / (time.monotonic() - clock):.0f} frames/s'
+                  + (f', int8 error {(error[0] / error[1]) ** 0.5:.2%} of the std' if error[1] else ''), flush=True)
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -971,7 +971,7 @@ def test_ranks_together_see_every_window_once_an_epoch(mixture, monkeypatch, wor
         assert len(drawn[s]) > n
     # in the order of the draw, which is step by step and not rank by rank
     for s in range(4):
-        want, n, seen = every_window(ranks[0], s), len(every_window(ranks[0], s)), [ranks[0].window(s, i) for i in range(1000)]
+        want, n, seen = every_window(ranks[0], s), len(every_window(ranks[0], s)), [ranks[0].orders[s][i] for i in range(1000)]
         epochs = [seen[i:i + n] for i in range(0, 1000 - n, n)]
         assert all(sorted(epoch) == want for epoch in epochs) and (block == 1 or epochs[0] != epochs[1])
         counts = {w: drawn[s].count(w) for w in want}
@@ -980,7 +980,7 @@ def test_ranks_together_see_every_window_once_an_epoch(mixture, monkeypatch, wor
 
 def test_an_epoch_is_well_mixed(mixture):
     c = mixed(mixture, 'b', '')
-    first = np.array([c.window(0, i) for i in range(len(every_window(c, 0)))])
+    first = np.array([c.orders[0][i] for i in range(len(every_window(c, 0)))])
     assert abs(np.corrcoef(np.arange(len(first)), first[:, 1])[0, 1]) < 0.3
     assert 0.3 < np.mean(np.diff(first[:, 0]) != 0) < 0.7           # neighbours are of one episode as often as by chance
 
@@ -1048,10 +1048,20 @@ def test_going_on_decodes_nothing_that_was_seen(mixture, monkeypatch):
     assert len(read) == 8 and time.perf_counter() - begun < 5
 
 
+def test_an_order_of_the_hub_is_video_after_video(mixture):
+    """Also where one table holds the rows of all videos."""
+    d = data.LeRobot(mixture / 'c')
+    d.repo, d.episodes = 'me/c', [e | dict(video={d.camera: dict(file_index=i)}) for i, e in enumerate(d.episodes)]
+    for files in (1, 2):
+        order = data.Order(d, range(4), 3, 2, files, 0)
+        e = np.array([order[i][0] for i in range(8 * 21)]).reshape(-1, files * 21)      # 21 windows each
+        assert order.count == 4 * 21 and all(len({*block}) == files for block in e) and len({*e[:4 // files].ravel()}) == 4
+
+
 def test_a_long_episode_is_many_segments(mixture, monkeypatch):
     monkeypatch.setattr(data, 'SEGMENT', 16)
     monkeypatch.setattr(data, 'BLOCK', 1)       # nothing but the order of the segments
-    starts = [start for i in range(126) for e, start in [mixed(mixture, 'a', 'd').window(1, i)] if e == 0]
+    starts = [start for i in range(126) for e, start in [mixed(mixture, 'a', 'd').orders[1][i]] if e == 0]
     assert sorted(starts) != starts and sum(abs(np.diff(starts)) > 1) in range(5, 9)
 
 
@@ -1305,6 +1315,40 @@ def test_a_cache_of_other_frames_is_refused_by_name(mixture, tmp_path):
     with pytest.raises(SystemExit) as error:
         cache(small(root), folder=tmp_path / 'l')
     says(error, str(tmp_path / 'l'), str(root / 'b'), 'changed')
+
+
+def test_damaged_latents_are_one_line(mixture, tmp_path):
+    cache(small(mixture), folder=tmp_path)
+    for ending, text in (('json', '[[0,'), ('npy', ''), ('npy', 'no array'), ('json', '[0]')):
+        path = sorted(tmp_path.glob(f'b-top*/*.{ending}'))[0]
+        whole = path.read_bytes()
+        path.write_text(text)
+        with pytest.raises(SystemExit) as error:
+            cache(small(mixture), folder=tmp_path)
+        says(error, str(path.with_suffix('')), 'damaged', 'Remove')
+        path.write_bytes(whole)
+
+
+def test_what_killed_runs_left_is_removed(mixture, tmp_path):
+    cache(small(mixture), folder=tmp_path)
+    folder = next(tmp_path.glob('d-top*'))
+    kept = sorted(os.listdir(folder))
+    for name, age in (('000.npy.12', 3700), ('000.json.345', 3700), ('001.npy.6', 3500)):
+        (folder / name).write_text('')
+        os.utime(folder / name, (time.time() - age,) * 2)
+    cache(small(mixture), folder=tmp_path)
+    assert sorted(os.listdir(folder)) == sorted([*kept, '001.npy.6'])
+
+
+def test_progress_without_a_terminal(mixture, monkeypatch, capfd):
+    cache(small(mixture))
+    assert 'encoding' not in capfd.readouterr().out
+    monkeypatch.setattr(data, 'TELL', 0)
+    cache(small(mixture))
+    out, err = capfd.readouterr()
+    assert 'frame 130 of 200' in out and not err
+    cache(small(mixture), rank=1)
+    assert capfd.readouterr() == ('', '')
 
 
 def test_what_cannot_be_encoded_is_counted(tmp_path, capfd):
