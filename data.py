@@ -104,6 +104,7 @@ _reformat = functools.partial(av.video.reformatter.VideoReformatter().reformat, 
 MAX_OPEN = 8  # containers kept open per process; one holds a decoder's frames, a few MB
 MP4 = dict(format='mp4', options={'movflags': '+faststart'})
 _open = collections.OrderedDict()
+TELL = 10       # seconds between lines of progress, where there is no terminal
 _notes = {}     # what is odd in the data, but usable, by text: True until a worker has told the main process
 
 
@@ -165,8 +166,8 @@ def read_image(path, size=0):
 
 def resize(x, size):
     """uint8 (n, 3, H, W) -> (n, 3, *size), by the same resampling as a video's frames."""
-    frames = [_rgb(av.VideoFrame.from_ndarray(rgb, 'rgb24'), size) for rgb in x.permute(0, 2, 3, 1).contiguous().numpy()]
-    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
+    frames = (av.VideoFrame.from_ndarray(rgb, 'rgb24') for rgb in x.permute(0, 2, 3, 1).contiguous().numpy())
+    return torch.from_numpy(np.stack([_rgb(frame, size) for frame in frames])).permute(0, 3, 1, 2)
 
 
 def enlarge(x, side=128):
@@ -421,8 +422,8 @@ class LeRobot:
         home = os.path.join(HUB_HOME, self.repo.replace('/', '--'), '')
         if not os.path.exists(f'{home}{self.revision}/meta/.whole'):
             api, kind = huggingface_hub.HfApi(os.environ.get('HF_ENDPOINT')), 'dataset'
-            about = _ask_hub(self.name, lambda: api.repo_info(self.repo, repo_type=kind, revision=self.revision or None),
-                             patience=0)        # who mistypes a folder will not wait
+            asked = self.revision or None
+            about = _ask_hub(self.name, lambda: api.repo_info(self.repo, repo_type=kind, revision=asked), patience=0)
             self.revision, self.root = about.sha, home + about.sha
             for file in _ask_hub(self.name, lambda: list(api.list_repo_tree(
                     self.repo, 'meta', recursive=True, repo_type=kind, revision=self.revision)), PATIENCE):
@@ -492,7 +493,7 @@ class LeRobot:
         return self._file(self.paths[kind], video_key=camera, **where)
 
     def _paths(self, e, camera=''):
-        """{file: its camera, or '' for a table} that an episode's clips by a camera, or by all chosen, are read from."""
+        """{file: its camera, or '' for a table} that clips by a camera, or by all chosen, are read from."""
         cameras = [camera] if camera else [*self.chosen]
         return {self._place(e, k): k * (k in e['video']) for k in [''] * bool(self.action_keys) + cameras}
 
@@ -643,8 +644,8 @@ class LeRobot:
         """float32 (length, action_dim): raw actions; row j is what is done between frames j and j + 1, NaN if unknown.
 
         'absolute': the columns as they are; at a lower rate all rows from one frame to the next, one after the other.
-        'delta' and 'delta_tool': the pose that a column begins with (x y z, then a rotation: see pose_deltas) becomes its
-        motion since the frame before, in the base's or the tool's frame; what follows it, and columns without one, stay.
+        'delta' and 'delta_tool': the pose that a column begins with (x y z and a rotation, see pose_deltas) becomes its
+        motion since the frame before, in the base's or the tool's frame. What follows it, or has no pose, stays.
         A column of `observation.*` is a state, reached at the next frame; any other is a target, given at this one.
         """
         e, n = self.episodes[episode], self.episodes[episode]['length']
@@ -727,7 +728,7 @@ class LeRobot:
                         task=e['tasks'][0] if e['tasks'] else '')
 
     def fingerprint(self, camera):
-        """What tells whether a camera's frames are still the same: the hub's revision, or the files' sizes and times."""
+        """What tells whether a camera's frames are the same as before: the hub's revision, or sizes and times."""
         if self.repo:
             return self.revision
         found = [(e['index'], e['base'], e['length']) for e in self.episodes]
@@ -793,255 +794,167 @@ def pose_deltas(before, after, rotation, tool):
 
 
 def write_lerobot(root, episodes, fps, names={}, robot_type='', crf=18, gop=2, file_mb=200):
-    """Write a LeRobot v3.0 dataset.
+    """Write a LeRobot v3.0 dataset, as root.tmp until it is whole.
 
-    episodes: dicts of the same keys, read one by one: 'observation.images.<name>', uint8 (L, H, W, 3) or any iterator
-    of (H, W, 3); 'task', a string; perhaps 'action' and 'observation.state', float32 (L, width), whose dimensions names
-    may name: {'action': [...]}. Frames are drawn one at a time, from all cameras in step, and vectors are read after
-    them: lists that grow meanwhile will do. A video has a key frame every `gop` frames: random clips cost little; when
-    one has reached file_mb MB, the next episode begins new files. Written as root.tmp, then renamed.
+    episodes: dicts of the same keys, read one by one: 'observation.images.<name>', uint8 (L, H, W, 3) or an iterator of
+    (H, W, 3); 'task', a string; perhaps 'action' and 'observation.state', (L, width), read after the frames, so lists
+    that grow meanwhile will do; names may name their dimensions: {'action': [...]}. Key frames every `gop` frames keep
+    random clips cheap. Once a video has file_mb MB, the next episode begins new files.
     """
-    root, tmp = str(root).rstrip('/'), str(root).rstrip('/') + '.tmp'
+    tmp = str(root).rstrip('/') + '.tmp'
     if os.path.exists(root):
         sys.exit(f'{root}: exists already, will not write over it')
     shutil.rmtree(tmp, ignore_errors=True)  # left by a run that was interrupted
-    keys, shapes, size, tasks, rows, parts, number, total = None, {}, {}, {}, [], [], -1, 0
-
-    def finish():
-        writer.close()
-        for video in videos.values():
-            video.mux(video.streams.video[0].encode(None))
-            video.close()
-
-    for i, e in enumerate(episodes):
+    os.makedirs(f'{tmp}/data/chunk-000')
+    shapes, size, tasks, rows, parts, files, number, total = {}, {}, {}, [], [], contextlib.ExitStack(), -1, 0
+    fps, told = int(fps) if fps == int(fps) else fps, time.monotonic()
+    for i, e in enumerate(tqdm(episodes, f'writing {root}', unit='episode', disable=not sys.stderr.isatty())):
         cameras = [k for k in e if k.startswith('observation.images.')]
-        vectors, keys = [k for k in ('observation.state', 'action') if k in e], keys or set(e)
-        if set(e) != keys or not cameras:
-            raise ValueError(f'{root}: episode {i} has {", ".join(e)}: wants a camera, and the keys of the first')
         if i == 0 or max(size.values()) >= file_mb * 2 ** 20:
-            if i > 0:
-                finish()
-            number, begin, size, writer = number + 1, total, dict.fromkeys(cameras, 0), None
-            at = dict(chunk_index=number // 1000, file_index=number % 1000)
-            file = 'chunk-{chunk_index:03d}/file-{file_index:03d}'.format(**at)
-            for folder in ('data', *(f'videos/{k}' for k in cameras)):
-                os.makedirs(os.path.dirname(f'{tmp}/{folder}/{file}'), exist_ok=True)
-            videos = {k: av.open(f'{tmp}/videos/{k}/{file}.mp4', 'w', **MP4) for k in cameras}
-        L, every, kept = 0, 1, []  # kept for statistics: up to 100 frames of about 128 pixels' side
-        for frames in itertools.zip_longest(*(e[k] for k in cameras)):
-            frames = dict(zip(cameras, map(np.asarray, frames)))
-            for k, x in frames.items():
-                if x.dtype != np.uint8 or x.shape != shapes.setdefault(k, (*x.shape[:2], 3)):
-                    raise ValueError(f'{root}: episode {i}, frame {L}: {k} is {x.dtype} {x.shape}, not {shapes[k]}')
-                size[k] += _encode(videos[k], x, total - begin + L, fps, crf=str(crf), g=str(gop))
-            if L % every == 0:
-                kept.append({k: x[::-(-len(x) // 128), ::-(-x.shape[1] // 128)].copy() for k, x in frames.items()})
-            if len(kept) == 100:
-                kept, every = kept[::2], 2 * every
-            L += 1
-        columns = {k: np.asarray(e[k], np.float32) for k in vectors}
-        if L == 0 or any(v.ndim != 2 or v.shape != (L, *shapes.setdefault(k, v.shape[1:])) for k, v in columns.items()):
-            raise ValueError(f'{root}: episode {i} wants frames, {L} now, and as many rows of {", ".join(vectors)}')
-        task, frame = tasks.setdefault(e['task'], len(tasks)), np.arange(L)
-        scalars = dict(timestamp=(frame / fps).astype(np.float32), frame_index=frame, episode_index=np.full(L, i),
-                       index=total + frame, task_index=np.full(L, task))
-        # lerobot wants vectors of width 1 as plain numbers
+            files.close()
+            number, first, size, videos, writer = number + 1, 0, dict.fromkeys(cameras, 0), {}, None
+            file = f'chunk-000/file-{number:03d}'
+            for k in cameras:
+                os.makedirs(f'{tmp}/videos/{k}/chunk-000', exist_ok=True)
+                videos[k] = files.enter_context(av.open(f'{tmp}/videos/{k}/{file}.mp4', 'w', **MP4))
+                files.callback(lambda video: video.mux(video.streams.video[0].encode(None)), videos[k])
+        L, kept = 0, {k: [] for k in cameras}  # some small frames for statistics, fewer and fewer as an episode goes on
+        for L, frames in enumerate(zip(*(e[k] for k in cameras), strict=True), 1):
+            for k, x in zip(cameras, frames):
+                assert x.shape == shapes.setdefault(k, x.shape), f'episode {i}, frame {L - 1}: {k} is {x.shape} now'
+                size[k] += _encode(videos[k], x, first + L - 1, fps, crf=str(crf), g=str(gop))
+                if L % (L // 32 + 1) == 0:
+                    kept[k].append(x[::len(x) // 64 or 1, ::x.shape[1] // 64 or 1].copy())
+        vectors = {k: np.float32(e[k]) for k in ('observation.state', 'action') if np.size(e.get(k, ())) > 0}
+        frame = np.arange(L)[:, None]
+        columns = vectors | dict(timestamp=np.float32(frame / fps), frame_index=frame, episode_index=0 * frame + i,
+                                 index=total + frame, task_index=0 * frame + tasks.setdefault(e['task'], len(tasks)))
         table = pa.table({k: pa.FixedSizeListArray.from_arrays(v.ravel(), v.shape[1]) if v.shape[1] > 1 else v.ravel()
-                          for k, v in columns.items()} | scalars)
-        writer = writer or pq.ParquetWriter(f'{tmp}/data/{file}.parquet', table.schema)
+                          for k, v in columns.items()})  # lerobot wants plain numbers for width 1
+        writer = writer or files.enter_context(pq.ParquetWriter(f'{tmp}/data/{file}.parquet', table.schema))
         writer.write_table(table)  # one table, one row group
-        pictures = {k: np.stack([x[k] for x in kept]).reshape(-1, 3, 1, 1) / 255 for k in cameras}
-        parts.append({k: _describe(v if v.ndim > 1 else v[:, None]) | dict(count=np.array([L]))
-                      for k, v in (columns | pictures | scalars).items()})
-        span = dict(from_timestamp=(total - begin) / fps, to_timestamp=(total - begin + L) / fps)
-        rows.append({'episode_index': i, 'tasks': [e['task']], 'length': L, **{f'data/{n}': v for n, v in at.items()},
-                     'dataset_from_index': total, 'dataset_to_index': total + L,
-                     **{f'videos/{k}/{n}': v for k in cameras for n, v in (at | span).items()},
+        pictures = {k: np.stack(x).reshape(-1, 3, 1, 1) / 255 for k, x in kept.items()}
+        parts.append({k: _describe(v) | dict(count=np.array([L])) for k, v in (vectors | pictures | columns).items()})
+        span = dict(chunk_index=0, file_index=number, from_timestamp=first / fps, to_timestamp=(first + L) / fps)
+        rows.append({'episode_index': i, 'tasks': [e['task']], 'length': L, 'data/chunk_index': 0,
+                     'data/file_index': number, 'dataset_from_index': total, 'dataset_to_index': total + L,
+                     **{f'videos/{k}/{n}': v for k in cameras for n, v in span.items()},
                      **{f'stats/{k}/{n}': v.tolist() for k, stats in parts[-1].items() for n, v in stats.items()},
                      'meta/episodes/chunk_index': 0, 'meta/episodes/file_index': 0})
-        total += L
-    if not rows:
-        raise ValueError(f'{root}: no episodes to write')
-    finish()
+        first, total = first + L, total + L
+        if time.monotonic() > told + TELL and not sys.stderr.isatty():
+            told = time.monotonic()
+            print(f'writing {root}: {i + 1} episodes, {total:,} frames', flush=True)
+    assert rows, f'{root}: no episodes to write'
+    files.close()
 
-    features = {k: dict(dtype='float32', shape=[d], names=list(names.get(k) or [f'{k}_{j}' for j in range(d)]))
-                for k in vectors for d in shapes[k]}
+    features = {k: dict(dtype=str(v.dtype), shape=[v.shape[1]], names=names.get(k)) for k, v in columns.items()}
     for k in cameras:
         H, W = (side + side % 2 for side in shapes[k][:2])
-        video = dict(height=H, width=W, codec='h264', pix_fmt='yuv420p', fps=fps, channels=3, g=gop, crf=crf)
-        video |= dict(preset=None, fast_decode=0, video_backend='pyav', extra_options={'bf': '0'})
+        video = dict(height=H, width=W, codec='h264', pix_fmt='yuv420p', fps=fps, channels=3, g=gop, crf=crf,
+                     preset=None, fast_decode=0, video_backend='pyav', extra_options={'bf': '0'})
         features[k] = dict(dtype='video', shape=[H, W, 3], names=['height', 'width', 'channels'],
                            info={f'video.{n}': v for n, v in video.items()} | dict(has_audio=False, is_depth_map=False))
-    features |= {k: dict(dtype=str(v.dtype), shape=[1], names=None) for k, v in scalars.items()}
     info = dict(codebase_version='v3.0', fps=fps, features=features, total_episodes=len(rows), total_frames=total,
-                total_tasks=len(tasks), chunks_size=1000, data_files_size_in_mb=100,
-                video_files_size_in_mb=max(1, int(file_mb)), robot_type=robot_type or None,
-                data_path='data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet',
-                video_path='videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4',
-                splits={'train': f'0:{len(rows)}'})
-    pooled = {k: {s: v.tolist() for s, v in _pool([stats[k] for stats in parts]).items()} for k in features}
+                total_tasks=len(tasks), chunks_size=1000, data_files_size_in_mb=100, robot_type=robot_type or None,
+                video_files_size_in_mb=max(1, int(file_mb)), splits={'train': f'0:{len(rows)}'},
+                data_path=PATHS['v3']['data'], video_path=PATHS['v3']['video'])
+    stats = {k: {n: v.tolist() for n, v in _pool([part[k] for part in parts]).items()} for k in parts[0]}
     os.makedirs(f'{tmp}/meta/episodes/chunk-000')
-    for name, value in ('info', info), ('stats', pooled):
+    for name, value in ('info', info), ('stats', stats):
         with open(f'{tmp}/meta/{name}.json', 'w') as f:
             json.dump(value, f, indent=4)
     pq.write_table(pa.Table.from_pylist(rows), f'{tmp}/meta/episodes/chunk-000/file-000.parquet')
-    # pandas.read_parquet must find the text as the index: that is where lerobot looks for it
     index = dict(name='task', field_name='task', pandas_type='unicode', numpy_type='object', metadata=None)
-    pandas = json.dumps(dict(index_columns=['task'], column_indexes=[], columns=[index]))
-    table = pa.table({'task_index': [*tasks.values()], 'task': pa.array(tasks, pa.large_string())})
-    pq.write_table(table.replace_schema_metadata({'pandas': pandas}), f'{tmp}/meta/tasks.parquet')
+    pandas = {'pandas': json.dumps(dict(index_columns=['task'], column_indexes=[], columns=[index]))}
+    table = pa.table({'task_index': [*tasks.values()], 'task': pa.array(tasks, pa.large_string())}, metadata=pandas)
+    pq.write_table(table, f'{tmp}/meta/tasks.parquet')  # lerobot looks for the text in the index that pandas makes
     os.replace(tmp, root)
 
 
-def _counted(n, what):
-    """0 .. n - 1, with tqdm's bar on a terminal and about ten lines elsewhere."""
-    for i in tqdm(range(n), what, unit='episode', disable=not sys.stderr.isatty()):
-        yield i
-        if not sys.stderr.isatty() and (i + 1) * 10 // n > i * 10 // n:
-            print(f'{what}: {i + 1} of {n} episodes', flush=True)
-
-
-def make_env(name, flag):
-    """The gymnasium environment that --flag=name asks for; 'module/Name-v0' and 'module:Name-v0' import the module."""
-    module = re.split('[/:]', name)[0] if '/' in name or ':' in name else 'gymnasium'
-    try:
-        importlib.import_module(module)
-        import gymnasium
-    except ModuleNotFoundError:
-        sys.exit(f'--{flag}={name} needs: pip install {module.replace("_", "-")}')
-    try:
-        env = gymnasium.make(name, render_mode='rgb_array')
-        env.reset()
-        env.render()  # where a package for drawing is missing, it is noticed only here
-        return env
-    except gymnasium.error.Error as error:
-        sys.exit(f'--{flag}={name}: {" ".join(str(error).split())}')
-
-
-def record(env, episodes, steps, policy, seed, fps=0):
+def record(env, episodes, steps, policy, seed, fps=0, size=(0, 0)):
     """(episodes, fps) for write_lerobot(root, *..) from a gymnasium environment, which runs while they are written.
 
-    Row i's action is what was done after frame i. Actions are flattened, discrete ones to one-hot vectors, as numbers
-    would have an order. The state is the observation, or its 'agent_pos', 'state', 'observation' or first other part,
-    that is a vector of floats. policy: 'random' (uniform in the bounds, normal where there are none), 'noise' (uniform
-    too, but with a memory of 10 steps) or 'file.py:name', a function name(observation, frame, step, rng) -> action.
-    steps: an episode's most, 0 = no limit. fps: 0 = the environment's. Ctrl-C keeps what has been recorded.
+    Row i's action is what was done after frame i, flattened (discrete: one-hot); its state all vectors of the
+    observation. policy: 'random', 'noise' (the same with a memory of 10 steps) or 'file.py:name', a function
+    name(observation, frame, step, rng) -> action. steps: an episode's most. 0 is no limit of steps, the environment's
+    own fps or size. Ctrl-C ends the recording and keeps it, a second one the program.
     """
-    name, env, keep, z = env, make_env(env, 'record'), math.exp(-1 / 10), None
-    from gymnasium import spaces
-    space, seen, stop = env.action_space, env.observation_space, []
-    seen = dict(seen.items()) if isinstance(seen, spaces.Dict) else {'': seen}
-    state = next((k for k in ('agent_pos', 'state', 'observation', *seen) if isinstance(seen.get(k), spaces.Box)
-                  and len(seen[k].shape) == 1 and seen[k].dtype.kind == 'f'), None)
-    fps = fps or env.metadata.get('render_fps') or sys.exit(f'--fps: {name} does not say its frames per second')
+    try:
+        import gymnasium
+        importlib.import_module((re.split('[/:]', env)[:-1] or ['gymnasium'])[0])  # which makes env known
+        world = gymnasium.make(env, render_mode='rgb_array')
+        world.reset()
+        world.render()  # where a package for drawing is missing, it is noticed only here
+    except ModuleNotFoundError as error:
+        sys.exit(f'--record={env} needs: pip install {error.name.replace("_", "-")}')
+    except gymnasium.error.Error as error:
+        sys.exit(f'--record={env}: {" ".join(str(error).split())}')
+    fps = fps or world.metadata.get('render_fps') or sys.exit(f'--fps: {env} does not say its frames per second')
+    space, rng, z, actions, states, stop = world.action_space, np.random.default_rng(seed), 0, [], [], []
+    space.seed(seed)
 
-    def noise(observation, frame, step, rng):
+    def noise(*_):
         nonlocal z
-        if not isinstance(space, spaces.Box):
-            z = z if step and rng.random() < keep else space.sample()
-            return z
-        new = rng.standard_normal(space.shape)
-        z = keep * z + math.sqrt(1 - keep ** 2) * new if step else new  # AR(1) of variance 1
+        z = .9 * z + .19 ** .5 * rng.standard_normal(space.shape)  # AR(1) of variance 1; its ndtr is uniform
         low, high = np.nan_to_num(space.low, neginf=-2), np.nan_to_num(space.high, posinf=2)
         return (low + (high - low) * torch.special.ndtr(torch.as_tensor(z)).numpy()).astype(space.dtype)
 
-    choose = dict(random=lambda *_: space.sample(), noise=noise).get(policy)
-    if not choose:
-        file, _, function = policy.rpartition(':')
-        if not os.path.isfile(file):
-            sys.exit(f'--policy={policy}: wants random, noise or file.py:name; there is no file {file or policy}')
-        choose = runpy.run_path(file).get(function) or sys.exit(f'--policy={policy}: {file} has no {function}')
+    file, _, function = policy.rpartition(':')
+    choose = ({'random': lambda *_: space.sample(), 'noise': hasattr(space, 'low') and noise}.get(policy)
+              or os.path.isfile(file) and runpy.run_path(file).get(function)
+              or sys.exit(f'--policy={policy}: wants random, noise (not of discrete actions) or file.py:name'))
 
-    def frames(i, actions, states):
-        rng = np.random.default_rng((seed, i))
-        observation, _ = env.reset(seed=int(rng.integers(2 ** 31)))
-        space.seed(int(rng.integers(2 ** 31)))
+    def frames():
+        actions[:], states[:] = [], []
+        observation, _ = world.reset(seed=int(rng.integers(2 ** 31)))
         for step in range(steps or sys.maxsize):
-            frame = env.render()
+            frame = _rgb(av.VideoFrame.from_ndarray(np.ascontiguousarray(world.render()), 'rgb24'), size)
             action = choose(observation, frame, step, rng)
-            actions.append(np.array(spaces.flatten(space, action), np.float32))
-            if state is not None:
-                states.append(np.array(observation[state] if state else observation, np.float32))
+            actions.append(gymnasium.spaces.flatten(space, action))
+            seen = observation.values() if isinstance(observation, dict) else [observation]
+            states.append(np.hstack([x for x in seen if np.ndim(x) == 1] or [()]))
             yield frame
-            observation, _, terminated, truncated, _ = env.step(action)
+            observation, _, terminated, truncated, _ = world.step(action)
             if terminated or truncated or stop:
                 return
 
-    def run():
-        before = signal.signal(signal.SIGINT, lambda *_: stop.append(signal.signal(signal.SIGINT, before)))
-        try:  # the first Ctrl-C ends the recording, a second one the program
-            for i in _counted(episodes, 'recording'):
-                actions, states = [], []
-                e = {'observation.images.render': frames(i, actions, states), 'action': actions, 'task': name}
-                yield e | ({} if state is None else {'observation.state': states})
-                if stop:
-                    print(f'Ctrl-C: {i + 1} of {episodes} episodes are kept, the last one as far as it got', flush=True)
-                    return
-        finally:
-            signal.signal(signal.SIGINT, before)
-            env.close()
-
-    return run(), fps
+    signal.signal(signal.SIGINT, lambda *_: stop.append(signal.signal(signal.SIGINT, signal.default_int_handler)))
+    return ({'observation.images.render': frames(), 'task': env, 'action': actions, 'observation.state': states}
+            for _ in itertools.takewhile(lambda _: not stop, range(episodes))), fps
 
 
-def _shown(path):
-    """Yield (frame, frames per second) of a video in order of display, then (None, ..). ValueError: there is none."""
-    frame = None
-    try:
-        with _reading(path), av.open(path) as container:
-            if not container.streams.video or container.format.name == 'tty':
-                raise OSError('no video in it')
-            stream = container.streams.video[0]
-            stream.thread_type, rate = 'AUTO', float(stream.average_rate or stream.guessed_rate or 30)
-            for frame in container.decode(stream):
-                yield frame, rate
-            if frame is None:
-                raise OSError('no frame in it')
-    except ValueError as error:
-        if frame is None:
-            raise
-        print(f'{error}: what comes before that is used', flush=True)
-    yield None, rate
-
-
-def import_videos(pattern, fps=0, size=0):
+def import_videos(pattern, fps=0, size=(0, 0)):
     """(episodes, fps) for write_lerobot, without actions, of plain videos, one each; pattern: 'folder/*.mp4'.
 
-    All are brought to one rate, by nearest time, and one size, whatever their aspect; 0 is the first one's. Those of
-    phones are turned upright. What cannot be read is named and left out.
+    All come upright, in one size and at one rate, by nearest time; 0: the first's. What cannot be read is named.
     """
     def upright(frame):
-        turns = round(frame.rotation / 90) % 4  # quarters to the left
-        return np.rot90(_rgb(frame, size[::-1] if turns % 2 else size), turns)
-
-    paths, good = sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True))), []
-    size = (size, size) if isinstance(size, int) else size
-    for path in paths:
-        try:
-            frame, rate = next(_shown(path))
-            size = size if any(size) else upright(frame).shape[:2]
-            fps = fps or (round(rate) if rate % 1 == 0 else round(rate, 3))
-            good.append(path)
-        except ValueError as error:
-            print(f'skipped {error}', flush=True)
-    if not good:
-        sys.exit(f'--videos={pattern}: none of {len(paths)} files is a video that can be read')
-    print(f'{len(good)} videos, {len(paths) - len(good)} skipped; {fps} frames/s, {size[0]}x{size[1]}', flush=True)
+        return np.rot90(_rgb(frame, size[::-1] if frame.rotation % 180 else size), round(frame.rotation / 90))
 
     def frames(path):
-        last, at, i = None, 0, 0
-        for frame, rate in _shown(path):
-            if last is None:
-                first = t = frame.time or 0
-            else:  # some files have no times, others have them out of order
-                t = frame.time if frame and (frame.time or 0) > at + 1e-6 else at + 1 / rate
-                while first + i / fps < (at + t) / 2 + 1e-6:  # halfway, the earlier one
-                    yield upright(last)
-                    i += 1
-            last, at = frame, t
+        nonlocal fps, size
+        i = 0
+        try:
+            with _reading(path), av.open(path) as container:
+                stream = next(iter(container.streams.video), None)
+                if stream is None or stream.start_time is None or container.format.name == 'tty':  # any text is a "tty"
+                    raise Bad('no video with times in it')
+                stream.thread_type, rate = 'AUTO', float(stream.average_rate or 30)
+                start, fps = float(stream.start_time * stream.time_base), fps or round(rate, 3)
+                for frame in container.decode(stream):
+                    size = size if any(size) else upright(frame).shape[:2]
+                    end = (frame.time or start) - start + (frame.duration * frame.time_base or 1 / rate) / 2
+                    while i / fps < end + 1e-6:  # halfway between two frames, the earlier one
+                        yield upright(frame)
+                        i += 1
+        except Bad as error:
+            print(error, flush=True)
 
-    return ({'observation.images.video': frames(good[i]), 'task': os.path.splitext(os.path.basename(good[i]))[0]}
-            for i in _counted(len(good), 'importing')), fps
+    good = ([path for path in sorted(glob.glob(pattern, recursive=True)) if next(frames(path), None) is not None]
+            or sys.exit(f'--videos={pattern}: no video there that can be read'))
+    return ({'observation.images.video': frames(path), 'task': os.path.splitext(os.path.basename(path))[0]}
+            for path in good), fps
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1224,7 +1137,7 @@ class Clips:
 # ----------------------------------------------------------------------------------------------------------------------
 # cached latents
 
-CHUNK, PART, TELL = 64, 1 << 26, 10     # frames encoded at once; bytes of a file; seconds between lines of progress
+CHUNK, PART = 64, 1 << 26       # frames encoded at once; bytes of a file
 
 
 @torch.no_grad()
@@ -1347,7 +1260,7 @@ def demo_step(state, action):
 
 
 def demo_draw(state, size=64):
-    """uint8 (n, size, size, 3): large shapes with wide halos, so that a distance of pictures says how far a shape is from
+    """uint8 (n, size, size, 3): large shapes with wide halos, so that distances of pictures say how far a shape is from
     its goal also without overlap. None can leave the table: half a tip is closer to any goal than a whole one."""
     at = (np.arange(size, dtype=np.float32) + 0.5) / size
     image = np.full((len(state), size, size, 3), (0.86, 0.84, 0.80), np.float32)
@@ -1434,7 +1347,8 @@ if __name__ == '__main__':
         if not out:
             sys.exit('--out: wants the folder that is to be written')
         size = (frame_height, frame_width or frame_height)
-        found, rate = from_env(record, episodes, steps, policy, seed, fps) if record else import_videos(videos, fps, size)
+        found, rate = (from_env(record, episodes, steps, policy, seed, fps, size) if record else
+                       import_videos(videos, fps, size))
         write_lerobot(out, found, rate, robot_type=record)
         fps = 0.0
         labelled = out
@@ -1442,12 +1356,13 @@ if __name__ == '__main__':
     sets += open_sets(unlabelled, camera, 'none', fps, action_mode, rotation, cache_gb)
     for ds in sets:
         n, spent = sum(e['length'] for e in ds.episodes), [f'{k} ({w})' for k, w in zip(ds.action_keys, ds.widths)]
-        print(f'{ds.name}: {len(ds.episodes)} episodes ({len(ds.dropped)} left out), {n:,} frames at {ds.fps:g} a second, '
+        print(f'{ds.name}: {len(ds.episodes)} episodes ({len(ds.dropped)} left out), {n:,} frames at {ds.fps:g}/s, '
               f'{n / ds.fps / 3600:.2f} h; cameras {", ".join(ds.cameras)}; actions {", ".join(spent) or "none"}')
     if cache:
         from model import load_encoder
         if encoder == 'pixels':
             sys.exit('--encoder=pixels: is fitted by train.py, which caches it as well')
-        encode = load_encoder(encoder, encoder_path, layer, frame_height, frame_width, pool).to(device := pick_device(device))
+        device = pick_device(device)
+        encode = load_encoder(encoder, encoder_path, layer, frame_height, frame_width, pool).to(device)
         cached_latents(sets, encode, device, autocast(device, dtype), cache_dir, store, workers,
                        *(int(os.environ.get(k, v)) for k, v in (('RANK', 0), ('WORLD_SIZE', 1))))

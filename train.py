@@ -40,7 +40,7 @@ frames = 4                      # model steps of a training clip
 val_share = 0.1                 # share of the episodes that are held out for evaluation
 max_bad = 0.01                  # share of episodes that may be unreadable before the run stops
 cache = True                    # encode every frame once, at the start
-cache_dir = ''                  # keep the latents in this folder for other runs (python data.py --cache=True); '' = memory
+cache_dir = ''                  # keep the latents in this folder (as python data.py --cache=True does); '' = in memory
 store = 'float16'               # or int8: half the size
 cache_gb = 50.0                 # files of hub datasets that are kept on disk
 workers = 2                     # processes that decode video
@@ -112,7 +112,8 @@ for name, least in (('frameskip', 1), ('frames', 2), ('batch_size', 1), ('max_st
                     ('workers', 0), ('warmup', 0)):
     if config[name] < least:
         sys.exit(f'--{name}: wants at least {least}, got {config[name]}')
-for name in ('labelled_share', 'val_share', 'whiten', 'bootstrap', 'bootstrap_start', 'p_image', 'p_null', 'ema', 'max_bad'):
+for name in ('labelled_share', 'val_share', 'whiten', 'bootstrap', 'bootstrap_start', 'p_image', 'p_null', 'ema',
+             'max_bad'):
     if not 0 <= config[name] <= 1:
         sys.exit(f'--{name}: wants a number from 0 to 1, got {config[name]}')
 
@@ -190,8 +191,9 @@ def normalised(batch):
 
 
 if resume:
-    for name in (*sets, 'camera', 'action', 'action_mode', 'rotation', 'fps', 'frameskip', 'frames', 'val_share', 'labelled_share', 'batch_size', 'seed',
-                 'encoder', 'layer', 'frame_height', 'frame_width', 'pool', 'whiten', 'size', 'objective', 'cache'):
+    for name in (*sets, 'camera', 'action', 'action_mode', 'rotation', 'fps', 'frameskip', 'frames', 'val_share',
+                 'labelled_share', 'batch_size', 'seed', 'encoder', 'layer', 'frame_height', 'frame_width', 'pool', 'whiten',
+                 'size', 'objective', 'cache', 'store'):
         if config[name] != old[name]:
             sys.exit(f'--{name}: {config[name]!r} cannot go on from {ckpt}, which has {old[name]!r}')
     if saved.config != shape:
@@ -244,7 +246,7 @@ if resume:
     optimizer.load_state_dict(state['optimizer'])
     rms, step = state['rms'], state['step']
 elif rank == 0:
-    if any(os.path.exists(os.path.join(out_dir, name)) for name in ('ckpt.safetensors', 'log.jsonl')):     # none is lost
+    if any(os.path.exists(os.path.join(out_dir, name)) for name in ('ckpt.safetensors', 'log.jsonl')):  # none is lost
         free = next(p for i in itertools.count(1) if not os.path.exists(p := f'{out_dir.rstrip("/")}.{i}'))
         os.rename(out_dir, free)
         print(f'{out_dir} held an earlier run: it is now {free}')
