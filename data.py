@@ -33,6 +33,7 @@ import signal
 import sys
 import threading
 import time
+import types
 
 import av
 import huggingface_hub.constants
@@ -133,7 +134,7 @@ def _reading(path):
         yield
     except (Bad, OSError, MemoryError, av.FFmpegError, pa.ArrowException, json.JSONDecodeError, UnicodeError) as error:
         if (os.getpid(), path) in _open:  # a decoder that failed is not used again
-            _open.pop((os.getpid(), path)).close()
+            _open.pop((os.getpid(), path)).container.close()
         why = f'cannot be read ({" ".join(str(error).split())})' if os.path.isfile(path) else 'no such file'
         with contextlib.suppress(OSError), open(path, 'rb') as f:
             if f.read(30).startswith(b'version https://git-lfs'):
@@ -202,8 +203,8 @@ def write_video(path, x, fps):
     os.replace(f'{path}.tmp', path)
 
 
-def _container(path):
-    """An open container, from a small LRU. A forked worker must not share its parent's file position: pid is a key."""
+def _video(path):
+    """An open video, from a small LRU. A forked worker must not share its parent's file position: pid is a key."""
     key = os.getpid(), path
     if key not in _open:
         container = av.open(path)
@@ -211,57 +212,53 @@ def _container(path):
             raise Bad('no video stream')
         codec = container.streams.video[0].codec_context
         codec.thread_type, codec.thread_count = 'NONE', 1  # frame threads delay every seek; we have processes
-        _open[key] = container
+        _open[key] = types.SimpleNamespace(container=container, fps=0, at=math.inf)
         if len(_open) > MAX_OPEN:
-            _open.popitem(last=False)[1].close()
+            _open.popitem(last=False)[1].container.close()
     _open.move_to_end(key)
     return _open[key]
 
 
-def _decode(path, wanted, fps):
-    """Yield (index, frame) for the set `wanted` of indices of a video; others may come too.
+def _decode(container, wanted, fps):
+    """Yield (index, frame) for the set `wanted` of indices; others may come too.
 
-    One seek, then forward. Groups of pictures without a wanted frame are not decoded: strides are cheap where key
-    frames are dense. An open group (B-frames shown before their key frame) needs the one before it as well.
+    The caller takes out what came; once all did, it may put in others and go on. One seek, then forward: only what is
+    wanted, and what that needs, is decoded, so that strides are cheap where key frames are dense.
     """
-    container = _container(path)
-    stream = container.streams.video[0]
-    codec, first, last = stream.codec_context, min(wanted), max(wanted)
-    origin, unit = stream.start_time or 0, stream.time_base * fractions.Fraction(fps)
+    stream, missing = container.streams.video[0], None
+    codec, origin, unit = stream.codec_context, stream.start_time or 0, float(stream.time_base) * fps
 
-    def packets():
-        return (packet for packet in container.demux(stream) if packet.size)
+    def index(x):
+        return math.nan if x.pts is None else round((x.pts - origin) * unit)
 
-    def index(packet):
-        return round((packet.pts - origin) * unit)
+    def feed(packets):
+        return ((index(frame), frame) for packet in packets for frame in codec.decode(packet))
 
-    def feed(group):
-        for packet in group:
-            yield from ((index(frame), frame) for frame in codec.decode(packet) if frame.pts is not None)
-
-    # mp4 seeks by decoding time, which runs ahead of display by the reordering of B-frames
-    container.seek(origin + round((first - codec.has_b_frames) / unit), stream=stream, backward=True)
-    before, group, fed = [], [], False  # two groups in a row, and whether the decoder has seen the one before
-    for packet in itertools.chain(packets(), [None]):
-        if group and (packet is None or packet.is_keyframe):  # the group is complete
-            times = [math.inf if p.pts is None else index(p) for p in group]
-            if not before and times[0] > first >= 0 and container.seek(origin, stream=stream) is None:
-                yield from feed(packets())  # the file's index misled the seek
-                break
-            if wanted.intersection(times) or math.inf in times:
-                if not fed and min(times) < times[0]:
-                    yield from feed(before)
-                yield from feed(group)
-                fed = True
-            elif fed:  # what the decoder still holds back; then clean for the next group
-                yield from feed([None])
-                codec.flush_buffers()
-                fed = False
-            if times[0] > last:
-                break
-            before, group = group, []
-        group.append(packet)
-    yield from feed([None])  # the next seek flushes
+    while wanted != missing:  # a second time where what was put in lies before what had been read
+        missing, first = set(wanted), min(wanted)
+        # mp4 seeks by decoding time, which runs ahead of display by the reordering of B-frames
+        container.seek(origin + round((first - 8 * codec.has_b_frames) / unit), stream=stream)
+        group, fed, high = [], 0, -1  # the packets since a key frame; how many of them, and up to which index, were fed
+        for packet in (packet for packet in container.demux(stream) if packet.size):
+            i, begin, first = index(packet), first, math.inf
+            if i > begin:
+                container.seek(origin, stream=stream)  # the file's index misled the seek
+                continue
+            if packet.is_keyframe:
+                if group and index(group[0]) > max(wanted):
+                    break
+                if max(wanted) <= high or fed < len(group) and not any(high < w < i for w in wanted):
+                    yield from feed([None])  # what the decoder still holds back; then it is clean
+                    codec.flush_buffers()
+                    fed = 0
+                if any(high < w < i for w in wanted):  # an open group: B-frames shown before their key frame, which
+                    yield from feed(group[fed:])       # need the group before it as well
+                group, fed = [], 0
+            group.append(packet)
+            if i in wanted or max(wanted) <= high or packet.pts is None:
+                yield from feed(group[fed:])
+                fed, high = len(group), max(high, i)
+        yield from feed([None])  # the next seek flushes
 
 
 def read_frames(path, indices, fps, size=0):
@@ -269,17 +266,26 @@ def read_frames(path, indices, fps, size=0):
 
     A Bad names the file that cannot be read, or that lacks a frame.
     """
-    wanted, found = {int(i) for i in indices}, {}
+    indices, out = np.array([int(i) for i in indices]), None
     with _reading(path):
-        for i, frame in _decode(path, wanted, fps):
-            if i in wanted and i not in found:
-                found[i] = _rgb(frame, size)
-            if len(found) == len(wanted):
-                break
-        else:
-            n = _container(path).streams.video[0].frames
-            raise Bad(f'frame {min(wanted - found.keys())} is missing, of {n} frames')
-        return torch.from_numpy(np.stack([found[int(i)] for i in indices])).permute(0, 3, 1, 2)
+        video = _video(path)
+        if video.fps != fps or not 0 < indices.min() - video.at < fps:  # else it goes on: a key frame may be far back
+            video.fps, video.wanted = fps, set()
+            video.frames = _decode(video.container, video.wanted, fps)
+        video.at = math.inf  # until all came
+        video.wanted.update(indices.tolist())
+        for i, frame in video.frames:
+            if i in video.wanted:
+                video.wanted.remove(i)
+                rgb = _rgb(frame, size)
+                if out is None:  # of numpy, which asks for huge pages: page faults cost as much as the copies
+                    out = np.empty((len(indices), *rgb.shape), np.uint8)
+                for n in np.flatnonzero(indices == i):
+                    out[n] = rgb
+                if not video.wanted:
+                    video.at = i
+                    return torch.from_numpy(out).permute(0, 3, 1, 2)
+        raise Bad(f'frame {min(video.wanted)} is missing, of {video.container.streams.video[0].frames} frames')
 
 
 def _count_frames(path):

@@ -1653,6 +1653,7 @@ def hub(mixture, made, tmp_path, monkeypatch):
     monkeypatch.setattr(data, 'HUB_HOME', str(tmp_path / 'kept'))
     monkeypatch.setattr(data, 'PATIENCE', 20)
     monkeypatch.setattr(data.huggingface_hub.constants, 'DOWNLOAD_CHUNK_SIZE', 500)     # what is kept of a broken one
+    monkeypatch.setattr(data.huggingface_hub.constants, 'HF_HUB_DOWNLOAD_TIMEOUT', 60)  # on a busy machine
     with Hub(tmp_path / 'hub') as server:
         monkeypatch.setenv('HF_ENDPOINT', server.url)
         yield server
