@@ -192,8 +192,8 @@ def normalised(batch):
 
 if resume:
     for name in (*sets, 'camera', 'action', 'action_mode', 'rotation', 'fps', 'frameskip', 'frames', 'val_share',
-                 'labelled_share', 'batch_size', 'seed', 'encoder', 'layer', 'frame_height', 'frame_width', 'pool', 'whiten',
-                 'size', 'objective', 'cache', 'store'):
+                 'labelled_share', 'batch_size', 'seed', 'encoder', 'layer', 'frame_height', 'frame_width', 'pool',
+                 'whiten', 'size', 'objective', 'cache', 'store'):
         if config[name] != old[name]:
             sys.exit(f'--{name}: {config[name]!r} cannot go on from {ckpt}, which has {old[name]!r}')
     if saved.config != shape:

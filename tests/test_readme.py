@@ -11,7 +11,7 @@ COMMANDS = [c.strip() for c in re.findall(r'^    (\S.*)$', TEXT.replace('\\\n', 
 
 
 def constants(name):
-    """The options of a script: its constants before the call of override, at top level or, in data.py, in its last if."""
+    """The options of a script: its constants before the call of override; in data.py these are in its last if."""
     out, body = {}, ast.parse((ROOT / name).read_text()).body
     for node in body[-1].body if name == 'data.py' else body:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):

@@ -159,8 +159,8 @@ def test_compile(demo, tmp_path):
 
 
 def test_latents_from_a_cache_equal_latents_made_on_the_way(demo, tmp_path):
-    ways = (), ('--cache=False',), (f'--cache_dir={tmp_path / "l"}',), (f'--cache_dir={tmp_path / "l"}', '--workers=0'), \
-        (f'--cache_dir={tmp_path / "l"}', '--store=int8')
+    disk = f'--cache_dir={tmp_path / "l"}'
+    ways = (), ('--cache=False',), (disk,), (disk, '--workers=0'), (disk, '--store=int8')
     losses = [script('train.py', *demo, *SMALL, '--max_steps=2', '--log_interval=1', *way,
                      f'--out_dir={tmp_path / str(i)}') and [e['loss'] for e in entries(tmp_path / str(i))[0]]
               for i, way in enumerate(ways)]
@@ -277,15 +277,16 @@ def test_real_robot_video(shared, tmp_path):
 
 
 def test_other_rates_cameras_and_motions(tmp_path):
-    """A robot with odd cameras, 26 actions of which a pose makes motions, at 30 frames a second of which 10 are used."""
+    """A robot with odd cameras, 26 actions of which a pose makes motions, and 30 frames a second of which 10 count."""
     rng = np.random.default_rng(0)
     x = {k: rng.integers(0, 255, (1, 24, 32, 3), np.uint8) for k in ('gripper.cam', 'überblick')}
     for name, keys in (('a', ('action',)), ('b', ())):
         data.write_lerobot(tmp_path / name, [{f'observation.images.{k}': np.repeat(v, 120, 0) for k, v in x.items()}
                                              | {k: rng.normal(size=(120, 26)) for k in keys} | {'task': 't'}
                                              for _ in range(3)], 30)
-    options = (f'--labelled={tmp_path / "a"}:3', f'--unlabelled={tmp_path / "b"}', '--fps=10', '--action_mode=delta_tool',
-               '--camera=cam:2,überblick', '--labelled_share=0.5', f'--out_dir={tmp_path / "o"}')
+    options = (f'--labelled={tmp_path / "a"}:3', f'--unlabelled={tmp_path / "b"}', '--fps=10',
+               '--action_mode=delta_tool', '--camera=cam:2,überblick', '--labelled_share=0.5',
+               f'--out_dir={tmp_path / "o"}')
     g = script('train.py', *SMALL, *options, '--max_steps=2')
     net, config = model.load(tmp_path / 'o' / 'ckpt.safetensors')
     assert g['clips'].A == 2 * 26 and config['labelled'].endswith(':3') and net.stats['a_rows'].tolist() == [2]
