@@ -119,6 +119,14 @@ class Bad(ValueError):
     """A file, frame or row of a dataset that cannot be used, named in one line. Batches count it and go on."""
 
 
+class Outside(Bad):
+    """A path that leaves the dataset's folder."""
+
+
+class Away(Exception):
+    """The hub cannot be reached for long: no fault of the data, so nothing is skipped or remembered because of it."""
+
+
 def _note(text):
     """Print a line once for all processes: a worker's goes to the main process with its next batch."""
     worker = torch.utils.data.get_worker_info() is not None
@@ -226,7 +234,9 @@ def _decode(container, wanted, fps):
     wanted, and what that needs, is decoded, so that strides are cheap where key frames are dense.
     """
     stream, missing = container.streams.video[0], None
-    codec, origin, unit = stream.codec_context, stream.start_time or 0, float(stream.time_base) * fps
+    if stream.average_rate == stream.base_rate:     # constant: frames count by number, whatever the metadata say
+        fps = stream.average_rate or fps
+    codec, origin, unit = stream.codec_context, stream.start_time or 0, float(stream.time_base * fps)
 
     def index(x):
         return math.nan if x.pts is None else round((x.pts - origin) * unit)
@@ -343,7 +353,7 @@ def _columns(path, keys):
         table, out = _table(path, keys), {}
         for key in table.column_names:
             column, valid = table[key].combine_chunks().drop_null(), table[key].is_valid().to_numpy()
-            while pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type):
+            while isinstance(column.type, (pa.ListType, pa.LargeListType, pa.FixedSizeListType)):
                 column = column.flatten()
             width, rest = divmod(len(column), max(1, valid.sum()))
             if rest or not pa.types.is_primitive(column.type):
@@ -359,9 +369,12 @@ def _row_group(path, group, key):
     return pq.ParquetFile(path, memory_map=True).read_row_group(group, [key])[key]
 
 
-def _ask_hub(what, call, patience):
-    """call() to the hub; again for some seconds while it says to wait (429), fails (5xx) or breaks off; then a Bad."""
-    end, wait = time.monotonic() + patience, 1
+def _ask_hub(what, call, first=False):
+    """call() to the hub; again for PATIENCE seconds while it says to wait (429), fails (5xx) or breaks off.
+
+    Raises Bad for what it does not have or give, Away if it does not come back; first: if it cannot be reached at all.
+    """
+    end, wait = time.monotonic() + PATIENCE, 1
     while True:
         try:
             return call()
@@ -372,9 +385,10 @@ def _ask_hub(what, call, patience):
             asked = re.search(r'^\d+$|(?<=;t=)\d+', headers.get('Retry-After') or headers.get('RateLimit') or '')
             pause = max(wait, int(asked[0]) + 1 if asked else 0)
             full = getattr(error, 'errno', None) in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT)   # our disk
-            if full or status in (401, 403, 404) or time.monotonic() + pause > end:
+            none = status in (401, 403, 404)
+            if none or full or first and not status or time.monotonic() + pause > end:
                 why = f'{status} {headers.get("X-Error-Code", "")}' if status else str(error.__cause__ or error)
-                raise Bad(f'{what}: not to be had from the hub ({" ".join(why.split())})') from None
+                raise (Bad if none else Away)(f'{what}: not to be had from the hub ({" ".join(why.split())})') from None
             time.sleep(pause)
             wait = min(2 * wait, 60)
 
@@ -397,7 +411,7 @@ class LeRobot:
         self.name, self.repo, self.revision, self.weight, self.cache_gb = str(root), '', '', 0.0, cache_gb
         self.action_mode, self.rotation, self.dropped = action_mode, rotation, []
         try:
-            if re.fullmatch(r'[\w.-]+/[\w.-]+(@\w+)?', self.name) and not os.path.isdir(root):
+            if re.fullmatch(r'[\w.-]+/[\w.-]+(@[\w./-]+)?', self.name) and not os.path.isdir(root):
                 root = self._from_hub()
             self.root = os.path.abspath(root)
             if not os.path.isdir(self.root):
@@ -406,20 +420,26 @@ class LeRobot:
                 sys.exit(f'{root}: a LeRobot dataset of v1, which is too old: convert it to v2.1 or v3.0 with lerobot')
             if not os.path.isfile(self._file('meta/info.json')):
                 sys.exit(f'{root}: not a LeRobot dataset: it has no meta/info.json')
-            self._read_info(camera, action, fps)
-            self.episodes = sorted(self._read_episodes(), key=lambda e: e['index'])
-            [self._paths(e) for e in self.episodes[:1]]     # a template which leaves the folder is refused at once
+            try:
+                self._read_info(camera, action, fps)
+                self.episodes = sorted(self._read_episodes(), key=lambda e: e['index'])
+                # in v3.0 the text is pandas' index: its column may have any name
+                tasks = self._load('meta/tasks.parquet' if self.v3 else 'meta/tasks.jsonl')
+                self.tasks = {r['task_index']: r.get('task') or next(r[k] for k in r if k != 'task_index')
+                              for r in tasks}
+            except (TypeError, ValueError, LookupError, AttributeError, StopIteration) as error:
+                raise error if isinstance(error, Bad) else Bad(f'{root}: odd metadata ({error!r})') from None
             if not self.repo:
                 self._check()
+            self.dropped = [e.get('why', f'{root}: an episode is empty') for e in self.episodes if e['have'] < 1]
+            [_note(line) for line in self.dropped]
+            self.episodes = [e for e in self.episodes if e['have'] > 0]
             if not self.episodes:
                 sys.exit(f'{root}: has no episodes' + ''.join(f': {line}' for line in self.dropped[:1]))
             for e in self.episodes:     # frame j is the file's frame round(j step)
                 e['length'] = math.ceil((e['have'] - fractions.Fraction(1, 2)) / self.step)
-            # in v3.0 the text is pandas' index: its column may have any name
-            tasks = self._load('meta/tasks.parquet' if self.v3 else 'meta/tasks.jsonl')
-            self.tasks = {r['task_index']: r.get('task') or next(r[k] for k in r if k != 'task_index') for r in tasks}
             self.stats = self._read_stats() if self.action_dim else None
-        except Bad as error:
+        except (Bad, Away) as error:
             sys.exit(str(error))
 
     def _from_hub(self):
@@ -429,10 +449,10 @@ class LeRobot:
         if not os.path.exists(f'{home}{self.revision}/meta/.whole'):
             api, kind = huggingface_hub.HfApi(os.environ.get('HF_ENDPOINT')), 'dataset'
             asked = self.revision or None
-            about = _ask_hub(self.name, lambda: api.repo_info(self.repo, repo_type=kind, revision=asked), patience=0)
+            about = _ask_hub(self.name, lambda: api.repo_info(self.repo, repo_type=kind, revision=asked), first=True)
             self.revision, self.root = about.sha, home + about.sha
             for file in _ask_hub(self.name, lambda: list(api.list_repo_tree(
-                    self.repo, 'meta', recursive=True, repo_type=kind, revision=self.revision)), PATIENCE):
+                    self.repo, 'meta', recursive=True, repo_type=kind, revision=self.revision))):
                 if isinstance(file, huggingface_hub.hf_api.RepoFile):
                     self._fetch(self._file('{name}', name=file.path))
             open(f'{self.root}/meta/.whole', 'w').close()
@@ -461,7 +481,7 @@ class LeRobot:
         os.makedirs(os.path.dirname(part), exist_ok=True)
         with huggingface_hub.utils.WeakFileLock(f'{part}.lock'):
             if not os.path.exists(path):        # else another process was first
-                _ask_hub(path, download, PATIENCE)
+                _ask_hub(path, download)
                 os.replace(part, path)
         with contextlib.suppress(FileNotFoundError):        # another process makes room as well
             files = [f for f in pathlib.Path(HUB_HOME).glob('*/*/[dv]*/**/*') if f.is_file()]   # data and videos alone
@@ -490,7 +510,7 @@ class LeRobot:
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise Bad(f'{self.root}: cannot make a path from {template!r} and {values} ({error!r})') from None
         if os.path.commonpath([path, self.root]) != self.root:
-            sys.exit(f'{self.root}: refused: {template!r} leads out of the dataset, to {path}')
+            raise Outside(f'{self.root}: refused: {template!r} leads out of the dataset, to {path}')
         return path
 
     def _place(self, e, camera=''):
@@ -541,8 +561,9 @@ class LeRobot:
         numeric = [k for k, f in features.items() if re.match('float|u?int|bool', str(f.get('dtype')))]
         if not self.cameras:
             sys.exit(f'{self.root}: has no cameras, only {", ".join(features)}')
-        wanted = weighted(camera) or [(self.cameras[0], 0)]
-        self.chosen = {k: w or 1.0 for name, w in wanted for k in self.cameras if name in (k, k.rpartition('.')[2])}
+        wanted = weighted(camera) or [(self.cameras[0], None)]
+        self.chosen = {k: 1.0 if w is None else w for name, w in wanted if w != 0
+                       for k in self.cameras if name in (k, k.rpartition('.')[2])}
         if not self.chosen:
             sys.exit(f'{self.root}: has no camera {camera!r}, only {", ".join(self.cameras)}')
         self.camera = next(iter(self.chosen))
@@ -567,7 +588,8 @@ class LeRobot:
                     raise Bad(f'{self._file("meta/episodes.jsonl")}: a line without episode_index and length')
                 i = r['episode_index']
                 where = dict(episode_index=i, episode_chunk=i // size, total_episodes=len(lines))
-                yield dict(index=i, full=r['length'], have=r['length'], tasks=r.get('tasks') or [], data=where,
+                n = int(r['length'])
+                yield dict(index=i, full=n, have=n, tasks=r.get('tasks') or [], data=where,
                            video=dict.fromkeys(videos, where), base=dict.fromkeys(videos, 0))
             return
         needed = ['episode_index', 'length', *(f'data/{k}' for k in place)]
@@ -576,7 +598,8 @@ class LeRobot:
             with _reading(path):
                 rows = _table(path, ['tasks', *needed], needed).to_pylist()
             for r in rows:      # to_timestamp is off by a frame in some datasets: only the beginning is used
-                yield dict(index=r['episode_index'], full=r['length'], have=r['length'], tasks=r.get('tasks') or [],
+                n = int(r['length'])
+                yield dict(index=r['episode_index'], full=n, have=n, tasks=r.get('tasks') or [],
                            data={k: r[f'data/{k}'] for k in place},
                            video={v: {k: r[f'videos/{v}/{k}'] for k in place} for v in videos},
                            base={v: round((r[f'videos/{v}/from_timestamp'] or 0) * self.native) for v in videos})
@@ -591,6 +614,8 @@ class LeRobot:
             try:
                 for path, camera in self._paths(e).items():
                     users.setdefault((path, camera), []).append(e)
+            except Outside:
+                raise
             except Bad as error:
                 e |= dict(have=0, why=str(error))
         for (path, camera), es in users.items():
@@ -606,10 +631,6 @@ class LeRobot:
                         e |= dict(have=max(0, min(count, n - begin)), why=f'{path}: lacks episode {e["index"]}')
             except Bad as error:
                 [e.update(have=0, why=str(error)) for e in es]
-        self.dropped = [e.get('why', f'{self.root}: an episode is empty') for e in self.episodes if not e['have']]
-        [_note(line) for line in self.dropped]
-        self.episodes = [e for e in self.episodes if e['have']]
-
     def _read_stats(self):
         stats = self._load('meta/stats.json')
         parts = [] if stats else [line.get('stats', {}) for line in self._load('meta/episodes_stats.jsonl')]
@@ -633,7 +654,9 @@ class LeRobot:
     def _span(self, path, e):
         """(first row, number of rows) of an episode in its data file."""
         # dataset_from_index is scrambled in some converted datasets; the column in the file itself is not
-        index = self._read(path, lambda: _columns(path, ('episode_index',))).get('episode_index') if self.v3 else None
+        if not self.v3:
+            return 0, e['full']
+        index = self._read(path, lambda: _columns(path, ('episode_index',))).get('episode_index')
         if index is None:
             before = [o['full'] for o in self.episodes if o['data'] == e['data'] and o['index'] < e['index']]
             return sum(before), e['full']
@@ -694,16 +717,21 @@ class LeRobot:
         path, at = self._place(e, camera), self._at(indices)
         if camera in e['video']:
             return self._read(path, lambda: read_frames(path, e['base'][camera] + at, self.native, size))
-        return self._read(path, lambda: self._images(path, self._span(path, e)[0] + at, size, camera))
+        begin, count = self._span(path, e)
+        if max(at) >= count:
+            raise Bad(f'{path}: has {count} rows of episode {e["index"]}, not {max(at) + 1}')
+        return self._read(path, lambda: self._images(path, begin + at, size, camera))
 
     def _images(self, path, rows, size, camera):
         with _reading(path):
             meta, out = pq.read_metadata(path), []
+            if camera not in pq.read_schema(path).names:
+                raise Bad(f'no column {camera}')
             ends = np.cumsum([meta.row_group(g).num_rows for g in range(meta.num_row_groups)])
             for row in rows:
                 group = int(np.searchsorted(ends, row, 'right'))
-                cell = _row_group(path, group, camera)[int(row - ends[group])].as_py() or {}  # counted from the end
-                if not cell.get('bytes') and not cell.get('path'):
+                cell = _row_group(path, group, camera)[int(row - ends[group])].as_py()  # counted from the end
+                if not isinstance(cell, dict) or not cell.get('bytes') and not cell.get('path'):
                     raise Bad(f'{camera} is empty in row {row}')
                 if not cell['bytes']:       # the picture is a file beside the table
                     cell['bytes'] = self._read(beside := self._file('{name}', name=cell['path']),
@@ -744,9 +772,9 @@ class LeRobot:
 
 
 def weighted(text):
-    """'a:2,b' -> [('a', 2.0), ('b', 0.0)]: the names of a comma-separated list and their weights, 0 if not given."""
+    """'a:2,b' -> [('a', 2.0), ('b', None)]: the names of a comma-separated list and the weights that are given."""
     parts = [p.strip().rpartition(':') for p in text.split(',') if p.strip()]
-    return [(a, float(w)) if a and re.fullmatch(r'\d*\.?\d+', w) else (a + c + w, 0.0) for a, c, w in parts]
+    return [(a, float(w)) if a and re.fullmatch(r'\d*\.?\d+', w) else (a + c + w, None) for a, c, w in parts]
 
 
 def open_sets(text, *options):
@@ -754,7 +782,7 @@ def open_sets(text, *options):
     sets = []
     for name, weight in weighted(text):
         sets.append(LeRobot(name, *options))
-        sets[-1].weight = weight
+        sets[-1].weight = weight or 0.0
     if len({ds.weight > 0 for ds in sets}) > 1:
         sys.exit(f'{text}: wants a weight for every dataset, or for none')
     return sets
@@ -1025,7 +1053,7 @@ class Clips:
             k = max(1, min(n - 1, round(n * val_share)))
             self.val.append([int((i + 0.5) * n / k) for i in range(k)])
             self.train.append(sorted({*range(n)} - {*self.val[s]}))
-            mb = ds.info.get('video_files_size_in_mb', 10) * len(ds.chosen)     # half of the disk cache is in use
+            mb = (ds.info.get('video_files_size_in_mb') or 10) * len(ds.chosen)     # half of the disk cache is in use
             self.orders.append(Order(ds, self.train[s], T, frameskip, max(1, int(ds.cache_gb * 500 / mb)), seed, 1, s))
             weight.append(fractions.Fraction(ds.weight).limit_denominator(10**6) or
                           self.orders[s].count / fractions.Fraction(ds.fps).limit_denominator(1001))
@@ -1069,9 +1097,10 @@ class Clips:
     def _bring(self, steps):
         """Bring the files of some batches from the hub."""
         for s, e, _, camera in itertools.chain(*map(self.picks, steps)):
-            with contextlib.suppress(Bad, OSError):     # the reader will meet it, too
-                for path in self.sets[s]._paths(self.sets[s].episodes[e], camera) if self.sets[s].repo else ():
-                    self.sets[s]._fetch(path)
+            with contextlib.suppress(Bad, Away, OSError):       # the reader will meet it, too
+                for path, video in self.sets[s]._paths(self.sets[s].episodes[e], camera).items():
+                    if self.sets[s].repo and not (video and self.tokens):
+                        self.sets[s]._fetch(path)
 
     def __getitem__(self, step):
         stride = getattr(torch.utils.data.get_worker_info(), 'num_workers', 1)
@@ -1089,7 +1118,9 @@ class Clips:
                     name = f'{self.sets[s].name}, episode {self.sets[s].episodes[where[0]]["index"]}'
                     faults.append([name, str(error)])
                     rng = np.random.default_rng((self.seed, step, self.rank, i, attempt))
-                    where = *self.orders[s][int(rng.integers(self.orders[s].count))], where[2]
+                    near = [w for t, *w in self.picks(step) if t == s and w[0] != where[0] and self.sets[s].repo]
+                    where = near[rng.integers(len(near))] if near else (    # of the hub, one whose file has come
+                        *self.orders[s][int(rng.integers(self.orders[s].count))], where[2])
             else:
                 raise Bad(f'{name}: 100 clips in a row cannot be read, at last {faults[-1][1]}')
         faults += [['', text] for text in _notes if _notes[text]]       # a worker's, for the main process to print
@@ -1111,8 +1142,10 @@ class Clips:
         """[read(dataset, episode, start, camera)] of up to n windows of T steps, of all datasets of a kind in turn."""
         orders, out = {s: Order(self.sets[s], split[s], T, self.frameskip, 4, 0) for s in kind}, []
         for i, s in [(i, s) for i in range(n) for s in kind if i < orders[s].count][:n]:
-            with contextlib.suppress(Bad):      # is counted where it is drawn
+            try:
                 out.append(read(s, *orders[s][i], [*self.sets[s].chosen][i % len(self.sets[s].chosen)]))
+            except Bad as error:
+                _note(f'{self.sets[s].name}: left out: {error}')
         return out
 
     def sample(self, n, m):
@@ -1214,6 +1247,7 @@ def cached_latents(sets, encoder, device, autocast, folder='', store='float16', 
             for (e, i), x in zip(chunks[path], frames):
                 if isinstance(x, str):
                     bad[e] = x
+                    _note(f'{ds.name}, episode {ds.episodes[e]["index"]}: {x}')
                 else:
                     z[i - first:i - first + len(x)] = encode(x)
                 bar.update(min(CHUNK, begin[e + 1] - i))
@@ -1347,6 +1381,10 @@ if __name__ == '__main__':
     for name, choices in (('action_mode', ('absolute', 'delta', 'delta_tool')), ('rotation', [*ROTATIONS]),
                           ('store', ('float16', 'int8')), ('dtype', ('auto', 'float32', 'bfloat16'))):
         one_of(name, config[name], choices)
+    for name, least in (('episodes', 1), ('steps', 0), ('seed', 0), ('frame_height', 0), ('frame_width', 0),
+                        ('workers', 0), ('fps', 0), ('cache_gb', 0)):
+        if not config[name] >= least:       # nor nan
+            sys.exit(f'--{name}: wants at least {least}, got {config[name]}')
     if bool(record) + bool(videos) + bool(labelled or unlabelled) != 1:
         sys.exit('wants one of --labelled or --unlabelled, --record and --videos (python data.py --help)')
     if record or videos:
@@ -1368,7 +1406,7 @@ if __name__ == '__main__':
         from model import load_encoder
         if encoder == 'pixels':
             sys.exit('--encoder=pixels: is fitted by train.py, which caches it as well')
-        device = pick_device(device)
+        device = pick_device(device, int(os.environ.get('LOCAL_RANK', 0)))
         encode = load_encoder(encoder, encoder_path, layer, frame_height, frame_width, pool).to(device)
         cached_latents(sets, encode, device, autocast(device, dtype), cache_dir, store, workers,
                        *(int(os.environ.get(k, v)) for k, v in (('RANK', 0), ('WORLD_SIZE', 1))))

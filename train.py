@@ -109,8 +109,8 @@ data.one_of('store', store, ('float16', 'int8'))
 data.one_of('dtype', dtype, ('auto', 'float32', 'bfloat16'))
 for name, least in (('frameskip', 1), ('frames', 2), ('batch_size', 1), ('max_steps', 1), ('eval_context', 1),
                     ('eval_clips', 2), ('eval_interval', 1), ('save_interval', 1), ('log_interval', 1), ('seed', 0),
-                    ('workers', 0), ('warmup', 0)):
-    if config[name] < least:
+                    ('workers', 0), ('warmup', 0), ('fps', 0), ('cache_gb', 0)):
+    if not config[name] >= least:       # nor nan
         sys.exit(f'--{name}: wants at least {least}, got {config[name]}')
 for name in ('labelled_share', 'val_share', 'whiten', 'bootstrap', 'bootstrap_start', 'p_image', 'p_null', 'ema',
              'max_bad'):
@@ -136,9 +136,10 @@ if resume:
         if not os.path.isfile(path):
             sys.exit(f'--resume=True: there is no {path} to go on from')
     saved, old = load(ckpt, device, ema=False)
-    for name in ('labelled', 'unlabelled'):     # the same revisions of hub datasets, whatever is newest now
-        if config[name] == re.sub('@[0-9a-f]{40}', '', old[name]):
-            config[name] = old[name]
+    for kind in ('labelled', 'unlabelled'):     # the same revisions of hub datasets, whatever is newest now
+        now, then = ([(re.sub('@.*', '', name), w) for name, w in data.weighted(c[kind])] for c in (config, old))
+        if now == then:
+            config[kind] = old[kind]
 
 # the encoder and the model's shape come first: they are checked before anything is written
 encode = load_encoder(encoder, encoder_path, layer, frame_height, frame_width, pool).to(device)
@@ -162,7 +163,7 @@ for kind, episodes in (('labelled', 300), ('unlabelled', 100)):
             dist.barrier()
     sets[kind] = data.open_sets(config[kind], camera, action if kind == 'labelled' else 'none', fps, action_mode,
                                 rotation, cache_gb)
-    config[kind] = ','.join(ds.name + f':{ds.weight:g}' * (ds.weight > 0) for ds in sets[kind])
+    config[kind] = ','.join(ds.name + f':{ds.weight}' * (ds.weight > 0) for ds in sets[kind])
 for ds in sets['labelled']:
     if not ds.action_dim:
         sys.exit(f'--labelled: {ds.name} has no actions (features: {", ".join(ds.features)}); '
@@ -193,7 +194,7 @@ def normalised(batch):
 if resume:
     for name in (*sets, 'camera', 'action', 'action_mode', 'rotation', 'fps', 'frameskip', 'frames', 'val_share',
                  'labelled_share', 'batch_size', 'seed', 'encoder', 'layer', 'frame_height', 'frame_width', 'pool',
-                 'whiten', 'size', 'objective', 'cache', 'store'):
+                 'whiten', 'size', 'objective', 'cache', 'store', 'cache_gb'):
         if config[name] != old[name]:
             sys.exit(f'--{name}: {config[name]!r} cannot go on from {ckpt}, which has {old[name]!r}')
     if saved.config != shape:

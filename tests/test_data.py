@@ -2449,3 +2449,107 @@ def test_command_line_refuses(tmp_path, options, words):
     line = ends('data.py', *(o.format(tmp=tmp_path) for o in options))
     assert all(w in line for w in words), line
     assert not os.listdir(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what users met
+
+@pytest.mark.parametrize('rate', [fractions.Fraction(30000, 1001), 29, 30])
+def test_frames_count_by_number_whatever_rate_the_metadata_say(tmp_path, rate):
+    with av.open(str(tmp_path / 'x.mp4'), 'w') as container:
+        stream = container.add_stream('libx264', rate=rate, options=dict(g='12', bf='0'))
+        stream.width, stream.height, stream.pix_fmt = 64, 48, 'yuv420p'
+        for i in range(700):
+            rgb = np.full((48, 64, 3), i % 250, np.uint8)
+            rgb[:, :32] = i // 10
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(rgb, 'rgb24')))
+        container.mux(stream.encode(None))
+    truth = sequential(str(tmp_path / 'x.mp4'))
+    for indices in ([15], [16, 45, 501], [699], range(0, 700, 37)):
+        got = data.read_frames(str(tmp_path / 'x.mp4'), indices, 30).permute(0, 2, 3, 1).numpy()
+        assert np.array_equal(got, truth[list(indices)])
+
+
+def test_a_hub_that_is_away_is_no_fault_of_the_data(hub, tmp_path, monkeypatch):
+    """It ends the run; nothing is skipped, and a cache remembers nothing of it."""
+    monkeypatch.setattr(data, 'PATIENCE', 0.5)
+    c = streamed()
+    hub.fail('.mp4', 503, times=10000)
+    hub.fail('.mp4', 503, times=10000, method='HEAD')
+    with pytest.raises(data.Away, match='503'):
+        c[0]
+    with pytest.raises(data.Away, match='503'):
+        cache(c, folder=tmp_path / 'l')
+    hub.faults.clear()
+    c.tokens = cache(c, folder=tmp_path / 'l')
+    assert not any(isinstance(z, str) for z in c.tokens.values())
+
+
+def test_a_busy_hub_is_waited_for_on_opening(hub):
+    hub.fail('/api/datasets/me/made', 429, seconds=1)
+    assert len(data.LeRobot('me/made').episodes) == 3
+
+
+def test_bad_episodes_are_named_wherever_they_are_met(tmp_path, capfd):
+    root, _, _ = faulty(tmp_path, 'truncated mp4')
+    c = data.Clips([data.LeRobot(root)], [], 3, 2, 16, 8, 1.0, 0.1)
+    data._notes.clear()
+    cache(c)
+    assert capfd.readouterr().err.count('episode 3: ') == 1
+    c.val[0] = [3]
+    assert c.held_out(3, 4) == {} and 'left out' in capfd.readouterr().err
+
+
+def image_set(tmp_path, change):
+    """Three episodes of ten rows of pictures in one file of v3.0, with another number of rows than the metadata say."""
+    root = str(tmp_path / 'd')
+    data.write_lerobot(root, (episode(10, i) for i in range(3)), 10)
+    with open(f'{root}/meta/info.json') as f:
+        features = json.load(f)['features']
+    features['observation.images.top']['dtype'] = 'image'
+    edit_info(root, features=features)
+    cells = [dict(bytes=png(f), path='x.png') for i in range(3) for f in episode(10, i)['observation.images.top']]
+    edit_table(f'{root}/{ROWS}', lambda t: change(t.append_column('observation.images.top', pa.array(cells))))
+    return data.Clips([data.LeRobot(root, 'top')], [], 3, 2, 0, 4, 1.0, 0.3)
+
+
+def test_pictures_of_another_episode_are_never_taken(tmp_path):
+    c = image_set(tmp_path, lambda t: t.set_column(
+        t.column_names.index('episode_index'), 'episode_index', pa.array([0] * 8 + [1] * 12 + [2] * 10)))
+    c.sets[0].frames(0, range(8))
+    with pytest.raises(data.Bad, match='8 rows of episode 0'):
+        c.sets[0].frames(0, [8])
+
+
+@pytest.mark.parametrize('change', [
+    lambda t: t.drop_columns(['observation.images.top']),
+    lambda t: t.set_column(t.column_names.index('observation.images.top'), 'observation.images.top',
+                           pa.array([b'x'] * 30)),
+    lambda t: t.set_column(t.column_names.index('observation.images.top'), 'observation.images.top',
+                           pa.array([dict(bytes=None, path='/etc/passwd')] * 30,
+                                    pa.struct([('bytes', pa.binary()), ('path', pa.string())])))])
+def test_odd_picture_columns_are_bad_data(tmp_path, change):
+    with pytest.raises(data.Bad):
+        image_set(tmp_path, change).sets[0].frames(0, [0])
+
+
+def test_large_lists(tmp_path):
+    kind = pa.large_list(pa.float32())
+    root = write_v2(tmp_path / 'd', 'v2.1', lambda i: {
+        'action': pa.array(episode(LENGTHS[i], i)['action'].tolist(), kind)})
+    assert np.array_equal(data.LeRobot(root).rows(1), episode(17, 1)['action'])
+
+
+@pytest.mark.parametrize('change', [
+    dict(features={'observation.images.top': None}),
+    dict(features={'observation.images.top': dict(dtype='video', info='x')}),
+    dict(chunks_size='many'), dict(fps='10')])
+def test_odd_metadata_are_one_line(tmp_path, change):
+    root = edit_info(write_v2(tmp_path / 'd', 'v2.1'), **change)
+    with pytest.raises(SystemExit) as error:
+        data.LeRobot(root)
+    says(error, root)
+
+
+def test_a_camera_of_weight_0_is_not_drawn(made):
+    assert list(data.LeRobot(made, 'top:0,side:2').chosen) == ['observation.images.side']

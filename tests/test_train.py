@@ -289,7 +289,7 @@ def test_other_rates_cameras_and_motions(tmp_path):
                f'--out_dir={tmp_path / "o"}')
     g = script('train.py', *SMALL, *options, '--max_steps=2')
     net, config = model.load(tmp_path / 'o' / 'ckpt.safetensors')
-    assert g['clips'].A == 2 * 26 and config['labelled'].endswith(':3') and net.stats['a_rows'].tolist() == [2]
+    assert g['clips'].A == 2 * 26 and config['labelled'].endswith(':3.0') and net.stats['a_rows'].tolist() == [2]
     assert len(g['clips'].tokens) == 2 * 3 * 2 and g['clips'].sets[0].episodes[0]['length'] == 40
     script('train.py', *SMALL, *options, '--max_steps=4', '--resume=True')
     assert '--fps' in ends('train.py', *SMALL, *options, '--fps=15', '--max_steps=6', '--resume=True')
