@@ -28,7 +28,7 @@ def test_there_are_two_commands_to_begin_with():
 
 @pytest.mark.parametrize('command', COMMANDS)
 def test_files_and_options_exist(command):
-    scripts = re.findall(r'\b(data|train|plan|decode)\.py((?:\s+--?\S+)*)', command)
+    scripts = re.findall(r'\b(data|train|plan|decode|tests/bench_data)\.py((?:\s+--?\S+)*)', command)
     assert scripts
     for name, options in scripts:
         known = constants(f'{name}.py')
@@ -37,7 +37,7 @@ def test_files_and_options_exist(command):
 
 
 def test_every_option_named_in_the_text_exists():
-    known = set().union(*(constants(f'{name}.py') for name in ('data', 'train', 'plan', 'decode'))) | {'nproc_per_node'}
+    known = set().union(*(constants(f'{name}.py') for name in ('data', 'train', 'plan', 'decode', 'tests/bench_data'))) | {'nproc_per_node'}
     assert {o for o in re.findall(r'`--(\w+)', TEXT)} <= known
 
 
