@@ -915,13 +915,13 @@ def record(env, episodes, steps, policy, seed, fps=0, size=(0, 0)):
     own fps or size. Ctrl-C ends the recording and keeps it, a second one the program.
     """
     try:
-        import gymnasium
         importlib.import_module((re.split('[/:]', env)[:-1] or ['gymnasium'])[0])  # which makes env known
+        import gymnasium
         world = gymnasium.make(env, render_mode='rgb_array')
         world.reset()
         world.render()  # where a package for drawing is missing, it is noticed only here
     except ModuleNotFoundError as error:
-        sys.exit(f'--record={env} needs: pip install {error.name.replace("_", "-")}')
+        sys.exit(f'--record={env} needs: pip install {error.name.partition(".")[0].replace("_", "-")}')
     except gymnasium.error.Error as error:
         sys.exit(f'--record={env}: {" ".join(str(error).split())}')
     fps = fps or world.metadata.get('render_fps') or sys.exit(f'--fps: {env} does not say its frames per second')
