@@ -96,6 +96,16 @@ def autocast(device, dtype):
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == 'bfloat16' or dtype == 'auto' and fast)
 
 
+def peak_flops(device):
+    """Dense bfloat16 FLOP/s of a GPU by its maker's data sheet; 0.0 where that is not known."""
+    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else ''
+    return next((peak for part, peak in PEAK.items() if part in name), 0.0)
+
+
+PEAK = {'B200': 2250e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12,
+        'RTX 4090': 165e12, 'RTX 3090': 71e12}
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # pictures and video
 
@@ -1105,9 +1115,9 @@ class Clips:
     def __getitem__(self, step):
         stride = getattr(torch.utils.data.get_worker_info(), 'num_workers', 1)
         for k in range(1, 5) if any(ds.repo for ds in self.sets) else ():       # four threads work ahead
-            if f'ahead {k}' not in [t.name for t in threading.enumerate()]:
+            if f'ahead {self.T} {k}' not in [t.name for t in threading.enumerate()]:
                 steps = range(step + k * stride, step + AHEAD * stride, 4 * stride)
-                threading.Thread(target=self._bring, args=(steps,), name=f'ahead {k}', daemon=True).start()
+                threading.Thread(target=self._bring, args=(steps,), name=f'ahead {self.T} {k}', daemon=True).start()
         clips, faults = [], []
         for i, (s, *where) in enumerate(self.picks(step)):
             for attempt in range(100):
@@ -1171,6 +1181,22 @@ class Clips:
                 row[:ds.action_dim * self.frameskip] = torch.from_numpy(ds.stats[name]).repeat(self.frameskip)
         return out | {k: torch.tensor([v * self.frameskip for v in of]) for k, of in (
             ('width', [ds.action_dim for ds in sets]), ('rows', [ds.rows_each for ds in sets]))}
+
+
+class Lengths:
+    """Batches of two Clips in turn: of any 1/share consecutive steps exactly one is of the second. [step] is a batch."""
+
+    def __init__(self, short, long, share):
+        self.short, self.long, self.share = short, long, fractions.Fraction(share).limit_denominator(1000)
+
+    def which(self, step):
+        """The Clips that a step takes its batch from, and the number of that batch there."""
+        k = step * self.share // 1
+        return (self.long, k) if (step + 1) * self.share // 1 > k else (self.short, step - k)
+
+    def __getitem__(self, step):
+        clips, i = self.which(step)
+        return clips[i]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ Sources: Dreamer 4 (arXiv:2509.24527) for the transformer and shortcut forcing, 
 diffusion forcing (arXiv:2407.01392), DINOv2 (arXiv:2304.07193) and DINOv3 (arXiv:2508.10104) for the encoders.
 """
 import difflib
+import functools
 import glob
 import json
 import math
@@ -21,6 +22,8 @@ import safetensors.torch
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import flex_attention
+from torch.utils.checkpoint import checkpoint
 
 # The first multi-threaded cos of a process can be off by 2e-4 on CPUs (torch 2.13, one process in four): spend it here.
 torch.zeros(1).cos()
@@ -325,6 +328,7 @@ def model_config(size, dim, grid, action_dim, **overrides):
         registers=4,            # learned tokens of each frame that belong to no patch
         context=32,             # frames that a time layer sees, the current one included
         time_every=4,           # one layer of so many is a time layer, the second of each group
+        wide_layers=0,          # layers of a head twice as wide (WideHead), 0 = one linear map
         k_max=64,               # finest sampling has k_max steps: d_min = 1 / k_max
         soft_cap=50.0,          # attention logits stay within +-soft_cap
         action_on='all',        # 'all': the action is added to every latent token too; 'token': its own token alone
@@ -337,13 +341,36 @@ def model_config(size, dim, grid, action_dim, **overrides):
             ('k_max', c['k_max'] > 1 and c['k_max'] & (c['k_max'] - 1) == 0, 'a power of two, 2 at least'),
             ('layers', c['layers'] >= 2, 'at least 2, the second is the first time layer'),
             *((name, c[name] >= least, f'at least {least}') for name, least in
-              (('time_every', 1), ('context', 1), ('registers', 0))),
+              (('time_every', 1), ('context', 1), ('registers', 0), ('wide_layers', 0))),
             ('soft_cap', c['soft_cap'] > 0, 'more than 0'),
             ('action_on', c['action_on'] in ('all', 'token'), 'all or token'),
             ('objective', c['objective'] in ('shortcut', 'diffusion', 'direct'), 'shortcut, diffusion or direct')):
         if not fits:
             sys.exit(f'--{name}={c[name]}: wants {wanted}')
     return c
+
+
+def flops_per_frame(c, T):
+    """Forward FLOPs of one frame in a clip of T, for model_config's c; training takes three times as many. A weight
+    costs 2 per token, S queries over L keys 4 S L C; what is masked, recomputed, or no matrix product is not counted."""
+    C, N = c['width'], c['grid'][0] * c['grid'][1]
+    S = c['registers'] + N + 2
+
+    def layer(C, S, L):
+        return 2 * S * (C * C * (2 + 2 * c['kv_heads'] / c['heads']) + 3 * C * hidden(C)) + 4 * S * L * C
+
+    seen = sum(min(t + 1, c['context']) for t in range(T)) / T
+    trunk = sum(layer(C, S, seen if is_time(c, i) else S) for i in range(c['layers']))
+    head = c['wide_layers'] * (layer(2 * C, N, N) + 24 * N * C * C) + (8 if c['wide_layers'] else 2) * N * C * c['dim']
+    return trunk + head + 2 * N * C * c['dim'] + 2 * C * c['action_dim']
+
+
+def hidden(width):
+    return -(-width * 8 // 3 // 32) * 32    # 8/3 of it: a gated MLP at the cost of a plain one of 4x
+
+
+def is_time(c, i):
+    return i % c['time_every'] == 1 % c['time_every']
 
 
 def rms_norm(x):
@@ -365,51 +392,108 @@ def attend(q, k, v, cap, mask=None):
     return (logits.softmax(dim=-1).type_as(v) @ v).view(B, h, S, d)
 
 
+def window(S, context, alone, device):
+    """mask (1 or B, 1, S, S): a frame sees itself and the context - 1 before it; where alone (B,), itself."""
+    ago = torch.arange(S, device=device)[:, None] - torch.arange(S, device=device)
+    mask = ((ago >= 0) & (ago < context))[None, None]
+    return mask if alone is None else mask & (~alone[:, None, None, None] | (ago == 0))
+
+
+def attend_flex(q, k, v, cap, context=0, alone=None):
+    """attend(q, k, v, cap, window(..)) in one kernel that never writes the logits; context 0: everything is seen."""
+    def score(logit, b, head, i, j):
+        logit = cap * torch.tanh(logit / cap)
+        if not context:
+            return logit
+        seen = (i >= j) & (i - j < context) & (True if alone is None else ~alone[b] | (i == j))
+        return torch.where(seen, logit, -torch.inf)
+    return flex_attention(q, k, v, score_mod=score, enable_gqa=q.shape[1] > k.shape[1])
+
+
+@functools.cache
+def compiled_flex():
+    return torch.compile(attend_flex, dynamic=False)
+
+
 class Attention(nn.Module):
-    def __init__(self, width, heads, kv_heads, cap):
+    def __init__(self, width, heads, kv_heads, cap, context):
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim, self.cap = heads, kv_heads, width // heads, cap
+        self.heads, self.kv_heads, self.head_dim, self.cap, self.context = heads, kv_heads, width // heads, cap, context
+        self.kernel = 'auto'        # 'flex' on CUDA, 'plain' elsewhere
         self.qkv = nn.Linear(width, (heads + 2 * kv_heads) * self.head_dim, bias=False)
         self.qk_gain = nn.Parameter(torch.ones(heads + kv_heads, 1))
         self.out = nn.Linear(width, width, bias=False)
 
-    def forward(self, x, rope, mask=None, ring=None, start=0):
-        """x (B, S, C); rope: cos and sin (S, 1, d/2). ring: (keys, values), each (B, kv_heads, context, d), of the
-        frames before start; the frames of this call are written into it, at their index modulo context."""
+    def forward(self, x, rope, alone=None, ring=None, start=0):
+        """x (B, S, C); rope: cos and sin (S, 1, d/2); context 0: all see all, else as in `window`. ring: keys and values
+        (B, kv_heads, L, d) of the frames before start; those of this call are written at their index modulo L.
+        start as a tensor: the same in fixed shapes, as a CUDA graph wants them."""
         B, S, C = x.shape
         qk, v = self.qkv(x).view(B, S, -1, self.head_dim).split((self.heads + self.kv_heads, self.kv_heads), dim=2)
         cos, sin = (y * self.qk_gain for y in rope)     # a gain of QK-norm costs nothing in the small tables
         qk = rotate(rms_norm(qk), cos, sin).type_as(v)                                    # (B, S, heads + kv_heads, d)
         q, k, v = (y.transpose(1, 2) for y in (*qk.split((self.heads, self.kv_heads), dim=2), v))   # (B, heads, S, d)
+        mask = None
         if ring is not None:
-            context = ring[0].shape[2]
-            slots = torch.arange(start + max(0, S - context), start + S, device=x.device) % context
-            ring[0][:, :, slots], ring[1][:, :, slots] = k[:, :, -context:], v[:, :, -context:]
-            if S == 1:      # order within the ring is of no matter: keys carry their positions
-                k, v = (r[:, :, :start + 1] for r in ring)
+            L = ring[0].shape[2]
+            slots = (start + torch.arange(max(0, S - L), S, device=x.device)) % L
+            # gradients flow through this frame alone, and the past that they are taken against stays as it is
+            ring = [(torch.index_copy if torch.is_grad_enabled() else torch.Tensor.index_copy_)(
+                r, 2, slots, y[:, :, -L:]) for r, y in zip(ring, (k, v))]
+            if S > 1:
+                assert type(start) is int and not start, f'several frames can only begin a ring, not follow {start}'
+            elif torch.is_tensor(start):    # order within the ring is of no matter: keys carry their positions
+                k, v, mask = *ring, torch.arange(L, device=x.device) <= start
             else:
-                assert start == 0, f'several frames at once can only begin a ring, not follow frame {start - 1}'
-        return self.out(attend(q, k, v, self.cap, mask).transpose(1, 2).reshape(B, S, C))
+                k, v = (r[:, :, :start + 1] for r in ring)
+        if S > 1 and (self.kernel == 'flex' or self.kernel == 'auto' and x.is_cuda):
+            flex = attend_flex if torch.compiler.is_compiling() else compiled_flex()
+            y = flex(q, k, v, self.cap, self.context, alone)
+        else:
+            if S > 1 and self.context:
+                mask = window(S, self.context, alone, x.device)
+            y = attend(q, k, v, self.cap, mask)
+        return self.out(y.transpose(1, 2).reshape(B, S, C))
 
 
 class Layer(nn.Module):
     """Attention over space (all tokens of a frame) or over time (one token position), then an MLP."""
-    def __init__(self, c, time):
+    def __init__(self, width, heads, kv_heads, cap, context=0):
         super().__init__()
-        self.time = time
-        self.attn = Attention(c['width'], c['heads'], c['kv_heads'], c['soft_cap'])
-        self.mlp = SwiGLU(c['width'], -(-c['width'] * 8 // 3 // 32) * 32)   # 8/3 of it: the cost of a plain 4x MLP
+        self.time = context > 0
+        self.attn, self.mlp = Attention(width, heads, kv_heads, cap, context), SwiGLU(width, hidden(width))
 
-    def forward(self, x, rope, mask=None, ring=None, start=0):
+    def forward(self, x, rope, alone=None, ring=None, start=0):
         B, T, S, C = x.shape
         y = rms_norm(x)
         if self.time:
-            y = self.attn(y.transpose(1, 2).reshape(B * S, T, C), rope, mask, ring, start)
+            y = self.attn(y.transpose(1, 2).reshape(B * S, T, C), rope, alone, ring, start)
             y = y.view(B, S, T, C).transpose(1, 2)
         else:
             y = self.attn(y.view(B * T, S, C), rope).view(B, T, S, C)
         x = x + y
         return x + self.mlp(rms_norm(x))
+
+
+class WideHead(nn.Module):
+    """The head of RAE (arXiv:2510.11690): a few layers twice as wide that see the noised latents of a frame again. Each
+    token is conditioned on what the trunk says of it, by scales, shifts and gates that begin at 0 (adaLN-Zero)."""
+    def __init__(self, c):
+        super().__init__()
+        C, n = c['width'], c['wide_layers']
+        self.z_in, self.out = nn.Linear(c['dim'], 2 * C), nn.Linear(2 * C, c['dim'])
+        self.layers = nn.ModuleList(Layer(2 * C, 2 * c['heads'], 2 * c['kv_heads'], c['soft_cap']) for _ in range(n))
+        self.modulate = nn.ModuleList(nn.Linear(C, 12 * C) for _ in range(n))
+
+    def forward(self, x, z, rope):
+        y = self.z_in(z).float()                                                          # (B, T, N, 2 C)
+        for layer, modulate in zip(self.layers, self.modulate):
+            scale1, shift1, gate1, scale2, shift2, gate2 = modulate(F.silu(x)).chunk(6, dim=-1)
+            u = rms_norm(y) * (1 + scale1) + shift1
+            y = y + gate1 * layer.attn(u.flatten(0, 1), rope).view_as(y)
+            y = y + gate2 * layer.mlp(rms_norm(y) * (1 + scale2) + shift2)
+        with torch.autocast(z.device.type, enabled=False):
+            return self.out(rms_norm(y))
 
 
 class WorldModel(nn.Module):
@@ -418,6 +502,8 @@ class WorldModel(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, c = config, config
+        self.remat = False      # training computes the layers again on the way back instead of keeping their insides
+        self.graphs = {}        # CUDA graphs of rollout
         C, (rows, cols) = c['width'], c['grid']
         self.z_in = nn.Linear(c['dim'], C)
         self.registers = nn.Parameter(torch.empty(c['registers'], C))
@@ -425,9 +511,10 @@ class WorldModel(nn.Module):
         self.d_embed = nn.Embedding(int(math.log2(c['k_max'])) + 1, C // 2)     # d = 2^-i
         self.a_base = nn.Parameter(torch.empty(C))                              # stands in where no action is known
         self.a_in = nn.Linear(c['action_dim'], C, bias=False) if c['action_dim'] else None
-        self.layers = nn.ModuleList(Layer(c, i % c['time_every'] == 1 % c['time_every']) for i in range(c['layers']))
+        self.layers = nn.ModuleList(Layer(C, c['heads'], c['kv_heads'], c['soft_cap'], c['context'] * is_time(c, i))
+                                    for i in range(c['layers']))
         self.last_time = max(i for i, layer in enumerate(self.layers) if layer.time)
-        self.head = nn.Linear(C, c['dim'])
+        self.head = WideHead(c) if c['wide_layers'] else nn.Linear(C, c['dim'])
         # RoPE. Space: half of the pairs turn with the row, half with the column of a latent; other tokens stand still.
         half = C // c['heads'] // 2
         freq = 100.0 ** (-torch.arange(half // 2) / (half // 2))
@@ -443,11 +530,14 @@ class WorldModel(nn.Module):
         for m in self.modules():
             if isinstance(m, nn.Linear):
                 nn.init.normal_(m.weight, std=m.in_features ** -0.5)
-        for layer in self.layers:
-            layer.attn.out.weight.data /= math.sqrt(2 * c['layers'])
-            layer.mlp.down.weight.data /= math.sqrt(2 * c['layers'])
-        for p in (self.z_in.bias, self.head.weight, self.head.bias):
-            nn.init.zeros_(p)
+                if m.bias is not None:
+                    nn.init.zeros_(m.bias)
+        for m in self.modules():
+            if isinstance(m, Layer):
+                m.attn.out.weight.data /= math.sqrt(2 * c['layers'])
+                m.mlp.down.weight.data /= math.sqrt(2 * c['layers'])
+        for m in (self.head.out, *self.head.modulate) if c['wide_layers'] else (self.head,):
+            nn.init.zeros_(m.weight)
 
     def forward(self, z, tau, d, a, a_mask, alone=None, rings=None, start=0, commit=False):
         """z (B, T, N, D) noised latents, tau and d (B, T), a (B, T, A), a_mask (B, T) bool -> z_hat (B, T, N, D).
@@ -467,101 +557,110 @@ class WorldModel(nn.Module):
             latents = latents + action[:, :, None]
         x = torch.cat((self.registers.expand(B, T, -1, -1), latents, shortcut[:, :, None], action[:, :, None]),
                       dim=2).float()                                                      # (B, T, S, C), float32
-        t = torch.arange(start, start + T, device=z.device)
+        t = torch.arange(T, device=z.device) + start
         angles = (t[:, None] * self.time_freq)[:, None]                                   # (T, 1, d/2)
         time, space = (angles.cos(), angles.sin()), (self.space_cos, self.space_sin)
-        ago = t[:, None] - t
-        mask = ((ago >= 0) & (ago < c['context']))[None, None] if T > 1 else None         # (1, 1, T, T)
-        if alone is not None and T > 1:
-            mask = mask & (~alone.repeat_interleave(x.shape[2])[:, None, None, None] | (ago == 0))
+        if alone is not None:
+            alone = alone.repeat_interleave(x.shape[2])                                   # (B S,)
         for i, layer in enumerate(self.layers):
-            x = layer(x, time, mask, rings and rings[i], start) if layer.time else layer(x, space)
+            given = (x, time, alone, rings and rings[i], start) if layer.time else (x, space)
+            again = self.remat and torch.is_grad_enabled() and rings is None       # rings would have moved on
+            x = checkpoint(layer, *given, use_reentrant=False) if again else layer(*given)
             if commit and i == self.last_time:      # nothing above can reach a later frame
                 return None
+        x = x[:, :, c['registers']:-2]
+        if c['wide_layers']:
+            return self.head(x, z, [y[c['registers']:-2] for y in space])
         with torch.autocast(z.device.type, enabled=False):
-            return self.head(rms_norm(x[:, :, c['registers']:-2]))
+            return self.head(rms_norm(x))
 
     def new_rings(self, B, T, dtype=torch.float32):
         """An empty cache for B clips of T frames: per time layer the keys and values of the last `context` of them."""
         c = self.config
         shape = B * len(self.space_cos), c['kv_heads'], min(T, c['context']), c['width'] // c['heads']
-        return [tuple(torch.empty(shape, dtype=dtype, device=self.a_base.device) for _ in 'kv') if layer.time else None
+        return [tuple(torch.zeros(shape, dtype=dtype, device=self.a_base.device) for _ in 'kv') if layer.time else None
                 for layer in self.layers]
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # shortcut forcing
 
-def sample_flow(B, T, k_max, schedule, device):
-    """Signal levels tau (B, T) of flow rows, on the grid 0, 1/k_max, .., 1 - 1/k_max.
-    'uniform': every frame on its own (eq. 4). 'shift': half of the frames are pure noise, and in 70 % of the rows
-    the frames before a random one are nearly clean (tau >= 7/8), which is how sampling sees them. Neighbouring
-    patches repeat each other, so the state shows at any tau well above 0: only tau near 0 teaches dynamics."""
-    tau = torch.rand(B, T, device=device)
-    if schedule == 'shift':
-        tau, past = shift(tau)
-        tau = torch.where(past, 1 - torch.rand_like(tau) / 8, tau)
-    return ((tau * k_max).floor() / k_max).clamp(max=1 - 1 / k_max)
+def signal_levels(u, schedule, shift):
+    """Levels in [0, 1] of uniform numbers u. 'uniform': u. 'shift': tau / (1 - tau) = u / (1 - u) / shift, which for
+    shift > 1 moves them towards noise (arXiv:2403.03206; arXiv:2510.11690 takes sqrt(tokens x channels / 4096)).
+    'logit-normal': logit(tau) is normal with mean -log(shift) and deviation 1."""
+    if schedule == 'uniform':
+        return u
+    x = torch.logit(u) if schedule == 'shift' else math.sqrt(2) * torch.erfinv(2 * u - 1)
+    return torch.sigmoid(x - math.log(shift))
 
 
-def shift(u):
-    # u (B, T), half of it set to 0, and (B, T) bool: in 70 % of the rows the frames before a random one
-    u = torch.where(torch.rand_like(u) < 0.5, 0.0, u)
-    first = 1 + (torch.rand_like(u[:, :1]) * (u.shape[1] - 1)).floor()
-    return u, (torch.rand_like(first) < 0.7) & (torch.arange(u.shape[1], device=u.device) < first)
+def which_rows(z_mask, objective='shortcut', bootstrap=0.25, first=0):
+    """boot (B,) bool, how many are True (on the host), and the frames that count in the flow and the bootstrap term, (2, B,
+    T) bool. A row is one or the other; of all rows, counted from `first`, the share is exact."""
+    B, share = len(z_mask), round(1000 * bootstrap) * (objective == 'shortcut')
+    i = first + torch.arange(B, device=z_mask.device)
+    boot = (i + 1) * share // 1000 > i * share // 1000
+    if objective == 'direct':       # nothing comes before the first frame
+        z_mask = z_mask & (torch.arange(z_mask.shape[1], device=z_mask.device) > 0)
+    n = (first + B) * share // 1000 - first * share // 1000
+    return boot, n, torch.stack((z_mask & ~boot[:, None], z_mask & boot[:, None]))
 
 
 def shortcut_loss(model, z, a, a_mask, z_mask, objective='shortcut', k_max=0, bootstrap=0.25, p_image=0.3, p_null=0.1,
-                  tau_schedule='shift', rms=None):
+                  tau_schedule='shift', tau_shift=0.0, p_past=0.7, ramp=True, space='x', rms=None, teacher=None, first=0,
+                  noise=None, count=None):
     """Loss and metrics (0-d tensors on the device, so that nobody waits for them) of one batch of clips.
     z (B, T, N, D) clean normalised latents, a (B, T, A), a_mask and z_mask (B, T) bool (action known, frame real).
     objective 'shortcut': eq. 7 of arXiv:2509.24527 in x-space, a share `bootstrap` of the rows with d > d_min, the
     others with d = d_min = 1 / k_max (0 = the model's). 'diffusion': d_min alone. 'direct': one deterministic step
-    from the clean past, z_hat[t] = f(z[t-1], a[t]). p_image: share of clips whose frames are seen as separate images,
-    p_null: share of clips with their actions hidden. rms (2,): running mean squares, whose roots divide the terms."""
+    from the clean past, z_hat[t] = f(z[t-1], a[t]).
+    tau_schedule, tau_shift (0 = sqrt(N D / 4096)): see signal_levels. p_past: of clips whose frames before a random
+    one are nearly clean (tau >= 7/8), as sampling sees them. p_image: share of clips whose frames are seen as separate
+    images, p_null: of those with their actions hidden. ramp: weights of eq. 8. space 'v': the error of velocities, that
+    is divided by (1 - tau)^2. rms (2,): running mean squares, whose roots divide the terms. teacher: the model of
+    the half steps, None = model. first: number of the first row, see which_rows. noise: uniform (B, 4 + 3 T) and
+    normal (B, T, N, D) numbers. count (2,): what sums over frames are divided by, None = the frames that count."""
     (B, T, N, D), device = z.shape, z.device
     k_max = k_max or model.config['k_max']
-    a_mask = a_mask & ~(torch.rand(B, 1, device=device) < p_null)
+    boot, n, valid = which_rows(z_mask, objective, bootstrap, first)
+    u, eps = noise or (torch.rand(B, 4 + 3 * T, device=device), torch.randn_like(z))
+    row, (u_tau, u_d, u_past) = u[:, :4, None], u[:, 4:].unflatten(1, (3, T)).unbind(1)
+    a_mask, alone, target = a_mask & (row[:, 0] >= p_null), None, z
+    if objective == 'direct':
+        z_tau, tau, d = previous(z)
+    else:
+        alone = row[:, 1, 0] < p_image
+        a_mask = a_mask & ~alone[:, None]
+        now = 1 + (row[:, 2] * (T - 1)).floor()
+        past = (row[:, 3] < p_past) & (torch.arange(T, device=device) < now)                      # (B, T)
+        e = 1 + (u_d * int(math.log2(k_max))).floor()                                             # d = 2^e d_min <= 1
+        d = 2.0 ** torch.where(boot[:, None], torch.where(past, 1, e), 0) / k_max
+        tau = signal_levels(u_tau, tau_schedule, tau_shift or math.sqrt(N * D / 4096))
+        tau = torch.minimum((torch.where(past, 1 - u_past / 8, tau) / d).floor() * d, 1 - d)      # the grid of d
+        level = tau[..., None, None]
+        z_tau = (1 - level) * eps + level * z                                             # eq. 6
+    if n:
+        with torch.no_grad():       # the teacher: by default the same weights; two half steps
+            at = torch.argsort(boot.byte(), descending=True, stable=True)[:n]   # nonzero() would wait for the device
+            x, s, half, *given = (v[at] for v in (z_tau, tau, d / 2, a, a_mask, alone))
+            level, step = s[..., None, None], half[..., None, None]
+            one = ((teacher or model)(x, s, half, *given) - x) / (1 - level)
+            mid = x + one * step
+            two = ((teacher or model)(mid, s + half, half, *given) - mid) / (1 - level - step)
+            # (1-tau)^2 |(z_hat - z_tau)/(1-tau) - v|^2 = |z_hat - (z_tau + (1-tau) v)|^2: no division by 1-tau
+            target = z.index_copy(0, at, (x + (1 - level) * (one + two) / 2).type_as(z))
+    error = (model(z_tau, tau, d, a, a_mask, alone) - target).square().mean(dim=(2, 3))           # (B, T)
+    if objective != 'direct':
+        error = error * (0.9 * tau + 0.1 if ramp else 1) / ((1 - tau) ** 2 if space == 'v' else 1)    # ramp: eq. 8
+    count = valid.sum(dim=(1, 2)) if count is None else count
+    flow, boot = (error * valid).sum(dim=(1, 2)) / count.clamp(min=1e-6)
     scale = torch.ones(2, device=device) if rms is None else rms.clamp(min=1e-12).sqrt()
     # Divided by its own RMS alone, a bootstrap term that falls gains weight without end, and weights that merely agree
     # with themselves make it fall to 0: training then leaves the data (seen). So it never weighs more than the flow.
-    scale = torch.stack((scale[0], scale.max()))
-    if objective == 'direct':
-        error = (model(*previous(z), a, a_mask) - z).square().mean(dim=(2, 3))            # (B, T)
-        flow = (error * z_mask)[:, 1:].sum() / z_mask[:, 1:].sum().clamp(min=1)
-        return flow / scale[0], {'flow': flow.detach()}
-
-    alone = torch.rand(B, device=device) < p_image
-    a_mask = a_mask & ~alone[:, None]
-    # a row is all flow or all bootstrap; the coin makes the share exact on average for any B
-    n = int(B * bootstrap + torch.rand(()).item()) if objective == 'shortcut' else 0
-    tau = sample_flow(B, T, k_max, tau_schedule, device)
-    d = torch.full((B, T), 1 / k_max, device=device)
-    if n:
-        e = torch.randint(1, int(math.log2(k_max)) + 1, (n, T), device=device)            # d = 2^e d_min <= 1
-        u = torch.rand(n, T, device=device)
-        if tau_schedule == 'shift':
-            u, past = shift(u)      # the past at the cleanest level that a bootstrap row can have
-            e, u = torch.where(past, 1, e), torch.where(past, 1 - 1 / k_max, u)
-        d[:n] = 2.0 ** e / k_max
-        tau[:n] = (u / d[:n]).floor() * d[:n]
-    level = tau[..., None, None]
-    z_tau = (1 - level) * torch.randn_like(z) + level * z                                         # eq. 6
-    target = z
-    if n:
-        with torch.no_grad():       # the teacher: the same weights, two half steps
-            half, step, level = d[:n] / 2, d[:n, :, None, None] / 2, level[:n]
-            one = (model(z_tau[:n], tau[:n], half, a[:n], a_mask[:n], alone[:n]) - z_tau[:n]) / (1 - level)
-            z_mid = z_tau[:n] + one * step
-            two = (model(z_mid, tau[:n] + half, half, a[:n], a_mask[:n], alone[:n]) - z_mid) / (1 - level - step)
-            # (1-tau)^2 |(z_hat - z_tau)/(1-tau) - v|^2 = |z_hat - (z_tau + (1-tau) v)|^2: no division by 1-tau
-            target = torch.cat((z_tau[:n] + (1 - level) * (one + two) / 2, z[n:]))
-    z_hat = model(z_tau, tau, d, a, a_mask, alone)
-    error = (z_hat.float() - target).square().mean(dim=(2, 3)) * (0.9 * tau + 0.1)        # (B, T), ramp: eq. 8
-    boot, flow = ((error[rows] * z_mask[rows]).sum() / z_mask[rows].sum().clamp(min=1)
-                  for rows in (slice(0, n), slice(n, B)))
-    metrics = ({'flow': flow.detach()} if n < B else {}) | ({'bootstrap': boot.detach()} if n else {})
-    return flow / scale[0] + boot / scale[1], metrics
+    mean = (tau * valid[0]).sum() / valid[0].sum().clamp(min=1)
+    metrics = dict(flow=flow.detach(), bootstrap=boot.detach(), tau=mean)
+    return flow / scale[0] + boot / scale.max(), metrics
 
 
 def previous(z):
@@ -572,76 +671,124 @@ def previous(z):
 
 
 @torch.no_grad()
-def rollout(model, z_ctx, a, a_mask, K=4, tau_ctx=0.9, seed=0, cache=True):
+def rollout(model, z_ctx, a, a_mask, K=4, tau_ctx=0.9, seed=0, cache=True, grad=False, graph=True):
     """Imagines the frames after z_ctx (B, Tc, N, D), one after the other, each in K steps -> (B M, T - Tc, N, D).
     a (B M, T, A) and a_mask (B M, T) cover context and future. With M > 1 each context has M candidates in a row,
     which share its actions, its computation and their noise. The past is seen at noise level tau_ctx (on the grid of
     k_max) and labelled so. Each frame costs K passes over one frame and a part of one that commits it to the rings;
     cache=False computes the same from scratch each time (the reference). Noise depends on seed, context and frame
-    alone. Euler steps z <- z + d (z_hat - z) / (1 - tau): the last one returns z_hat."""
+    alone. Euler steps z <- z + d (z_hat - z) / (1 - tau): the last one returns z_hat.
+    grad: gradients flow through the last step of each frame, and through nothing else (self-forcing).
+    graph: on CUDA, a frame is one CUDA graph, kept in model.graphs for later calls of the same shapes."""
     c = model.config
     (B, Tc, N, D), T, M = z_ctx.shape, a.shape[1], a.shape[0] // z_ctx.shape[0]
     assert K >= 1 and K & (K - 1) == 0 and K <= c['k_max'], f'K {K} is not a power of two up to k_max {c["k_max"]}'
     assert a.shape[0] == B * M and 1 <= Tc < T, f'context {tuple(z_ctx.shape)} and actions {tuple(a.shape)} disagree'
-    device = z_ctx.device
-    generator = torch.Generator().manual_seed(seed)             # on the CPU: the same noise on every device
+    assert cache or not grad, 'gradients flow through a rollout with a cache'
+    device, direct = z_ctx.device, c['objective'] == 'direct'
+    generator = torch.Generator(device).manual_seed(seed)
 
     def noise():
-        return torch.randn(2, B, 1, N, D, generator=generator).to(device)
+        return torch.randn(2, B, 1, N, D, generator=generator, device=device)
 
-    direct = c['objective'] == 'direct'
+    level = min(round(tau_ctx * c['k_max']), c['k_max'] - 1) / c['k_max']       # tau = 1 has never been trained
+    finest = 1.0 if direct else 1 / c['k_max']
+    step = 1 / K if c['objective'] == 'shortcut' else finest
     if direct:
         past, tau, d = previous(z_ctx)
     else:
-        level = min(round(tau_ctx * c['k_max']), c['k_max'] - 1) / c['k_max']   # tau = 1 has never been trained
         past = level * z_ctx + (1 - level) * torch.cat([noise()[1] for _ in range(Tc)], dim=1)
-        tau, d = torch.full((B, Tc), level, device=device), torch.full((B, Tc), 1 / c['k_max'], device=device)
+        tau, d = torch.full((B, Tc), level, device=device), torch.full((B, Tc), finest, device=device)
     if cache:
         fast = torch.is_autocast_enabled(device.type)
-        rings = model.new_rings(B, T, torch.get_autocast_dtype(device.type) if fast else z_ctx.dtype)
+        dtype = torch.get_autocast_dtype(device.type) if fast else z_ctx.dtype
+        rings = model.new_rings(B, T, dtype)
         model(past, tau, d, a[::M, :Tc], a_mask[::M, :Tc], rings=rings, commit=True)
         rings = [ring and tuple(r.unflatten(0, (B, -1)).repeat_interleave(M, dim=0).flatten(0, 1) for r in ring)
                  for ring in rings]     # every context's ring for each of its M candidates
     else:
         past, tau, d = (v.repeat_interleave(M, dim=0) for v in (past, tau, d))
 
-    def frame(z, tau_t, d_t, t, commit=False):
+    def look(z, tau_t, d_t, a_t, mask_t, t, commit=False):
         # z_hat of frame t alone, given the past; commit: make it part of the past
         nonlocal past, tau, d
         tau_t, d_t = (torch.full((B * M, 1), v, device=device) for v in (tau_t, d_t))
         if cache:
-            return model(z, tau_t, d_t, a[:, t:t + 1], a_mask[:, t:t + 1], rings=rings, start=t, commit=commit)
+            return model(z, tau_t, d_t, a_t, mask_t, rings=rings, start=t, commit=commit)
         z, tau_t, d_t = torch.cat((past, z), dim=1), torch.cat((tau, tau_t), dim=1), torch.cat((d, d_t), dim=1)
         if commit:
             past, tau, d = z, tau_t, d_t
             return None
         return model(z, tau_t, d_t, a[:, :t + 1], a_mask[:, :t + 1])[:, -1:]
 
+    def frame(z, eps, a_t, mask_t, t, last):
+        # from noise z, or for 'direct' the frame before, to the frame t, which is committed with the noise eps
+        seen, steps = z, 1 if direct else K
+        for k in range(steps):
+            with torch.set_grad_enabled(grad and k == steps - 1):
+                z_hat = look(z, 1.0 if direct else k / K, step, a_t, mask_t, t)
+                z = z_hat.type_as(z) if direct else z + (z_hat - z) / (K - k)   # d / (1 - tau) = 1 / (K - k)
+        if not direct:
+            seen = level * z.detach() + (1 - level) * eps
+        if not last and (not direct or grad or not cache):
+            look(seen, 1.0 if direct else level, finest, a_t, mask_t, t, commit=True)
+        return z
+
+    if graph := graph and cache and not grad and device.type == 'cuda':
+        key = B * M, min(T, c['context']), K, level, dtype
+        kept = model.graphs.setdefault(key, rings)
+        for new, old in zip((r for ring in rings if ring for r in ring), (r for ring in kept if ring for r in ring)):
+            old.copy_(new)
+        rings = kept
     out, z = [], z_ctx[:, -1:].repeat_interleave(M, dim=0)
     for t in range(Tc, T):
-        if direct:
-            last, z = z, frame(z, 1.0, 1.0, t).type_as(z)
-            if not cache:
-                frame(last, 1.0, 1.0, t, commit=True)
-        else:
-            z, eps = (n.repeat_interleave(M, dim=0) for n in noise())
-            for k in range(K):
-                z_hat = frame(z, k / K, 1 / K if c['objective'] == 'shortcut' else 1 / c['k_max'], t)
-                z = z + (z_hat - z) / (K - k)                   # d / (1 - tau) = 1 / (K - k)
-            if t < T - 1:
-                frame(level * z + (1 - level) * eps, level, 1 / c['k_max'], t, commit=True)
+        z, eps = (z.detach(), z) if direct else (x.repeat_interleave(M, dim=0) for x in noise())
+        given = z, eps, a[:, t:t + 1], a_mask[:, t:t + 1], torch.full((), t, device=device) if graph or grad else t
+        last = t == T - 1
+        z = replay(model.graphs, (*key, last), lambda *x: frame(*x, last), *given) if graph else frame(*given, last)
         out.append(z)
-    return torch.cat(out, dim=1)
+    with torch.set_grad_enabled(grad):
+        return torch.cat(out, dim=1)
+
+
+def replay(graphs, key, f, *inputs):
+    """f(*inputs) as the CUDA graph graphs[key], which is captured here when it is not there yet."""
+    if key not in graphs:
+        given, side = [x.clone() for x in inputs], torch.cuda.Stream()
+        # autocast would keep its copies of the weights only until its context ends, but the graph reads them for good
+        with torch.autocast('cuda', torch.get_autocast_dtype('cuda'), torch.is_autocast_enabled('cuda'), False):
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                f(*given)       # compiles, and lets libraries find their memory
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                out = f(*given)
+        graphs[key] = graph, given, out
+    graph, given, out = graphs[key]
+    for x, new in zip(given, inputs):
+        x.copy_(new)
+    graph.replay()
+    return out.clone()
+
+
+def half_weights(model, dtype):
+    """The model, its linear maps but the last in dtype: what autocast would make of them, in every pass anew."""
+    for m in model.modules():
+        if isinstance(m, nn.Linear) and m is not model.head and m is not getattr(model.head, 'out', None):
+            m.to(dtype)
+    return model
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # the checkpoint
 
-def save(path, model, config, ema=None, stats=None, step=0):
+def save(path, model, config, ema=None, stats=None, step=0, weights=None):
     """Write one safetensors file: the weights, their average (ema: {name: tensor}, under 'ema.'), stats ({name:
     tensor}: latents, actions, a fitted encoder; under 'stats.') and as metadata config (JSON of plain values: the
-    constants of the run), the model's own config, versions and step. Aside first, then renamed."""
-    tensors = dict(model.state_dict())
+    constants of the run), the model's own config, versions and step. Aside first, then renamed.
+    weights replaces model.state_dict(), whose tensors are shards in some processes."""
+    tensors = dict(weights or model.state_dict())
     tensors |= {f'ema.{k}': v for k, v in (ema or {}).items()} | {f'stats.{k}': v for k, v in (stats or {}).items()}
     metadata = dict(config=json.dumps(config), model=json.dumps(model.config), step=str(step),
                     versions=json.dumps(dict(torch=torch.__version__, python=sys.version.split()[0])))

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from model import load, pictures, restore_encoder, rollout
+from model import half_weights, load, pictures, restore_encoder, rollout
 
 # --------------------------------------------------------------------------------------------------------------------
 ckpt = 'out/ckpt.safetensors'
@@ -147,6 +147,8 @@ if __name__ == '__main__':
         sys.exit(f'{ckpt}: was trained without actions, there is nothing to search')
     if K < 1 or K & (K - 1) or K > model.config['k_max']:
         sys.exit(f'--K={K}: wants a power of two up to {model.config["k_max"]}, the k_max that {ckpt} was trained with')
+    if autocast._enabled:
+        half_weights(model, autocast.fast_dtype)
     encode = restore_encoder(trained, model.stats, encoder_path).to(device)
     frame_size = encode.size, encode.width
     out_dir = out_dir or os.path.dirname(ckpt) or '.'

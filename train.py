@@ -8,6 +8,7 @@ Train a world model on LeRobot datasets.
 
 Leaves out_dir/ckpt.safetensors, out_dir/optim.pt and out_dir/log.jsonl.
 """
+import contextlib
 import copy
 import itertools
 import json
@@ -23,7 +24,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import data
-from model import WorldModel, load, load_encoder, model_config, rollout, save, shortcut_loss
+from model import (WorldModel, flops_per_frame, half_weights, load, load_encoder, model_config, rollout, save,
+                   shortcut_loss, which_rows)
 
 # --------------------------------------------------------------------------------------------------------------------
 # data
@@ -37,6 +39,9 @@ rotation = 'euler'              # of those poses: euler, quat_xyzw, quat_wxyz, r
 fps = 0.0                       # frames per second that are taken from every dataset; 0 = all of them
 frameskip = 2                   # dataset frames per model step
 frames = 4                      # model steps of a training clip
+long_frames = 0                 # of the clips of some steps, which hold fewer clips: the same number of tokens
+long_share = 0.0                # share of the steps that see long clips
+grow = 0.0                      # share of the run over which clips grow from 2 frames to all, by doubling
 val_share = 0.1                 # share of the episodes that are held out for evaluation
 max_bad = 0.01                  # share of episodes that may be unreadable before the run stops
 cache = True                    # encode every frame once, at the start
@@ -61,6 +66,7 @@ kv_heads = 0
 registers = 2
 context = 4                     # frames that the model sees, the current one included
 time_every = 4                  # one layer of so many attends over time
+wide_layers = 0                 # layers of an output head twice as wide; 0 = one linear map
 k_max = 8                       # steps of the finest sampling
 soft_cap = 50.0
 action_on = 'all'               # all: add the action to every latent token; token: its own token alone
@@ -68,13 +74,21 @@ action_on = 'all'               # all: add the action to every latent token; tok
 objective = 'shortcut'          # shortcut, diffusion or direct
 bootstrap = 0.25                # share of rows that learn large steps from small ones
 bootstrap_start = 0.4           # after this share of the run
-tau_schedule = 'shift'          # shift or uniform
+teacher = 'same'                # weights that make the targets of large steps: same, or ema (the averaged ones)
+tau_schedule = 'shift'          # signal levels: uniform, shift (towards noise) or logit-normal
+tau_shift = 8.0                 # how far; 0 = sqrt(tokens x channels / 4096)
+p_past = 0.7                    # share of clips whose frames before a random one are nearly clean
+ramp = True                     # weigh errors by 0.1 + 0.9 tau
+space = 'x'                     # errors of clean latents (x), or of velocities (v)
 p_image = 0.1                   # share of clips seen as separate images
 p_null = 0.05                   # share of clips with their actions hidden
+self_forcing = 0.0              # share of the run, at its end, that also learns from the model's own K-step rollouts
 # optimisation
 batch_size = 32                 # clips per step, over all processes
+micro_batch = 0                 # clips that a process computes at once, the rest of its share after them; 0 = all
 max_steps = 2000
-learning_rate = 2e-3            # after warmup steps; then down linearly to min_lr
+learning_rate = 2e-3            # after warmup steps
+decay = 1.0                     # share of the run, at its end, over which it falls linearly to min_lr
 min_lr = 5e-5
 warmup = 50
 weight_decay = 0.01             # on the matrices of linear layers
@@ -95,39 +109,49 @@ log_interval = 50
 # machine
 device = 'auto'                 # auto, cpu, cuda, cuda:1, mps
 dtype = 'auto'                  # float32 or bfloat16 (autocast); auto = bfloat16 where the hardware multiplies it
-compile = False                 # torch.compile: a minute at the start, then up to twice as fast
+compile = False                 # torch.compile: half a minute at the start, then up to twice as fast
+remat = False                   # less memory, a third more time: the insides of layers are computed again, not kept
+fsdp = False                    # shard weights, gradients and optimizer over the processes (FSDP2), not copy them (DDP)
 config = data.override(globals(), sys.argv[1:])
 if (labelled == 'demo/labelled') != (unlabelled == 'demo/unlabelled'):     # the demo world is all or nothing
     labelled, unlabelled = (v if not v.startswith('demo/') else '' for v in (labelled, unlabelled))
     config |= dict(labelled=labelled, unlabelled=unlabelled)
 # --------------------------------------------------------------------------------------------------------------------
 
-data.one_of('tau_schedule', tau_schedule, ('shift', 'uniform'))
+data.one_of('tau_schedule', tau_schedule, ('uniform', 'shift', 'logit-normal'))
+data.one_of('teacher', teacher, ('same', 'ema'))
+data.one_of('space', space, ('x', 'v'))
 data.one_of('action_mode', action_mode, ('absolute', 'delta', 'delta_tool'))
 data.one_of('rotation', rotation, data.ROTATIONS)
 data.one_of('store', store, ('float16', 'int8'))
 data.one_of('dtype', dtype, ('auto', 'float32', 'bfloat16'))
 for name, least in (('frameskip', 1), ('frames', 2), ('batch_size', 1), ('max_steps', 1), ('eval_context', 1),
                     ('eval_clips', 2), ('eval_interval', 1), ('save_interval', 1), ('log_interval', 1), ('seed', 0),
-                    ('workers', 0), ('warmup', 0), ('fps', 0), ('cache_gb', 0)):
+                    ('workers', 0), ('warmup', 0), ('fps', 0), ('cache_gb', 0), ('micro_batch', 0), ('tau_shift', 0),
+                    ('long_frames', 2 * (long_share > 0))):
     if not config[name] >= least:       # nor nan
         sys.exit(f'--{name}: wants at least {least}, got {config[name]}')
-for name in ('labelled_share', 'val_share', 'whiten', 'bootstrap', 'bootstrap_start', 'p_image', 'p_null', 'ema',
-             'max_bad'):
+for name in ('labelled_share', 'val_share', 'whiten', 'bootstrap', 'bootstrap_start', 'p_image', 'p_null', 'p_past',
+             'ema', 'max_bad', 'long_share', 'grow', 'decay', 'self_forcing'):
     if not 0 <= config[name] <= 1:
         sys.exit(f'--{name}: wants a number from 0 to 1, got {config[name]}')
 
 # processes and devices
 ddp = 'RANK' in os.environ
 rank, world = (int(os.environ[k]) for k in ('RANK', 'WORLD_SIZE')) if ddp else (0, 1)
-if batch_size % world:
-    sys.exit(f'--batch_size={batch_size} is the total and does not divide by {world} processes')
+for name, clips_each in (('batch_size', batch_size), ('long_frames', batch_size * frames / max(1, long_frames))):
+    if clips_each % world and (name == 'batch_size' or long_share):
+        sys.exit(f'--{name}={config[name]}: {clips_each:g} clips a step in all do not divide by {world} processes')
+if fsdp and (not ddp or teacher == 'ema'):
+    sys.exit(f'--fsdp=True: {"wants torchrun" if not ddp else "keeps no averaged model, which --teacher=ema wants"}')
 device = data.pick_device(device, int(os.environ.get('LOCAL_RANK', 0)))
 if device.type == 'cuda':
     torch.cuda.set_device(device)
 if ddp:
     dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
 autocast = data.autocast(device, dtype)
+if fsdp:    # all forward passes of a step share the weights that autocast keeps: sharded layers then get no gradient
+    autocast = torch.autocast(device.type, autocast.fast_dtype, autocast._enabled, cache_enabled=False)
 say = print if rank == 0 else lambda *_, **__: None
 
 ckpt, optim = os.path.join(out_dir, 'ckpt.safetensors'), os.path.join(out_dir, 'optim.pt')
@@ -144,8 +168,8 @@ if resume:
 # the encoder and the model's shape come first: they are checked before anything is written
 encode = load_encoder(encoder, encoder_path, layer, frame_height, frame_width, pool).to(device)
 shape = model_config(size, encode.dim, encode.grid, 0, width=width, layers=layers, heads=heads, kv_heads=kv_heads,
-                     registers=registers, context=context, time_every=time_every, k_max=k_max, soft_cap=soft_cap,
-                     action_on=action_on, objective=objective)
+                     registers=registers, context=context, time_every=time_every, wide_layers=wide_layers, k_max=k_max,
+                     soft_cap=soft_cap, action_on=action_on, objective=objective)
 k_max = shape['k_max']
 if K < 1 or K & (K - 1) or K > k_max:
     sys.exit(f'--K: wants a power of two up to k_max {k_max}, got {K}')
@@ -173,6 +197,10 @@ if not sets['labelled'] + sets['unlabelled']:
 clips = data.Clips(sets['labelled'], sets['unlabelled'], frames, frameskip, (encode.size, encode.width),
                    batch_size // world, labelled_share, val_share, seed, rank, world)
 clips.count_faults({}, max_bad)
+long = data.Clips(sets['labelled'], sets['unlabelled'], long_frames, frameskip, (encode.size, encode.width),
+                  batch_size * frames // long_frames // world, labelled_share, val_share, seed, rank, world) \
+    if long_share else clips
+batches = data.Lengths(clips, long, long_share)
 shape['action_dim'] = clips.A
 
 
@@ -192,9 +220,9 @@ def normalised(batch):
 
 
 if resume:
-    for name in (*sets, 'camera', 'action', 'action_mode', 'rotation', 'fps', 'frameskip', 'frames', 'val_share',
-                 'labelled_share', 'batch_size', 'seed', 'encoder', 'layer', 'frame_height', 'frame_width', 'pool',
-                 'whiten', 'size', 'objective', 'cache', 'store', 'cache_gb'):
+    for name in (*sets, 'camera', 'action', 'action_mode', 'rotation', 'fps', 'frameskip', 'frames', 'long_frames',
+                 'long_share', 'val_share', 'labelled_share', 'batch_size', 'seed', 'encoder', 'layer', 'frame_height',
+                 'frame_width', 'pool', 'whiten', 'size', 'objective', 'cache', 'store', 'cache_gb', 'fsdp'):
         if config[name] != old[name]:
             sys.exit(f'--{name}: {config[name]!r} cannot go on from {ckpt}, which has {old[name]!r}')
     if saved.config != shape:
@@ -219,7 +247,8 @@ else:
 if encoder == 'pixels':
     encode.load_state_dict({k[8:]: v for k, v in stats.items() if k.startswith('encoder.')})
 if cache:
-    clips.tokens = data.cached_latents(clips.sets, encode, device, autocast, cache_dir, store, workers, rank, world)
+    clips.tokens = long.tokens = data.cached_latents(clips.sets, encode, device, autocast, cache_dir, store, workers,
+                                                     rank, world)
 held_out = clips.held_out(eval_context + 20, eval_clips)
 
 # model and optimiser
@@ -228,15 +257,50 @@ model = WorldModel(shape).to(device)
 if resume:
     model.load_state_dict(saved.state_dict())
 average = copy.deepcopy(model).requires_grad_(False).eval()
-params = list(model.parameters())
-matrices = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
-optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=weight_decay),
-                               dict(params=[p for p in params if all(p is not m for m in matrices)], weight_decay=0.0)],
-                              lr=learning_rate, betas=(beta1, beta2), fused=device.type in ('cpu', 'cuda'))
-rms = torch.ones(2, device=device)      # running mean squares of the loss terms
-step = 0
 if resume:
     average.load_state_dict(load(ckpt, device)[0].state_dict())
+if compile:     # layer by layer: quick to compile, and all layers of a kind share the code
+    torch._dynamo.config.recompile_limit = 64      # shapes of students and teachers, of short and long clips
+    for block in model.layers:
+        block.compile(dynamic=False)
+    if device.type == 'cuda' and encoder != 'pixels':
+        encode.compile()
+model.remat = remat
+run = model
+if fsdp:
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import distribute_tensor
+    # gathered once a step however often the teacher is called; and not one process alone, where one has bootstrap rows
+    for block in (*model.layers, model):
+        fully_shard(block, mesh=dist.init_device_mesh(device.type, (world,)), reshard_after_forward=False,
+                    ignored_params={p for p in model.parameters() if not p.numel()})
+elif ddp:
+    # buffers are constants; their broadcast in every forward would hang where one process alone has bootstrap rows
+    run = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False,
+                                                    device_ids=[device.index] if device.type == 'cuda' else None)
+
+
+def whole(x):
+    """A dict of tensors, or one, without shards: all processes call it."""
+    if isinstance(x, dict):
+        return {k: whole(v) for k, v in x.items()}
+    return x.full_tensor() if hasattr(x, 'full_tensor') else x
+
+
+def shard(x, p):
+    """This process's part of x, which is like parameter p."""
+    return distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None) if fsdp and x.dim() else x
+
+
+params = [p for p in model.parameters() if p.numel()]
+averages = [shard(p.to(device), q) for p, q in zip((p for p in average.parameters() if p.numel()), params)]
+matrices = {m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)}
+optimizer = torch.optim.AdamW([dict(params=[p for p in params if p in matrices], weight_decay=weight_decay),
+                               dict(params=[p for p in params if p not in matrices], weight_decay=0.0)],
+                              lr=learning_rate, betas=(beta1, beta2), fused=device.type in ('cpu', 'cuda'))
+rms = torch.ones(3, device=device)      # running mean squares of the loss terms: flow, bootstrap, self-forcing
+step = 0
+if resume:
     state = torch.load(optim, map_location=device, weights_only=True)
     if state['step'] != saved.step and os.path.isfile(optim + '.new'):      # killed between the two renames
         state = torch.load(optim + '.new', map_location=device, weights_only=True)
@@ -244,6 +308,9 @@ if resume:
         sys.exit(f'{optim} is of {state["world"]} processes, these are {world}: their batches differ')
     if state['step'] != saved.step:
         sys.exit(f'{optim} is of step {state["step"]}, {ckpt} of step {saved.step}: they do not belong together')
+    order = [p for group in optimizer.param_groups for p in group['params']]
+    state['optimizer']['state'] = {i: {k: shard(v, order[i]) for k, v in kept.items()}
+                                   for i, kept in state['optimizer']['state'].items()}
     optimizer.load_state_dict(state['optimizer'])
     rms, step = state['rms'], state['step']
 elif rank == 0:
@@ -253,12 +320,7 @@ elif rank == 0:
         print(f'{out_dir} held an earlier run: it is now {free}')
 if rank == 0:
     os.makedirs(out_dir, exist_ok=True)
-run = torch.compile(model) if compile else model
-if ddp:
-    # buffers are constants; their broadcast in every forward would hang where one process alone has bootstrap rows
-    run = torch.nn.parallel.DistributedDataParallel(run, broadcast_buffers=False,
-                                                    device_ids=[device.index] if device.type == 'cuda' else None)
-
+generator, peak = torch.Generator(device), data.peak_flops(device) * world
 tokens_per_frame = registers + math.prod(encode.grid) + 2
 for name, value in config.items():
     say(f'{name} = {value}')
@@ -271,7 +333,7 @@ say(f'{sum(p.numel() for p in params) / 1e6:.2f}M parameters, '
 @torch.no_grad()
 def evaluate():
     """{kind: {method: {horizon: mse}}} on held-out episodes with the averaged weights; padded frames do not count."""
-    out = {}
+    out, imagine = {}, half_weights(copy.deepcopy(average), autocast.fast_dtype) if autocast._enabled else average
     for kind, batch in held_out.items():
         z, a, a_mask, z_mask = normalised(batch)
         ways = {'model': (a, a_mask)}
@@ -279,7 +341,7 @@ def evaluate():
             # half a turn: neighbours are often of one episode, whose actions are alike
             ways |= {'shuffled': (a.roll(len(a) // 2, 0), a_mask), 'hidden': (a, torch.zeros_like(a_mask))}
         with autocast:
-            found = {name: rollout(average, z[:, :eval_context], *way, K=K) for name, way in ways.items()}
+            found = {name: rollout(imagine, z[:, :eval_context], *way, K=K) for name, way in ways.items()}
         found['repeat'] = z[:, eval_context - 1:eval_context].expand(-1, 20, -1, -1)
         out[kind] = {name: {} for name in sorted(found)}
         for name, f in found.items():
@@ -290,16 +352,63 @@ def evaluate():
     return out
 
 
+def noise(z, row):
+    """Uniform (B, 4 + 3 T) and normal (B, T, N, D) numbers for a step's clips from row on, a function of seed, step and
+    row alone: the same training whatever the number of processes and the size of micro-batches."""
+    u, eps = torch.empty(len(z), 4 + 3 * z.shape[1], device=device), torch.empty_like(z)
+    for i in range(len(z)):
+        generator.manual_seed(((seed * 10_000_019 + step) << 20) + row + i)
+        u[i].uniform_(generator=generator)
+        eps[i].normal_(generator=generator)
+    return u, eps
+
+
+def clip_frames(step):
+    """How many frames of the clips of a step are used."""
+    T = batches.which(step)[0].T
+    return T if step >= grow * max_steps else min(T, 2 << int(step / (grow * max_steps) * math.ceil(math.log2(T / 2))))
+
+
+def audit(loss):
+    """Ends the run where something does not learn or is not kept: what has a gradient, what the optimizer moves and
+    what the checkpoint holds must be the same tensors."""
+    names, kept = {p: name for name, p in model.named_parameters() if p.numel()}, model.state_dict().keys()
+    moved = {p for group in optimizer.param_groups for p in group['params']}
+    for p, name in names.items():
+        wrong = ['gets no gradient: the loss does not depend on it'] * (p.grad is None) + \
+            ['is not in the optimizer'] * (p not in moved) + ['is not in the checkpoint'] * (name not in kept)
+        if wrong:
+            sys.exit(f'model.{name} {wrong[0]}')
+    nodes, seen = [loss.grad_fn], set()
+    while nodes and not fsdp:       # shards are not the tensors that the loss was made of
+        node = nodes.pop()
+        if hasattr(node, 'variable') and node.variable not in names and node.variable.numel():
+            sys.exit(f'a tensor of shape {tuple(node.variable.shape)} gets a gradient but is no parameter of the model: it '
+                     'would be neither trained nor saved')
+        nodes += [after for after, _ in node.next_functions if after is not None and after not in seen]
+        seen |= {*nodes}
+
+
 def log(**entry):
     with open(os.path.join(out_dir, 'log.jsonl'), 'a') as f:
         f.write(json.dumps(entry) + '\n')
 
 
+def gather():
+    """Bring the averaged weights into `average`; of what is sharded it holds none."""
+    with torch.no_grad():
+        for p, q in zip((p for p in average.parameters() if p.numel()), averages):
+            p.copy_(whole(q))
+
+
 def save_all():
-    save(ckpt + '.new', model, config, dict(average.named_parameters()), stats, step)
-    torch.save(dict(optimizer=optimizer.state_dict(), rms=rms, step=step, world=world), optim + '.new')
-    for path in (ckpt, optim):
-        os.replace(path + '.new', path)
+    weights, state = whole(model.state_dict()), optimizer.state_dict()
+    state['state'] = whole(state['state'])
+    if rank == 0:
+        save(ckpt + '.new', model, config, dict(average.named_parameters()), stats, step, weights)
+        torch.save(dict(optimizer=state, rms=rms, step=step, world=world), optim + '.new')
+        for path in (ckpt, optim):
+            os.replace(path + '.new', path)
 
 
 asked = stop = False
@@ -313,40 +422,66 @@ def on_signal(*_):
 for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, on_signal)
 decoding = workers if cache_dir or not cache else 0       # latents in memory need no help
-loader = iter(torch.utils.data.DataLoader(clips, batch_size=None, sampler=range(step, max_steps),
+loader = iter(torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(step, max_steps),
                                           num_workers=decoding, pin_memory=device.type == 'cuda',
                                           multiprocessing_context='fork' if decoding else None))
 bar = tqdm(total=max_steps, initial=step, disable=rank > 0 or not sys.stderr.isatty(), dynamic_ncols=True)
 bad = torch.full((), -1, device=device)         # the first step whose loss is not finite, seen at the next sync
-first, clock = step, time.perf_counter()
+start = first = step
+tokens, flops, clock = 0, 0.0, time.perf_counter()
 while step < max_steps and not stop:
     batch = next(loader)
     clips.count_faults(batch, max_bad)
-    z, a, a_mask, z_mask = normalised(batch)
-    torch.manual_seed((seed * world + rank) * 10_000_019 + step)    # noise too depends on seed, rank and step alone
+    z, a, a_mask, z_mask = (v[:, :clip_frames(step)] for v in normalised(batch))
+    (B, T), (kind, i) = z.shape[:2], batches.which(step)
+    part, row = micro_batch or B, rank * B
+    falling = max(1, min(decay * max_steps, max_steps - warmup))
     lr = learning_rate * (step + 1) / warmup if step < warmup else \
-        min_lr + (learning_rate - min_lr) * (max_steps - step) / max(1, max_steps - warmup)
+        min_lr + (learning_rate - min_lr) * min(1, (max_steps - step) / falling)
     for group in optimizer.param_groups:
         group['lr'] = lr
-    with autocast:
-        loss, metrics = shortcut_loss(run, z, a, a_mask, z_mask, objective, k_max,
-                                      bootstrap if step >= bootstrap_start * max_steps else 0.0, p_image, p_null,
-                                      tau_schedule, rms)
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
+    boot = bootstrap if step >= bootstrap_start * max_steps else 0.0
+    forced = T // 2 if step >= (1 - self_forcing) * max_steps else T        # frames from here on are its own
+    # every term is a mean over the frames of all processes that count in it, however they are spread
+    _, n, valid = which_rows(z_mask, objective, boot, first=i * B * world + row)
+    count = torch.stack((*valid.sum(dim=(1, 2)), z_mask[:, forced:].sum())).float()
+    if ddp:
+        dist.all_reduce(count)
+    terms = torch.zeros(4, device=device)       # flow, bootstrap, self-forcing, loss
+    for at in range(0, B, part):
+        some, final = slice(at, at + part), at + part >= B
+        if fsdp:
+            model.set_requires_gradient_sync(final)
+        with contextlib.nullcontext() if final or fsdp or not ddp else run.no_sync():
+            with autocast:
+                loss, metrics = shortcut_loss(
+                    run, z[some], a[some], a_mask[some], z_mask[some], objective, k_max, boot, p_image, p_null,
+                    tau_schedule, tau_shift, p_past, ramp, space, rms[:2], average if teacher == 'ema' else model,
+                    i * B * world + row + at, noise(z[some], row + at), count[:2] / world)
+                own = torch.zeros((), device=device)
+                if forced < T:
+                    own = rollout(model, z[some, :forced], a[some], a_mask[some], K, seed=step * batch_size + row + at,
+                                  grad=True) - z[some, forced:]
+                    own = (own.square().mean(dim=(2, 3)) * z_mask[some, forced:]).sum() / count[2].clamp(min=1) * world
+                    loss = loss + own / torch.maximum(rms[0], rms[2]).clamp(min=1e-12).sqrt()
+            loss.backward()
+        terms += torch.stack((metrics['flow'], metrics['bootstrap'], own.detach(), loss.detach()))
+    if step == start:
+        audit(loss)
+    norm = whole(torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf))
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     with torch.no_grad():
-        decay = min(ema, (step + 1) / (step + 10))
-        torch._foreach_lerp_(list(average.parameters()), params, 1 - decay)
-        seen = torch.stack([metrics[k].square() if k in metrics else rms[i]
-                            for i, k in enumerate(('flow', 'bootstrap'))])
+        torch._foreach_lerp_(averages, params, 1 - min(ema, (step + 1) / (step + 10)))
         if ddp:
-            dist.all_reduce(seen)
-            seen /= world
-        rms.lerp_(seen.float(), 0.05)
+            dist.all_reduce(terms)
+            terms /= world
+        rms = torch.where(count > 0, rms.lerp(terms[:3].square(), 0.05), rms)
         step += 1
-        bad = torch.where((bad < 0) & ~(loss.isfinite() & norm.isfinite()), step, bad)
+        bad = torch.where((bad < 0) & ~(terms[3].isfinite() & norm.isfinite()), step, bad)
+    # training costs three forward passes, and two more for the teacher of bootstrap rows; encoding is not counted
+    flops += (3 * B + 2 * n) * T * flops_per_frame(shape, T)
+    tokens += B * world * T * tokens_per_frame
     bar.update()
 
     if not ddp:
@@ -359,19 +494,24 @@ while step < max_steps and not stop:
     if step % log_interval == 0 or step % save_interval == 0 or step % eval_interval == 0 or last:
         if bad >= 0:                            # the one sync point
             sys.exit(f'step {bad.item()}: the loss or its gradient is not finite; nothing has been saved since')
-        seconds = (time.perf_counter() - clock) / (step - first)
-        entry = dict(step=step, loss=loss.item(), lr=lr,
-                     **{k: metrics[k].item() if k in metrics else None for k in ('flow', 'bootstrap')},
-                     tokens_per_s=batch_size * frames * tokens_per_frame / seconds, mfu=None)
-        first, clock = step, time.perf_counter()
+        seconds = time.perf_counter() - clock
+        entry = dict(step=step, loss=terms[3].item(), lr=lr, flow=terms[0].item(),
+                     bootstrap=terms[1].item() if count[1] > 0 else None, tau=metrics['tau'].item(),
+                     tokens_per_s=tokens / seconds, mfu=flops / seconds / peak if peak else None,
+                     memory_gb=torch.cuda.max_memory_allocated(device) / 1e9 if device.type == 'cuda' else None)
+        seconds /= step - first
         if rank == 0:
             log(**entry)
             bar.set_postfix_str(f'loss {entry["loss"]:.3f}') if not bar.disable else \
-                print(f'step {step}: loss {entry["loss"]:.4f}, '
-                      + ''.join(f'{k} {v.item():.4f}, ' for k, v in metrics.items()) + f'lr {lr:.1e}, '
-                      f'{1000 * seconds:.0f} ms/step, {entry["tokens_per_s"]:,.0f} tokens/s, '
-                      f'{(max_steps - step) * seconds / 60:.1f} min left', flush=True)
-    if rank == 0 and (step % save_interval == 0 or last):
+                print(f'step {step}: ' + ''.join(f'{k} {entry[k]:.4f}, ' for k in ('loss', 'flow', 'bootstrap', 'tau')
+                                                 if entry[k] is not None)
+                      + f'lr {lr:.1e}, {1000 * seconds:.0f} ms/step, {entry["tokens_per_s"]:,.0f} tokens/s, mfu '
+                      + (f'{entry["mfu"]:.1%}, memory {entry["memory_gb"]:.1f} GB, ' if peak else 'n/a, ')
+                      + f'{(max_steps - step) * seconds / 60:.1f} min left', flush=True)
+        first, tokens, flops, clock = step, 0, 0.0, time.perf_counter()
+    if step % save_interval == 0 or step % eval_interval == 0 or last:
+        gather()
+    if step % save_interval == 0 or last:
         save_all()
     if rank == 0 and (step % eval_interval == 0 or step == max_steps) and not stop:
         val = evaluate()
@@ -382,7 +522,7 @@ while step < max_steps and not stop:
                 for name, errors in ways.items()), file=sys.stdout)
         sys.stdout.flush()
     if step % eval_interval == 0 or step % save_interval == 0:
-        first, clock = step, time.perf_counter()
+        first, tokens, flops, clock = step, 0, 0.0, time.perf_counter()
 bar.close()
 say(f'stopped at step {step}: python train.py --resume=True goes on' if step < max_steps else f'trained {step} steps')
 say(f'wrote {ckpt}, {optim} and {os.path.join(out_dir, "log.jsonl")}')

@@ -1,5 +1,6 @@
 import http.server
 import json
+import math
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+import torch.utils.flop_counter
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -307,29 +309,77 @@ def test_first_angles_of_a_process_are_right():
 
 # the world model ------------------------------------------------------------------------------------------------------
 
-def world(context=4, k_max=8, seed=0, dtype=torch.float32, **overrides):
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny models are far slower on two threads that have to share their cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def double(monkeypatch):
+    """Float64 throughout, also where the model goes to float32 by contract: what is left is rounding at 1e-16."""
+    monkeypatch.setattr(torch.Tensor, 'float', torch.Tensor.double)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def eager_flex(monkeypatch):
+    """Flex attention as it is written, not compiled: slow, but it runs on a CPU, and backwards too."""
+    flex = 'torch.nn.attention.flex_attention.'
+    monkeypatch.setattr(model, 'compiled_flex', lambda: model.attend_flex)
+    monkeypatch.setattr(flex + '_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG', True)
+    monkeypatch.setattr(flex + '_validate_device', lambda *tensors: None)
+
+
+def use(net, kernel):
+    for m in net.modules():
+        if isinstance(m, model.Attention):
+            m.kernel = kernel
+    return net
+
+
+def world(context=4, k_max=8, seed=0, **overrides):
     """A tiny model whose output is not zero, as it is when new."""
     torch.manual_seed(seed)
-    config = model.model_config('nano', 3, (2, 3), 2, **(dict(width=32, heads=4, kv_heads=2, layers=4, registers=1,
-                                                              context=context, k_max=k_max) | overrides))
+    config = model.model_config('nano', **(dict(dim=3, grid=(2, 3), action_dim=2, width=32, layers=4, heads=4,
+                                                kv_heads=2, registers=1, context=context, k_max=k_max) | overrides))
     net = model.WorldModel(config)
-    torch.nn.init.normal_(net.head.weight, std=0.3)
-    return net.to(dtype).eval()
+    for m in (net.head.out, *net.head.modulate) if config['wide_layers'] else (net.head,):
+        torch.nn.init.normal_(m.weight, std=0.3)
+    return net.eval()
 
 
-def inputs(B=2, T=6, N=6, D=3, A=2, k_max=8, dtype=torch.float32):
+def inputs(B=2, T=6, N=6, D=3, A=2, k_max=8):
     g = torch.Generator().manual_seed(1)
-    z, a = torch.randn(B, T, N, D, generator=g).to(dtype), torch.randn(B, T, A, generator=g).to(dtype)
+    z, a = torch.randn(B, T, N, D, generator=g), torch.randn(B, T, A, generator=g)
     a_mask = torch.rand(B, T, generator=g) < 0.7
     a_mask[:, 0] = False
-    tau = (torch.randint(0, k_max, (B, T), generator=g) / k_max).to(dtype)
-    return z, tau, torch.full((B, T), 1 / k_max, dtype=dtype), a, a_mask
+    tau = torch.randint(0, k_max, (B, T), generator=g) / k_max
+    return z, tau, torch.full((B, T), 1 / k_max), a, a_mask
 
 
-def test_attention_equals_a_loop():
+def draw(z, seed=0):
+    """The noise that shortcut_loss takes."""
+    g = torch.Generator().manual_seed(seed)
+    return torch.rand(len(z), 4 + 3 * z.shape[1], generator=g), torch.randn(z.shape, generator=g)
+
+
+def gradients(loss, net):
+    """Of every parameter, in one vector; a parameter that takes no part has 0."""
+    g = torch.autograd.grad(loss, list(net.parameters()), allow_unused=True)
+    return torch.cat([(torch.zeros_like(p) if x is None else x).flatten() for x, p in zip(g, net.parameters())])
+
+
+@pytest.mark.parametrize('cap', [0.5, 2.0, 50.0])
+def test_attention_equals_a_loop(double, cap):
     g = torch.Generator().manual_seed(0)
-    B, h, n, S, L, d, cap = 2, 4, 2, 3, 5, 8, 2.0
-    q, k, v = (torch.randn(B, heads, length, d, generator=g).double() * 3 for heads, length in ((h, S), (n, L), (n, L)))
+    B, h, n, S, L, d = 2, 4, 2, 3, 5, 8
+    q, k, v = (torch.randn(B, heads, length, d, generator=g) * 3 for heads, length in ((h, S), (n, L), (n, L)))
     mask = torch.rand(B, 1, S, L, generator=g) < 0.7
     mask[..., 0] = True
     want = np.zeros((B, h, S, d))
@@ -340,12 +390,45 @@ def test_attention_equals_a_loop():
                 logits = [(q[b, i, s] @ k[b, i // (h // n), j]).item() / np.sqrt(d) for j in keys]
                 e = [np.exp(cap * np.tanh(x / cap)) for x in logits]
                 want[b, i, s] = sum(w / sum(e) * v[b, i // (h // n), j].numpy() for w, j in zip(e, keys))
-    assert np.allclose(model.attend(q, k, v, cap, mask), want, atol=1e-6)      # logits are float32 by contract
+    got = model.attend(q, k, v, cap, mask)
+    assert np.allclose(got, want, rtol=0, atol=1e-12)
+    assert cap == 50 or (got - model.attend(q, k, v, 1e9, mask)).abs().max() > 0.1, 'the cap bites'
     one = model.attend(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), cap, mask)     # a key head per head
-    assert torch.allclose(model.attend(q, k, v, cap, mask), one, atol=1e-6)
+    assert torch.allclose(got, one, rtol=0, atol=1e-12)
+
+
+def test_attention_in_float32_is_that_of_float64():
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (3 * torch.randn(2, heads, 5, 8, generator=g).double() for heads in (4, 2, 2))
+    want = model.attend(q, k, v, 2.0)
+    assert torch.allclose(model.attend(q.float(), k.float(), v.float(), 2.0).double(), want, atol=1e-5)
+    half = model.attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), 2.0)
+    assert half.dtype == torch.bfloat16 and (half - want).abs().max() < 0.1
+
+
+@pytest.mark.parametrize('context', [0, 3])
+def test_a_layer_of_attention_written_out(double, context):
+    """Normalised queries and keys, turned as complex numbers, each head with a gain of its own."""
+    torch.manual_seed(0)
+    attn, x, angle = model.Attention(32, 4, 2, 2.0, context), torch.randn(2, 5, 32), torch.randn(5, 1, 4)
+    torch.nn.init.uniform_(attn.qk_gain, 0.5, 3.0)
+    heads = (x @ attn.qkv.weight.T).unflatten(2, (8, 8))
+    unit = heads / heads.square().mean(dim=-1, keepdim=True).sqrt()
+    turned = torch.complex(unit[..., :4], unit[..., 4:]) * torch.polar(torch.ones_like(angle), angle)
+    qk = torch.cat((turned.real, turned.imag), dim=-1)[:, :, :6] * attn.qk_gain
+    want = torch.zeros(2, 5, 4, 8)
+    for i in range(4):
+        for s in range(5):
+            seen = slice(max(0, s + 1 - context), s + 1) if context else slice(0, 5)
+            logits = torch.einsum('bd,bjd->bj', qk[:, s, i], qk[:, seen, 4 + i // 2]) / 8 ** 0.5
+            weights = torch.softmax(2 * torch.tanh(logits / 2), dim=-1)
+            want[:, s, i] = torch.einsum('bj,bjd->bd', weights, heads[:, seen, 6 + i // 2])
+    got = attn(x, (angle.cos(), angle.sin()))
+    assert torch.allclose(got, want.flatten(2) @ attn.out.weight.T, rtol=0, atol=1e-5)      # rms_norm adds 1e-6
 
 
 def test_rope_is_relative():
+    torch.manual_seed(0)
     q, k = torch.randn(1, 1, 8), torch.randn(1, 1, 8)
     freq = 10000.0 ** (-torch.arange(4) / 4)
     at = [[(model.rotate(q, (i * freq).cos(), (i * freq).sin()) * model.rotate(k, (j * freq).cos(), (j * freq).sin())
@@ -353,13 +436,66 @@ def test_rope_is_relative():
     assert np.allclose(at, at[0], atol=1e-4) and abs(at[0][0] - at[0][1]) > 1e-3
 
 
+def test_rope_of_space_depends_on_the_steps_between_rows_and_columns(double):
+    """All pairs of latents of a 3x4 grid: as many different logits as there are different steps."""
+    net = world(grid=(3, 4), width=64, registers=2)
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 16), torch.randn(1, 16)
+    at = lambda x: model.rotate(x.expand(2 + 12 + 2, 1, 16), net.space_cos, net.space_sin)[:, 0]
+    logits, steps = at(q) @ at(k).T, {}
+    for i in range(12):
+        for j in range(12):
+            steps.setdefault((i // 4 - j // 4, i % 4 - j % 4), []).append(logits[2 + i, 2 + j].item())
+    assert len(steps) == 5 * 7 and all(np.ptp(v) < 1e-12 for v in steps.values())
+    means = sorted(v[0] for v in steps.values())
+    assert np.diff(means).min() > 1e-6
+    for other in (0, 1, -2, -1):
+        assert torch.equal(at(q)[other], q[0]), 'other tokens have no place'
+
+
 def test_shifting_all_frames_changes_nothing():
     net, x = world(), inputs()
     assert torch.allclose(net(*x), net(*x, start=57), atol=1e-5)
 
 
-def test_the_past_never_sees_the_future_nor_beyond_the_window():
-    net, (z, *rest) = world(layers=2, context=3), inputs()
+def test_shifting_all_frames_changes_nothing_but_rounding(double):
+    net, x = world(), inputs()
+    assert torch.allclose(net(*x), net(*x, start=57), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize('kv_heads', [1, 2])
+@pytest.mark.parametrize('wide_layers', [0, 1])
+def test_grouped_heads_are_heads_that_share_their_keys(double, kv_heads, wide_layers):
+    few = world(kv_heads=kv_heads, wide_layers=wide_layers)
+    many = world(kv_heads=4, wide_layers=wide_layers)
+    many.load_state_dict({k: v for k, v in few.state_dict().items() if 'qk' not in k}, strict=False)
+    attentions = [[m for m in net.modules() if isinstance(m, model.Attention)] for net in (few, many)]
+    with torch.no_grad():
+        for a, b in zip(*attentions):
+            a.qk_gain.uniform_(0.5, 1.5)
+            for keyed, p, q in ((1, a.qk_gain, b.qk_gain), (2, a.qkv.weight, b.qkv.weight)):
+                p = p.unflatten(0, (a.heads + keyed * a.kv_heads, -1))
+                p = p[:a.heads], p[a.heads:].repeat_interleave(a.heads // a.kv_heads, dim=0)
+                q.copy_(torch.cat(p).flatten(0, 1))
+    assert torch.allclose(few(*inputs()), many(*inputs()), rtol=0, atol=1e-12)
+
+
+@pytest.fixture(params=['plain', 'flex', 'remat'])
+def path(request):
+    """How a model computes: what must hold, holds for every kernel."""
+    if request.param == 'flex':
+        request.getfixturevalue('eager_flex')
+
+    def made(**overrides):
+        net = use(world(**overrides), 'flex' if request.param == 'flex' else 'plain')
+        net.remat = request.param == 'remat'
+        return net
+    return made
+
+
+@pytest.mark.parametrize('wide_layers', [0, 1])
+def test_the_past_never_sees_the_future_nor_beyond_the_window(path, wide_layers):
+    net, (z, *rest) = path(layers=2, context=3, wide_layers=wide_layers), inputs()
     base = net(z, *rest)
     for t in range(6):
         other = z.clone()
@@ -372,8 +508,27 @@ def test_the_past_never_sees_the_future_nor_beyond_the_window():
     assert torch.equal(net(other, *rest)[1], base[1])       # clips never meet
 
 
-def test_frames_alone_see_only_themselves():
-    net, (z, *rest) = world(), inputs()
+@pytest.mark.parametrize('wide_layers', [0, 1])
+def test_what_comes_out_is_what_went_in_at_the_same_place(wide_layers):
+    net, (z, *rest) = world(registers=3, wide_layers=wide_layers), inputs()
+    for m in net.modules():
+        if isinstance(m, model.Layer):      # no layer does anything
+            torch.nn.init.zeros_(m.attn.out.weight)
+            torch.nn.init.zeros_(m.mlp.down.weight)
+    for n in range(6):
+        other = z.clone()
+        other[:, :, n] += 1
+        changed = (net(other, *rest) - net(z, *rest)).abs().amax(dim=(0, 1, 3)) > 1e-6
+        assert changed.tolist() == [i == n for i in range(6)]
+    if wide_layers:     # the trunk too is heard at its place
+        torch.nn.init.normal_(net.head.layers[0].mlp.down.weight)
+        base = net(z, *rest)
+        net.z_in.register_forward_hook(lambda m, given, out: out + (torch.arange(6) == 2)[:, None])
+        assert ((net(z, *rest) - base).abs().amax(dim=(0, 1, 3)) > 1e-6).tolist() == [i == 2 for i in range(6)]
+
+
+def test_frames_alone_see_only_themselves(path):
+    net, (z, *rest) = path(), inputs()
     other = z.clone()
     other[:, 2] += 1
     alone = torch.tensor([True, False])
@@ -382,24 +537,150 @@ def test_frames_alone_see_only_themselves():
 
 
 @pytest.mark.parametrize('action_on', ['all', 'token'])
-def test_hidden_actions_do_not_leak(action_on):
-    net, (z, tau, d, a, a_mask) = world(action_on=action_on), inputs()
+def test_hidden_actions_do_not_leak(path, action_on):
+    net, (z, tau, d, a, a_mask) = path(action_on=action_on), inputs()
     hidden = torch.where(a_mask[..., None], a, torch.nan)
-    assert torch.equal(net(z, tau, d, a, a_mask), net(z, tau, d, hidden, a_mask))
-    assert not torch.allclose(net(z, tau, d, a, a_mask), net(z, tau, d, a + 1, a_mask))
+    base, blind = net(z, tau, d, a, a_mask), net(z, tau, d, hidden, a_mask)
+    assert torch.equal(base, blind) and gradients(blind.sum(), net).isfinite().all()
+    assert not torch.allclose(base, net(z, tau, d, a + 1, a_mask))
 
 
-def test_a_new_model_predicts_the_mean():
+@pytest.mark.parametrize('with_alone', [False, True])
+def test_flex_attention_and_remat_compute_the_same(eager_flex, with_alone):
+    net, (z, *rest) = world(context=3, soft_cap=2.0), inputs(3, 7)
+    alone = torch.tensor([True, False, True]) if with_alone else None
+    results = []
+    for kernel, remat in (('plain', False), ('flex', False), ('plain', True)):
+        use(net, kernel).remat = remat
+        x = z.clone().requires_grad_()
+        out = net(x, *rest, alone)
+        results.append((out, *torch.autograd.grad(out.square().mean(), [x, *net.parameters()])))
+    for other in results[1:]:
+        for want, got in zip(results[0], other):
+            assert torch.allclose(want, got, rtol=1e-4, atol=1e-5)
+
+
+def test_remat_keeps_less(monkeypatch):
+    """Without it a layer keeps its insides for the way back; with it, its input."""
+    net, x, kept = world(), inputs(), {}
+    for remat in (False, True):
+        net.remat, kept[remat] = remat, []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept[remat].append(t.numel()) or t, lambda t: t):
+            net(*x)
+    assert sum(kept[True]) < 0.3 * sum(kept[False])
+
+
+@pytest.mark.parametrize('Tc', [0, 3, 6])
+def test_a_frame_number_in_a_tensor_is_a_frame_number(Tc):
+    """The form of fixed shapes, which a CUDA graph needs, goes round the ring as the other does."""
+    net, (z, tau, d, a, a_mask) = world(context=4), inputs(2, 13)
+    outs = []
+    with torch.no_grad():
+        for kind in (int, torch.tensor):
+            rings, out = net.new_rings(2, 13), []
+            if Tc:
+                net(*(x[:, :Tc] for x in (z, tau, d, a, a_mask)), rings=rings, commit=True)
+            for t in range(Tc, 13):
+                out.append(net(*(x[:, t:t + 1] for x in (z, tau, d, a, a_mask)), rings=rings, start=kind(t)))
+            outs.append(torch.cat(out, dim=1))
+        assert torch.allclose(*outs, atol=1e-5)
+        assert torch.allclose(outs[0], net(z, tau, d, a, a_mask)[:, Tc:], atol=1e-5)
+
+
+def counted(f):
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        f()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize('overrides', [{}, dict(kv_heads=1), dict(kv_heads=4, layers=6, time_every=2, registers=3),
+                                       dict(wide_layers=2), dict(wide_layers=1, kv_heads=1, context=20)])
+def test_flops_per_frame_is_what_is_computed(overrides):
+    """Frame by frame through the cache, where nothing is masked; a clip also computes the logits that it masks."""
+    T, net = 9, world(**dict(dict(context=4, action_dim=5), **overrides))
+    c, (z, tau, d, a, a_mask) = net.config, inputs(1, T, A=5)
+    rings = net.new_rings(1, T)
+    with torch.no_grad():
+        each = [counted(lambda: net(*(x[:, t:t + 1] for x in (z, tau, d, a, a_mask)), rings=rings, start=t))
+                for t in range(T)]
+        clip = counted(lambda: net(z, tau, d, a, a_mask))
+    for n in (1, 3, T):
+        assert sum(each[:n]) / n == pytest.approx(model.flops_per_frame(c, n), rel=1e-12)
+    times, seen = sum(layer.time for layer in net.layers), sum(min(t + 1, c['context']) for t in range(T)) / T
+    masked = 4 * times * (c['registers'] + 6 + 2) * 32 * (T - seen)
+    assert clip / T == pytest.approx(model.flops_per_frame(c, T) + masked, rel=1e-12)
+
+
+def test_a_wide_head_starts_at_zero_and_all_of_it_learns():
+    torch.manual_seed(0)
+    net = model.WorldModel(model.model_config('nano', 3, (2, 3), 2, width=32, layers=4, heads=4, wide_layers=2))
+    z, tau, d, a, a_mask = inputs(k_max=64)
+    assert net(z, tau, d, a, a_mask).shape == z.shape and net(z, tau, d, a, a_mask).abs().max() == 0
+    assert [(m.attn.heads, m.attn.out.weight.shape[0], m.time) for m in net.head.layers] == 2 * [(8, 64, False)]
+    torch.nn.init.normal_(net.head.out.weight)
+    assert torch.equal(net(z, tau, d, a, a_mask), net(z, tau * 0, d, a + 1, ~a_mask)), 'gates closed to the trunk'
+    torch.nn.init.zeros_(net.head.out.weight)
+    optimizer = torch.optim.Adam(net.parameters(), 1e-3)
+    without = []
+    for step in range(3):       # the output first, then the gates, then what they let through
+        loss, _ = model.shortcut_loss(net, z, a, a_mask, torch.ones_like(a_mask), bootstrap=0.5, p_image=0, p_null=0)
+        optimizer.zero_grad()
+        loss.backward()
+        without.append([n for n, p in net.named_parameters() if p.grad is None or p.grad.abs().max() == 0])
+        optimizer.step()
+    assert len(without[0]) > len(without[1]) and without[2] == []
+
+
+def test_a_wide_head_written_out(double):
+    net = world(wide_layers=2)
+    x, z, rope = torch.randn(1, 2, 6, 32), torch.randn(1, 2, 6, 3), [y[1:-2] for y in (net.space_cos, net.space_sin)]
+    norm = lambda y: y / y.square().mean(dim=-1, keepdim=True).sqrt()
+    y = net.head.z_in(z)
+    for layer, modulate in zip(net.head.layers, net.head.modulate):
+        torch.nn.init.normal_(modulate.bias)
+        m = (x * torch.sigmoid(x)) @ modulate.weight.T + modulate.bias
+        part = lambda i: m[..., 64 * i:64 * (i + 1)]
+        for first, inner in ((0, lambda u: torch.stack([layer.attn(f, rope) for f in u.unbind(1)], 1)), (3, layer.mlp)):
+            y = y + part(first + 2) * inner(norm(y) * (1 + part(first)) + part(first + 1))
+    assert torch.allclose(net.head(x, z, rope), net.head.out(norm(y)), rtol=0, atol=1e-4)       # rms_norm adds 1e-6
+
+
+def test_sizes_and_a_new_model_predicts_the_mean():
     net = model.WorldModel(model.model_config('nano', 3, (2, 3), 2))
     assert net(*inputs(k_max=64)).abs().max() == 0
-    sizes = {name: sum(p.numel() for p in model.WorldModel(model.model_config(name, 384, (16, 16), 7)).parameters())
-             for name in ('nano', 'tiny', 'small')}
-    assert 0.6e6 < sizes['nano'] < 1.1e6 and 2.5e6 < sizes['tiny'] < 4e6 and 25e6 < sizes['small'] < 36e6
+    with torch.device('meta'):      # shapes without memory
+        sizes = {name: sum(p.numel() for p in model.WorldModel(model.model_config(name, 384, (16, 16), 7)).parameters())
+                 for name in model.SIZES}
+    assert 0.6e6 < sizes['nano'] < 1.1e6 and 2.5e6 < sizes['tiny'] < 3.75e6 and 25e6 < sizes['small'] < 36e6
+    assert 0.75 * 120e6 < sizes['base'] < 1.25 * 120e6 and 0.75 * 400e6 < sizes['large'] < 1.25 * 400e6
+
+
+def test_every_dimension_is_an_override():
+    free = dict(width=64, layers=5, heads=8, kv_heads=4, registers=3, context=7, time_every=2, wide_layers=1, k_max=16,
+                soft_cap=9.0, action_on='token', objective='diffusion')
+    data = dict(dim=5, grid=[3, 4], action_dim=6)
+    preset, config = model.model_config('nano', **data), model.model_config('nano', **data, **free)
+    assert config == data | free and preset.keys() == config.keys() and all(preset[k] != v for k, v in free.items())
+    unset = {k: type(v)() for k, v in free.items() if k != 'registers'}
+    assert model.model_config('nano', **data, **unset) == preset
+    assert model.model_config('nano', **data, registers=0)['registers'] == 0
+    net = model.WorldModel(config)
+    assert [layer.time for layer in net.layers] == [False, True, False, True, False]
+    assert net.registers.shape == (3, 64) and net.tau_embed.weight.shape == (16, 32) and len(net.d_embed.weight) == 5
+    assert all((m.heads, m.kv_heads, m.head_dim, m.cap) == (8, 4, 8, 9) for m in (x.attn for x in net.layers))
+    assert net.layers[1].attn.context == 7 and net.layers[0].attn.context == 0
+    assert net.a_in.weight.shape == (64, 6) and isinstance(net.head, model.WideHead) and len(net.head.layers) == 1
+    z, tau, d, a, a_mask = inputs(N=12, D=5, A=6)
+    assert net(z, tau, d, a, a_mask).shape == z.shape
+    with pytest.raises(AssertionError, match='depth'):
+        model.model_config('nano', **data, depth=3)
 
 
 @pytest.mark.parametrize('bad, said', [(dict(size='huge'), '--size=huge: no such size'), (dict(heads=3), 'heads'),
                                        (dict(k_max=12), '--k_max=12: wants a power of two'),
-                                       (dict(objective='flow'), '--objective=flow'), (dict(layers=1), '--layers=1')])
+                                       (dict(objective='flow'), '--objective=flow'), (dict(layers=1), '--layers=1'),
+                                       (dict(wide_layers=-1), '--wide_layers=-1'), (dict(context=-2), '--context=-2'),
+                                       (dict(action_on='some'), '--action_on=some'), (dict(kv_heads=3), '--heads=4')])
 def test_a_wrong_config_is_one_line(bad, said):
     with pytest.raises(SystemExit) as error:
         model.model_config(**dict(dict(size='nano', dim=3, grid=(2, 3), action_dim=2), **bad))
@@ -409,60 +690,88 @@ def test_a_wrong_config_is_one_line(bad, said):
 # shortcut forcing -----------------------------------------------------------------------------------------------------
 
 class Recorder:
-    """A deterministic stand-in for the network, in float64, that keeps what it was asked."""
-    def __init__(self):
-        self.calls = []
+    """A deterministic stand-in for the network that keeps what it was asked."""
+    def __init__(self, slope=1.0):
+        self.calls, self.slope = [], slope
 
     def __call__(self, z, tau, d, a, a_mask, alone=None):
         self.calls.append((z, tau, d, a_mask, alone))
-        return self.f(z, tau, d)
+        return self.f(z, tau, d, a, a_mask, torch.zeros(len(z), dtype=bool) if alone is None else alone)
 
-    @staticmethod
-    def f(z, tau, d):
-        return torch.sin(z) + tau[..., None, None].double() - torch.log2(d)[..., None, None].double() / 3
+    def f(self, z, tau, d, a, a_mask, alone):
+        frame = tau - torch.log2(d) / 3 + a.sum(dim=-1) * a_mask + alone[:, None]
+        return torch.sin(self.slope * z) + frame[..., None, None].type_as(z)
 
 
-@pytest.mark.parametrize('schedule', ['uniform', 'shift'])
-def test_shortcut_loss_is_equation_7(schedule):
-    """Against the v-space form of the paper, frame by frame."""
-    torch.manual_seed(0)
-    B, T, k_max = 8, 6, 16
-    z, _, _, a, a_mask = inputs(B, T, dtype=torch.float64)
-    z_mask = torch.rand(B, T) < 0.8
-    net = Recorder()
-    rms = torch.tensor([4.0, 25.0])
-    loss, metrics = model.shortcut_loss(net, z, a, a_mask, z_mask, 'shortcut', k_max, 0.5,
-                                        tau_schedule=schedule, rms=rms)
-    z_tau, tau, d, _, _ = net.calls[-1]     # the student comes last, after the two half steps of its teacher
-    assert len(net.calls) == 3
-    f = net.f
-    sums = {'flow': [0.0, 0], 'bootstrap': [0.0, 0]}
+@pytest.mark.parametrize('schedule', ['uniform', 'shift', 'logit-normal'])
+@pytest.mark.parametrize('ramp, space, own_teacher', [(True, 'x', False), (False, 'x', True), (True, 'v', True),
+                                                      (False, 'v', False)])
+def test_shortcut_loss_is_equation_7(double, schedule, ramp, space, own_teacher):
+    """Against the errors of velocities of the paper, frame by frame; in x-space they are multiplied by (1 - tau)^2."""
+    B, T, k_max = 12, 6, 16
+    z, _, _, a, a_mask = inputs(B, T)
+    noise = draw(z)
+    z_mask = torch.rand(B, T, generator=torch.Generator().manual_seed(3)) < 0.8
+    student, teacher = Recorder(), Recorder(0.5)
+    losses = []
+    for rms in ([4.0, 25.0], [25.0, 4.0], None):
+        loss, metrics = model.shortcut_loss(
+            student, z, a, a_mask, z_mask, 'shortcut', k_max, 0.5, tau_schedule=schedule, rms=rms and torch.tensor(rms),
+            noise=noise, ramp=ramp, space=space, teacher=teacher if own_teacher else None)
+        losses.append(loss.item())
+    boot = torch.arange(B) % 2 == 1     # half of the rows, spread over the batch
+    assert len(teacher.calls) == 6 * own_teacher and len(student.calls) == (3 if own_teacher else 9)
+    assert all(len(call[0]) == 6 for call in teacher.calls), 'half steps of the bootstrap rows alone'
+    z_tau, tau, d, known, alone = student.calls[-1]     # the student comes last, after its teacher's two half steps
+    f, g = student.f, (teacher if own_teacher else student).f
+    sums = {'flow': [0.0, 0], 'bootstrap': [0.0, 0], 'tau': [0.0, 0]}
     for b in range(B):
         # a row is one or the other
-        assert (d[b] == 1 / k_max).all() == (b >= 4) and ((d[b] > 1 / k_max).all() or b >= 4)
+        assert (d[b] > 1 / k_max).all() if boot[b] else (d[b] == 1 / k_max).all()
         for t in range(T):
-            s, e, x = tau[b, t].item(), d[b, t].item(), z_tau[b, t].numpy()
+            s, e, x, eps = tau[b, t].item(), d[b, t].item(), z_tau[b, t].numpy(), noise[1][b, t].numpy()
             assert 0 <= s <= 1 - e and (s / e) % 1 == 0, 'tau lies on the grid of d'
-            at = lambda x, s, e: f(torch.tensor(x)[None, None], torch.tensor([[s]]), torch.tensor([[e]]))[0, 0].numpy()
+            assert np.allclose(x, (1 - s) * eps + s * z[b, t].numpy(), rtol=0, atol=1e-14)
+            given = a[b, t][None, None], known[b, t][None, None], alone[b][None]
+            at = lambda f, x, s, e: f(torch.tensor(x)[None, None], torch.tensor([[s]]), torch.tensor([[e]]),
+                                      *given)[0, 0].numpy()
+            velocity = lambda f, x, s, e: (at(f, x, s, e) - x) / (1 - s)
             if e == 1 / k_max:
-                error = np.mean((at(x, s, e) - z[b, t].numpy()) ** 2)
+                want = z[b, t].numpy() - eps
             else:
-                one = (at(x, s, e / 2) - x) / (1 - s)
-                mid = x + one * e / 2
-                two = (at(mid, s + e / 2, e / 2) - mid) / (1 - (s + e / 2))
-                error = (1 - s) ** 2 * np.mean(((at(x, s, e) - x) / (1 - s) - (one + two) / 2) ** 2)
+                one = velocity(g, x, s, e / 2)
+                want = (one + velocity(g, x + one * e / 2, s + e / 2, e / 2)) / 2
+            error = np.mean((velocity(f, x, s, e) - want) ** 2)
             if z_mask[b, t]:
                 total = sums['flow' if e == 1 / k_max else 'bootstrap']
-                total[0], total[1] = total[0] + (0.9 * s + 0.1) * error, total[1] + 1
-    flow, boot = (total / n for total, n in sums.values())
-    assert abs(metrics['flow'] - flow) < 1e-6 * flow and abs(metrics['bootstrap'] - boot) < 1e-6 * boot
-    assert abs(loss - (flow / 2 + boot / 5)) < 1e-6
+                weight = (0.9 * s + 0.1 if ramp else 1) * ((1 - s) ** 2 if space == 'x' else 1)
+                total[0], total[1] = total[0] + weight * error, total[1] + 1
+                if e == 1 / k_max:
+                    sums['tau'] = [sums['tau'][0] + s, sums['tau'][1] + 1]
+    assert len(set(map(len, map(set, tau.tolist())))) > 1 and any(len(set(row)) > 1 for row in d.tolist())
+    want = {k: total / n for k, (total, n) in sums.items()}
+    assert metrics.keys() == want.keys() and all(metrics[k].item() == pytest.approx(want[k], rel=1e-10) for k in want)
+    flow, boot = want['flow'], want['bootstrap']
+    assert losses == pytest.approx([flow / 2 + boot / 5, flow / 5 + boot / 5, flow + boot], rel=1e-10)
+
+
+@pytest.mark.parametrize('space', ['x', 'v'])
+def test_direct_is_one_step_from_the_clean_past(double, space):
+    z, _, _, a, a_mask = inputs(4, 5)
+    net, z_mask = Recorder(), torch.ones_like(a_mask)
+    z_mask[1, 3:] = False
+    loss, metrics = model.shortcut_loss(net, z, a, a_mask, z_mask, 'direct', 8, p_null=0.0, space=space)
+    errors = [((net.f(z[b:b + 1, t - 1:t], torch.ones(1, 1), torch.ones(1, 1), a[b:b + 1, t:t + 1],
+                      a_mask[b:b + 1, t:t + 1], torch.tensor([False])) - z[b, t]) ** 2).mean().item()
+              for b in range(4) for t in range(1, 5) if z_mask[b, t]]
+    assert len(net.calls) == 1 and loss.item() == pytest.approx(np.mean(errors), rel=1e-12) == metrics['flow'].item()
+    assert metrics['bootstrap'] == 0
 
 
 def test_the_noise_of_a_frame_has_its_level():
     """z_tau = (1 - tau) noise + tau z: what is left after taking tau z away has the variance (1 - tau)^2."""
     torch.manual_seed(0)
-    z, _, _, a, a_mask = inputs(64, 6, N=60)
+    z, _, _, a, a_mask = inputs(256, 6, N=60)
     net = Recorder()
     model.shortcut_loss(net, z, a, a_mask, torch.ones_like(a_mask), 'diffusion', 8, tau_schedule='uniform')
     z_tau, tau, d, _, _ = net.calls[0]
@@ -472,35 +781,207 @@ def test_the_noise_of_a_frame_has_its_level():
         assert abs(left.std() - (1 - level)) < 0.02
 
 
-def test_every_step_size_is_trained_and_the_share_is_exact():
+def test_every_step_size_is_trained_and_the_shares_are_kept():
     torch.manual_seed(0)
-    z, _, _, a, a_mask = inputs(8, 6, dtype=torch.float64)
-    seen, rows, alone, hidden = set(), 0, 0.0, 0.0
-    for _ in range(200):
+    z, _, _, a, a_mask = inputs(8, 6)
+    seen, rows, alone, hidden, known = set(), [], 0.0, 0.0, torch.ones_like(a_mask)
+    for step in range(200):
         net = Recorder()
-        model.shortcut_loss(net, z, a, torch.ones_like(a_mask), torch.ones_like(a_mask), 'shortcut', 16, 0.3)
+        model.shortcut_loss(net, z, a, known, known, 'shortcut', 16, 0.3, first=8 * step)
         _, _, d, mask, single = net.calls[-1]
         seen |= set(d.unique().tolist())
-        rows += (d > 1 / 16).all(dim=1).sum().item()
+        rows += (d > 1 / 16).all(dim=1).tolist()
         alone += single.float().mean().item() / 200
         hidden += (~mask).all(dim=1).float().mean().item() / 200
+        assert (mask.all(dim=1) | ~mask.any(dim=1)).all() and not mask[single].any(), 'images have no actions'
     assert seen == {1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0}
-    assert abs(rows / (200 * 8) - 0.3) < 0.02 and abs(alone - 0.3) < 0.05 and abs(hidden - (1 - 0.7 * 0.9)) < 0.05
+    assert sum(rows) == 0.3 * 200 * 8
+    assert abs(alone - 0.3) < 0.05 and abs(hidden - (1 - 0.7 * 0.9)) < 0.05
 
 
-def test_schedules_point_to_noise():
+def levels(k_max, B=4000, T=5, **options):
+    """tau, d of flow rows and tau, d of bootstrap rows."""
+    z, net = torch.zeros(B, T, 1, 1), Recorder()
+    mask = torch.ones(B, T, dtype=bool)
     torch.manual_seed(0)
-    uniform, shift = (model.sample_flow(4000, 5, 8, s, 'cpu') for s in ('uniform', 'shift'))
-    assert abs(uniform.mean() - 7 / 16) < 0.01 and (shift[:, -1] == 0).float().mean() > 0.5
-    assert shift[:, -1].mean() < 0.25 < shift[:, 0].mean(), 'the past is cleaner than what follows'
+    model.shortcut_loss(net, z, torch.zeros(B, T, 0), mask, mask, 'shortcut', k_max, 0.5, **options)
+    _, tau, d, _, _ = net.calls[-1]
+    return tau[::2], d[::2], tau[1::2], d[1::2]
+
+
+def test_step_sizes_are_equally_likely_and_so_are_the_levels_of_their_grids():
+    flow, _, tau, d = levels(8, p_past=0.0, tau_schedule='uniform')
+    assert all(abs((flow == i / 8).float().mean() - 1 / 8) < 0.02 for i in range(8))
+    for e in (1 / 4, 1 / 2, 1.0):
+        assert abs((d == e).float().mean() - 1 / 3) < 0.02
+        assert all(abs((tau[d == e] == i * e).float().mean() - e) < 0.03 for i in range(int(1 / e)))
+    assert abs(np.corrcoef(tau[:, 0], tau[:, 1])[0, 1]) < 0.05, 'frames are drawn apart'
+
+
+def test_the_past_of_a_share_of_the_clips_is_nearly_clean():
+    """A shift of 1e9 makes all else pure noise, so that tau shows what is past."""
+    for p_past in (0.0, 0.7, 1.0):
+        flow, _, boot, d = levels(64, p_past=p_past, tau_schedule='shift', tau_shift=1e9)
+        for tau in (flow, boot):
+            past = tau > 0
+            length = past.sum(dim=1)
+            assert abs((length > 0).float().mean() - p_past) < 0.03
+            assert (past == (torch.arange(5) < length[:, None])).all(), 'the past comes first'
+            for n in range(1, 5):       # and is never everything
+                assert abs((length == n).float().mean() - p_past / 4) < 0.03
+    assert flow[flow > 0].unique().tolist() == [i / 64 for i in range(56, 64)]
+    assert boot[boot > 0].unique().tolist() == [i / 32 for i in range(28, 32)] and (d[boot > 0] == 1 / 32).all()
+
+
+def test_signal_levels():
+    u = (torch.arange(1, 40001).double() - 0.5) / 40000     # evenly spread, so that a mean is an integral
+    assert torch.equal(model.signal_levels(u, 'uniform', 7.0), u)
+    assert torch.allclose(model.signal_levels(u, 'shift', 1.0), u)
+    for schedule in ('shift', 'logit-normal'):
+        means = []
+        for shift in (0.5, 1.0, 3.0, 9.0):
+            tau = model.signal_levels(u, schedule, shift)
+            assert tau.median() == pytest.approx(1 / (1 + shift), abs=1e-4) and (tau.diff() > 0).all()
+            assert 0 < tau.min() and tau.max() < 1
+            means.append(tau.mean().item())
+        assert (np.diff(means) < 0).all(), 'more shift, more noise'
+    for shift in (0.5, 3.0):
+        odds = lambda tau: tau / (1 - tau)
+        assert torch.allclose(odds(model.signal_levels(u, 'shift', shift)), odds(u) / shift)
+        logit = torch.logit(model.signal_levels(u, 'logit-normal', shift))
+        assert logit.std() == pytest.approx(1, abs=1e-3) and logit.mean() == pytest.approx(-np.log(shift), abs=1e-6)
+        assert (logit + np.log(shift) < 1).double().mean() == pytest.approx(0.841345, abs=1e-4)     # a normal one
+    for schedule in ('shift', 'logit-normal'):      # the least and the greatest number that torch.rand gives
+        assert ((0 <= (x := model.signal_levels(torch.tensor([0.0, 1 - 2 ** -24]), schedule, 2.0))) & (x <= 1)).all()
+
+
+@pytest.mark.parametrize('schedule', ['shift', 'logit-normal'])
+def test_the_shift_is_that_of_the_latents_unless_given(schedule):
+    def tau_of(N, D, shift):
+        z, _, _, a, a_mask = inputs(16, 6, N, D)
+        net = Recorder()
+        model.shortcut_loss(net, z, a, a_mask, torch.ones_like(a_mask), 'diffusion', 64, tau_schedule=schedule,
+                            tau_shift=shift, noise=draw(z))
+        return net.calls[0][1]
+    assert torch.equal(tau_of(16, 64, 0.0), tau_of(16, 64, 0.5))        # sqrt(16 * 64 / 4096)
+    assert torch.equal(tau_of(64, 256, 0.0), tau_of(64, 256, 2.0))
+    assert not torch.equal(tau_of(64, 256, 0.0), tau_of(64, 256, 1.0))
+
+
+@pytest.mark.parametrize('share', [0.0, 0.1, 0.25, 0.3, 0.875, 1.0])
+def test_the_share_of_bootstrap_rows_is_exact_however_rows_are_batched(share):
+    total, rng = 240, np.random.default_rng(0)
+    whole, n, valid = model.which_rows(torch.ones(total, 3, dtype=bool), 'shortcut', share)
+    assert whole.tolist() == [math.floor((i + 1) * round(1000 * share) / 1000) > math.floor(
+        i * round(1000 * share) / 1000) for i in range(total)]
+    assert n == whole.sum() == round(total * share) and torch.equal(valid[1], whole[:, None].expand(-1, 3))
+    for run in (4, 10, 40):     # nowhere a run without its share
+        assert all(abs(whole[i:i + run].sum() - share * run) < 1 + 1e-9 for i in range(total - run + 1))
+    for batches in (1, 7, 60):
+        cuts = [0, *sorted(rng.choice(np.arange(1, total), batches - 1, replace=False).tolist()), total]
+        parts = [model.which_rows(torch.ones(j - i, 3, dtype=bool), 'shortcut', share, i)
+                 for i, j in zip(cuts, cuts[1:])]
+        assert torch.equal(torch.cat([boot for boot, _, _ in parts]), whole)
+        assert all(n == boot.sum() for boot, n, _ in parts)
+    far, _, _ = model.which_rows(torch.ones(240, 3, dtype=bool), 'shortcut', share, 1000 * 10 ** 9)
+    assert torch.equal(far, whole)
+
+
+def test_what_counts_in_each_term():
+    z_mask = torch.tensor([[True, True, False], [True, False, False], [True, True, True], [False, True, True]])
+    for objective, share in (('shortcut', 0.5), ('diffusion', 0.0), ('direct', 0.0)):
+        boot, n, valid = model.which_rows(z_mask, objective, 0.5)
+        assert boot.float().mean() == share and n == 4 * share
+        real = z_mask & (torch.arange(3) > 0) if objective == 'direct' else z_mask
+        assert torch.equal(valid.sum(dim=0), real.long()) and not (valid[0] & boot[:, None]).any()
+        assert not (valid[1] & ~boot[:, None]).any()
 
 
 @pytest.mark.parametrize('objective', ['shortcut', 'diffusion', 'direct'])
-def test_an_oracle_has_no_loss(objective):
+@pytest.mark.parametrize('space', ['x', 'v'])
+@pytest.mark.parametrize('schedule', ['uniform', 'shift', 'logit-normal'])
+def test_an_oracle_has_no_loss(double, objective, space, schedule):
     z, _, _, a, a_mask = inputs(8)
-    oracle = lambda x, tau, d, a, a_mask, alone=None: z[:len(x)]
-    loss, metrics = model.shortcut_loss(oracle, z, a, a_mask, torch.ones_like(a_mask), objective, 8)
-    assert loss < 1e-10 and metrics['flow'] < 1e-10
+    a[:, :, 0] = torch.arange(8)[:, None]       # names the clip
+    oracle = lambda x, tau, d, a, a_mask, alone=None: z[a[:, 0, 0].long()]
+    options = dict(bootstrap=0.5, tau_schedule=schedule, space=space, ramp=schedule == 'shift', noise=draw(z))
+    loss, metrics = model.shortcut_loss(oracle, z, a, a_mask, torch.ones_like(a_mask), objective, 8, **options)
+    assert loss < 1e-20 and metrics['flow'] < 1e-20 and metrics['bootstrap'] < 1e-20
+    uneven = lambda x, tau, d, *given: oracle(x, tau, d, *given) + d[..., None, None]
+    loss, metrics = model.shortcut_loss(uneven, z, a, a_mask, torch.ones_like(a_mask), objective, 8, **options)
+    assert metrics['flow'] > 1e-4 and (metrics['bootstrap'] > 1e-4) == (objective == 'shortcut')
+
+
+def test_the_teacher_has_no_gradient(double):
+    """As if the half steps were numbers that came with the data."""
+    net, other, (z, _, _, a, a_mask) = world(), world(seed=1), inputs(4)
+    def loss(teacher=None):
+        return model.shortcut_loss(net, z, a, a_mask, torch.ones_like(a_mask), bootstrap=0.5, noise=draw(z),
+                                   teacher=teacher)[0]
+    def constant(teacher):
+        kept = []
+        loss(lambda *x: kept.append(teacher(*x).detach()) or kept[-1])
+        numbers = iter([torch.tensor(x.tolist()) for x in kept])
+        assert len(kept) == 2
+        return lambda *x: next(numbers)
+    assert torch.allclose(gradients(loss(), net), gradients(loss(constant(net)), net), rtol=0, atol=1e-12)
+    assert torch.allclose(gradients(loss(other), net), gradients(loss(constant(other)), net), rtol=0, atol=1e-12)
+    assert (gradients(loss(), net) - gradients(loss(other), net)).abs().max() > 1e-3
+    assert gradients(loss(other), other).abs().max() == 0
+
+
+def test_the_teacher_does_not_take_the_gradient_of_the_student_under_autocast():
+    """Autocast keeps its copies of the weights; those made without gradients must not serve the student."""
+    net, (z, _, _, a, a_mask) = world(), inputs(4)
+    got = []
+    for cache in (True, False):
+        with torch.autocast('cpu', torch.bfloat16, cache_enabled=cache):
+            loss, _ = model.shortcut_loss(net, z, a, a_mask, torch.ones_like(a_mask), bootstrap=0.5, noise=draw(z),
+                                          p_image=0.0, p_null=0.0)
+        got.append(torch.autograd.grad(loss, list(net.parameters())))
+    for (name, _), kept, anew in zip(net.named_parameters(), *got):
+        assert kept.abs().max() > 0 and torch.allclose(kept, anew, rtol=0.05, atol=0.02 * anew.abs().max()), name
+
+
+@pytest.mark.parametrize('objective', ['shortcut', 'diffusion', 'direct'])
+def test_padded_frames_take_no_part(double, objective):
+    net, (z, _, _, a, a_mask) = world(), inputs(4)
+    z_mask = torch.arange(6) < torch.tensor([6, 3, 4, 1])[:, None]
+    noise, results = draw(z), []
+    for filling in (0.0, 1.0, -100.0):
+        z = torch.where(z_mask[..., None, None], z, filling)
+        a = torch.where(z_mask[..., None], a, filling)
+        loss, metrics = model.shortcut_loss(net, z, a, a_mask, z_mask, objective, bootstrap=0.5, noise=noise)
+        results.append(torch.cat((loss.detach()[None], torch.stack(list(metrics.values())), gradients(loss, net))))
+    for other in results[1:]:
+        assert torch.allclose(results[0], other, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize('objective', ['shortcut', 'diffusion', 'direct'])
+def test_the_machines_of_a_batch_add_up_to_the_batch(double, objective):
+    """Halves of a batch that know the count of the whole: their gradients sum to its gradient."""
+    net, (z, _, _, a, a_mask) = world(), inputs(10)
+    z_mask = torch.arange(6) < torch.tensor([6, 6, 6, 5, 6, 6, 2, 1, 3, 2])[:, None]
+    noise, rms = draw(z), torch.tensor([0.5, 2.0])
+    _, _, valid = model.which_rows(z_mask, objective, 0.3)
+    def run(rows, **more):
+        loss, metrics = model.shortcut_loss(net, z[rows], a[rows], a_mask[rows], z_mask[rows], objective, bootstrap=0.3,
+                                            rms=rms, noise=tuple(x[rows] for x in noise), first=rows.start, **more)
+        return torch.cat((loss.detach()[None], metrics['flow'][None], metrics['bootstrap'][None], gradients(loss, net)))
+    whole, parts = run(slice(0, 10)), [slice(0, 5), slice(5, 10)]
+    count = valid.sum(dim=(1, 2))
+    assert torch.allclose(sum(run(rows, count=count) for rows in parts), whole, rtol=0, atol=1e-10)
+    assert not torch.allclose(sum(run(rows) for rows in parts) / 2, whole, rtol=0, atol=1e-4), 'why count is there'
+
+
+def test_the_loss_is_a_function_of_its_noise():
+    net, (z, _, _, a, a_mask) = world(), inputs(4)
+    run = lambda **more: model.shortcut_loss(net, z, a, a_mask, torch.ones_like(a_mask), bootstrap=0.5, **more)[0]
+    before = torch.get_rng_state()
+    first, second, other = run(noise=draw(z)), run(noise=draw(z)), run(noise=draw(z, 1))
+    assert torch.equal(before, torch.get_rng_state()), 'nobody else drew'
+    assert torch.equal(first, second) and not torch.equal(first, other)
+    assert not torch.equal(run(), run())
 
 
 @pytest.mark.parametrize('objective', ['shortcut', 'diffusion', 'direct'])
@@ -519,6 +1000,35 @@ def test_one_batch_is_learned_and_every_parameter_takes_part(objective):
     assert np.mean(losses[-20:]) < 0.5 * np.mean(losses[:20])
 
 
+def coin_flips(steps, objective='shortcut'):
+    """{K: samples of the second frame}, after training on frames that are +1 or -1 whatever came before."""
+    torch.manual_seed(0)
+    net = model.WorldModel(model.model_config('nano', 1, (1, 1), 0, width=32, layers=2, heads=2, kv_heads=1,
+                                              registers=0, context=2, k_max=8, objective=objective))
+    optimizer = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
+    known, flips = torch.ones(500, 2, dtype=bool), lambda n: torch.randint(0, 2, (n, 2, 1, 1)) * 2.0 - 1
+    for step in range(steps):
+        optimizer.param_groups[0]['lr'] = 3e-3 * min(1, (step + 1) / 20) * (1 - step / steps)
+        loss, _ = model.shortcut_loss(net, flips(64), torch.zeros(64, 2, 0), known[:64], known[:64], objective,
+                                      bootstrap=0.5, p_image=0.0, p_null=0.0, tau_schedule='uniform', p_past=0.0)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {K: model.rollout(net, flips(500)[:, :1], torch.zeros(500, 2, 0), known, K=K).flatten() for K in (1, 2, 4)}
+
+
+def test_a_coin_is_imagined_as_heads_or_tails_in_one_step_or_more():
+    """The whole point of bootstrapping: even one step samples, where a regression answers with the mean."""
+    for K, x in coin_flips(600).items():
+        assert (x.abs() - 1).abs().mean() < 0.15 and (x.abs() < 0.5).float().mean() < 0.1, K
+        assert 0.35 < (x > 0).float().mean() < 0.65, K
+
+
+def test_without_bootstrapping_one_step_imagines_the_mean_of_the_coin():
+    x = coin_flips(200, 'diffusion')[1]
+    assert x.abs().mean() < 0.35 and (x.abs() < 0.5).float().mean() > 0.85
+
+
 # rollout --------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('objective, k_max, K', [('shortcut', 64, 1), ('shortcut', 64, 2), ('shortcut', 64, 4),
@@ -533,52 +1043,164 @@ def test_the_cache_changes_nothing(objective, k_max, K, Tc):
     assert torch.allclose(cached, plain, atol=2e-5), (cached - plain).abs().max()
 
 
+@pytest.mark.parametrize('overrides', [dict(wide_layers=2), dict(time_every=1, layers=3), dict(kv_heads=1, context=1),
+                                       dict(registers=0, layers=6, context=30), dict(action_on='token')])
+@pytest.mark.parametrize('objective', ['shortcut', 'direct'])
+def test_the_cache_changes_nothing_for_any_shape(double, overrides, objective):
+    net = world(**dict(dict(objective=objective), **overrides))
+    z, _, _, a, a_mask = inputs(2, 14)
+    cached, plain = (model.rollout(net, z[:, :3], a, a_mask, K=2, cache=c) for c in (True, False))
+    assert torch.allclose(cached, plain, rtol=0, atol=1e-9)     # errors grow from frame to frame
+
+
+@pytest.mark.parametrize('objective', ['shortcut', 'direct'])
+def test_a_cached_frame_costs_the_same_however_long_the_past(objective):
+    net, (z, _, _, a, a_mask) = world(context=4, objective=objective), inputs(1, 24)
+    cost = lambda T, cache: counted(lambda: model.rollout(net, z[:, :2], a[:, :T], a_mask[:, :T], K=2, cache=cache))
+    for cache in (True, False):
+        early, late = cost(9, cache) - cost(8, cache), cost(24, cache) - cost(23, cache)
+        assert late == early if cache else late > 2 * early
+    steps = {K: counted(lambda: model.rollout(net, z[:, :2], a[:, :6], a_mask[:, :6], K=K)) for K in (1, 2, 4)}
+    assert steps[4] - steps[2] == 2 * (steps[2] - steps[1]) and (steps[2] > steps[1]) == (objective == 'shortcut')
+
+
 def test_candidates_share_context_and_noise():
     net, (z, _, _, a, a_mask) = world(), inputs(2, 7)
     a_mask[:] = True
+    torch.manual_seed(0)
     many = a[:, None].repeat(1, 3, 1, 1)
     many[:, 1:, 3:] += torch.randn(2, 2, 4, 2)
     alone = [model.rollout(net, z[:, :3], many[:, m], a_mask, K=2) for m in range(3)]
     together = model.rollout(net, z[:, :3], many.flatten(0, 1), a_mask.repeat_interleave(3, 0), K=2)
     assert torch.allclose(together.unflatten(0, (2, 3)), torch.stack(alone, 1), atol=1e-5)
+    assert (together[0] - together[1]).abs().max() > 1e-2, 'actions matter'
     plain = model.rollout(net, z[:, :3], many.flatten(0, 1), a_mask.repeat_interleave(3, 0), K=2, cache=False)
     assert torch.allclose(together, plain, atol=1e-5)
 
 
 def test_noise_depends_on_the_seed_and_the_frame_alone():
     net, (z, _, _, a, a_mask) = world(), inputs(2, 9)
+    before = torch.get_rng_state()
     long, short = (model.rollout(net, z[:, :2], a[:, :T], a_mask[:, :T], K=2) for T in (9, 5))
     assert torch.allclose(long[:, :3], short, atol=1e-5)
     assert not torch.allclose(long, model.rollout(net, z[:, :2], a, a_mask, K=2, seed=1), atol=1e-3)
+    assert torch.equal(before, torch.get_rng_state())
 
 
-@pytest.mark.parametrize('cache', [True, False])
-def test_the_past_is_noised_and_labelled_by_tau_ctx(cache):
-    net, (z, _, _, a, a_mask) = world(), inputs(2, 6)
-    seen, forward = [], net.forward
-    net.forward = lambda z, tau, d, *rest, **more: seen.append((z, tau, d)) or forward(z, tau, d, *rest, **more)
-    low, high = (model.rollout(net, z[:, :3], a, a_mask, K=1, tau_ctx=t, cache=cache) for t in (0.5, 0.9))
-    assert (low - high).abs().max() > 1e-3
-    assert (seen[0][1][:, :3] == 0.5).all() and (seen[-1][1][:, :3] != 0.5).all()
-    assert 0.3 < (seen[0][0][:, :3] - 0.5 * z[:, :3]).std() < 0.7       # half of it is noise
+class Spy:
+    """Keeps what a model is given and what it answers."""
+    def __init__(self, net):
+        self.calls, self.forward = [], net.forward
+        net.forward = self
+
+    def __call__(self, z, tau, d, *rest, **more):
+        out = self.forward(z, tau, d, *rest, **more)
+        self.calls.append((z, tau, d, out, more.get('commit', False)))
+        return out
+
+
+@pytest.mark.parametrize('tau_ctx, level', [(0.5, 0.5), (0.9, 7 / 8), (1.0, 7 / 8), (0.0, 0.0)])
+def test_the_past_is_noised_and_labelled_by_tau_ctx(double, tau_ctx, level):
+    """Frames given and frames imagined, each with noise of its own, and the same with the cache as without."""
+    B, Tc, T = 16, 3, 9
+    pasts = {}
+    for cache in (True, False):
+        net, (z, _, _, a, a_mask) = world(), inputs(B, T)
+        spy = Spy(net)
+        out = model.rollout(net, z[:, :Tc], a, a_mask, K=2, tau_ctx=tau_ctx, cache=cache)
+        if cache:
+            assert [call[0].shape[1] for call in spy.calls if call[4]] == [Tc] + [1] * (T - Tc - 1)
+            pasts[cache] = [torch.cat(x, dim=1) for x in zip(*(call[:3] for call in spy.calls if call[4]))]
+        else:
+            pasts[cache] = [x[:, :-1] for x in spy.calls[-1][:3]]
+            first = spy.calls[0][0][:, Tc]
+    for got, want in zip(pasts[True], pasts[False]):
+        assert torch.allclose(got, want, rtol=0, atol=1e-10)
+    past, tau, d = pasts[True]
+    assert past.shape[1] == T - 1 and (tau == level).all() and (d == 1 / 8).all()
+    clean = torch.cat((z[:, :Tc], out[:, :-1]), dim=1)
+    noise = (past - level * clean) / (1 - level)
+    for eps in noise.unbind(1):
+        assert abs(eps.mean()) < 0.2 and abs(eps.std() - 1) < 0.15
+        assert abs((eps * first).mean()) < 0.25, 'a frame is not committed with the noise that it was made from'
+    pairs = noise.transpose(0, 1).flatten(1)
+    assert (np.corrcoef(pairs) - np.eye(T - 1)).max() < 0.3, 'every frame has noise of its own'
 
 
 def test_a_step_of_one_returns_the_prediction():
     """K = 1 from noise is one evaluation at tau = 0 with d = 1; K = 2 follows the Euler step written out by hand."""
     net, (z, _, _, a, a_mask) = world(), inputs(1, 2)
-    calls, forward = [], net.forward
-    def spy(x, tau, d, *rest, **more):
-        y = forward(x, tau, d, *rest, **more)
-        calls.append((x, tau[:, -1].item(), d[:, -1].item(), y))
-        return y
-    net.forward = spy
-    assert torch.allclose(model.rollout(net, z[:, :1], a, a_mask, K=1), calls[-1][3]) and calls[-1][1:3] == (0.0, 1.0)
-    calls.clear()
+    spy = Spy(net)
+    out = model.rollout(net, z[:, :1], a, a_mask, K=1)
+    _, tau, d, y, _ = spy.calls[-1]
+    assert torch.allclose(out, y, atol=1e-6) and (tau[:, -1].item(), d[:, -1].item()) == (0.0, 1.0)
+    spy.calls.clear()
     out = model.rollout(net, z[:, :1], a, a_mask, K=2)
-    (_, _, _, _), (x0, tau0, d0, y0), (x1, tau1, d1, y1) = calls
-    assert (tau0, d0, tau1, d1) == (0.0, 0.5, 0.5, 0.5)
+    _, (x0, tau0, d0, y0, _), (x1, tau1, d1, y1, _) = spy.calls
+    assert (tau0.item(), d0.item(), tau1.item(), d1.item()) == (0.0, 0.5, 0.5, 0.5)
     assert torch.allclose(x1, x0 + 0.5 * (y0 - x0) / (1 - 0.0), atol=1e-6)
     assert torch.allclose(out, x1 + 0.5 * (y1 - x1) / (1 - 0.5), atol=1e-6) and torch.allclose(out, y1, atol=1e-6)
+
+
+@pytest.mark.parametrize('objective, step', [('shortcut', 1 / 4), ('diffusion', 1 / 8)])
+def test_what_each_step_of_a_frame_is_told(objective, step):
+    net, (z, _, _, a, a_mask) = world(objective=objective), inputs(1, 5)
+    spy = Spy(net)
+    model.rollout(net, z[:, :2], a, a_mask, K=4)
+    asked = [(tau.item(), d.item()) for _, tau, d, _, commit in spy.calls[1:] if not commit]
+    assert asked == 3 * [(i / 4, step) for i in range(4)]
+
+
+def slow_rollout(net, z_ctx, a, a_mask, K, level):
+    """Without a cache, differentiated through the last step of each frame: frames and steps before it are numbers."""
+    direct, (B, Tc, N, D), T = net.config['objective'] == 'direct', z_ctx.shape, a.shape[1]
+    g, k_max = torch.Generator().manual_seed(0), net.config['k_max']
+    noise = lambda: torch.randn(2, B, 1, N, D, generator=g)
+    step = 1 / K if net.config['objective'] == 'shortcut' else 1 / k_max
+    seen = z_ctx if direct else level * z_ctx + (1 - level) * torch.cat([noise()[1] for _ in range(Tc)], dim=1)
+    out = []
+    for t in range(Tc, T):
+        x, eps = noise() if not direct else (None, None)
+        known = a[:, :t + 1], a_mask[:, :t + 1]
+        if direct:
+            tau = (torch.arange(t + 1) > 0).double().expand(B, -1)
+            x = net(torch.cat((torch.zeros_like(seen[:, :1]), seen), dim=1), tau, torch.ones(B, t + 1), *known)[:, -1:]
+        for k in range(0 if direct else K):
+            x = x.detach()
+            tau, d = torch.full((B, t + 1), level), torch.full((B, t + 1), 1 / k_max)
+            tau[:, -1], d[:, -1] = k / K, step
+            y = net(torch.cat((seen, x), dim=1), tau, d, *known)[:, -1:]
+            x = x + (1 / K) * (y - x) / (1 - k / K)
+        out.append(x)
+        seen = torch.cat((seen, x.detach() if direct else level * x.detach() + (1 - level) * eps), dim=1)
+    return torch.cat(out, dim=1)
+
+
+def attend_to_numbers(q, k, v, cap, mask=None, attend=model.attend):
+    """Over time (where a mask is) the keys and values of the past are numbers too."""
+    if mask is not None:
+        k, v = (torch.cat((x[:, :, :-1].detach(), x[:, :, -1:]), dim=2) for x in (k, v))
+    return attend(q, k, v, cap, mask)
+
+
+# Fails, model.py is wrong: the Euler step and the last cat of rollout run under its no_grad, so that grad=True has no
+# gradient; and with remat=True, layers are computed again from rings that later frames have overwritten.
+@pytest.mark.parametrize('objective, K', [('shortcut', 1), ('shortcut', 4), ('diffusion', 2), ('direct', 1)])
+@pytest.mark.parametrize('Tc', [2, 6])
+@pytest.mark.parametrize('remat', [False, True])
+def test_the_gradient_of_a_rollout_is_that_of_the_last_step_of_each_frame(double, monkeypatch, objective, K, Tc, remat):
+    net, (z, _, _, a, a_mask) = world(context=4, objective=objective), inputs(2, Tc + 6)
+    given = net, z[:, :Tc], a, a_mask, K
+    with monkeypatch.context() as patch:
+        patch.setattr(model, 'attend', attend_to_numbers)
+        slow = slow_rollout(*given, 7 / 8)
+    weight = torch.randn_like(slow)
+    want = gradients((slow * weight).sum(), net)
+    net.remat = remat
+    values, fast = model.rollout(*given), model.rollout(*given, grad=True)
+    assert not values.requires_grad and torch.allclose(values, fast, rtol=0, atol=1e-12)
+    assert torch.allclose(fast, slow, rtol=0, atol=1e-10)
+    assert want.abs().max() > 1 and torch.allclose(gradients((fast * weight).sum(), net), want, rtol=0, atol=1e-9)
 
 
 # checkpoint and pictures ----------------------------------------------------------------------------------------------
