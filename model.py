@@ -32,8 +32,8 @@ torch.zeros(1).cos()
 def rotate(x, cos, sin):
     """RoPE: x (..., S, d) with the pairs (x_i, x_{i + d/2}) turned by angles whose cos and sin are (S, d/2); float32.
     Halves, not neighbours, are paired, as in cos and sin: mixing the two makes results depend on absolute positions."""
-    x1, x2 = x.float().chunk(2, dim=-1)
-    return torch.cat((torch.addcmul(x1 * cos, x2, -sin), torch.addcmul(x2 * cos, x1, sin)), dim=-1)
+    cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)        # small beside x
+    return torch.addcmul(x.float() * cos, x.float().roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 class SwiGLU(nn.Module):
@@ -385,8 +385,8 @@ def attend(q, k, v, cap, mask=None):
     The reference for every other kernel. Queries that share a key head are stacked, so keys are never repeated."""
     B, h, S, d = q.shape
     n = k.shape[1]
-    logits = (q * d ** -0.5).reshape(B, n, h // n * S, d) @ k.transpose(-1, -2)           # (B, n, h/n S, L)
-    logits = cap * torch.tanh(logits.float() / cap)
+    logits = (q * (d ** -0.5 / cap)).reshape(B, n, h // n * S, d) @ k.transpose(-1, -2)   # (B, n, h/n S, L)
+    logits = cap * torch.tanh(logits.float())
     if mask is not None:
         logits = logits.view(B, h, S, -1).masked_fill(~mask, -torch.inf).view_as(logits)
     return (logits.softmax(dim=-1).type_as(v) @ v).view(B, h, S, d)

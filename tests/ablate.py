@@ -25,7 +25,7 @@ import model  # noqa: E402, from the root
 
 # --------------------------------------------------------------------------------------------------------------------
 out_dir = 'ablate'
-steps = 800             # of training
+steps = 600             # of training
 seeds = 3
 processes = 2           # runs at once, with one thread each
 only = ''               # rows whose name holds one of these words, comma-separated; '' = all
@@ -51,6 +51,7 @@ ROWS = {  # name: options of train.py
     'tau uniform, no clean past': '--tau_schedule=uniform --p_past=0.0',
     'tau logit-normal': '--tau_schedule=logit-normal',
     'tau shift 2': '--tau_shift=2.0',
+    'tau shift 20': '--tau_shift=20.0',
     'action on its token alone': '--action_on=token',
     'teacher: average': '--teacher=ema',
     'no average': '--ema=0.0',
