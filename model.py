@@ -341,7 +341,7 @@ def model_config(size, dim, grid, action_dim, **overrides):
             ('k_max', c['k_max'] > 1 and c['k_max'] & (c['k_max'] - 1) == 0, 'a power of two, 2 at least'),
             ('layers', c['layers'] >= 2, 'at least 2, the second is the first time layer'),
             *((name, c[name] >= least, f'at least {least}') for name, least in
-              (('time_every', 1), ('context', 1), ('registers', 0), ('wide_layers', 0))),
+              (('time_every', 2), ('context', 1), ('registers', 0), ('wide_layers', 0))),
             ('soft_cap', c['soft_cap'] > 0, 'more than 0'),
             ('action_on', c['action_on'] in ('all', 'token'), 'all or token'),
             ('objective', c['objective'] in ('shortcut', 'diffusion', 'direct'), 'shortcut, diffusion or direct')):
@@ -351,8 +351,8 @@ def model_config(size, dim, grid, action_dim, **overrides):
 
 
 def flops_per_frame(c, T):
-    """Forward FLOPs of one frame in a clip of T, for model_config's c; training takes three times as many. A weight
-    costs 2 per token, S queries over L keys 4 S L C; what is masked, recomputed, or no matrix product is not counted."""
+    """Forward FLOPs of one frame in a clip of T, for model_config's c; training takes three times as many. A weight is
+    2 per token, S queries over L keys 4 S L C; what is masked, recomputed, or no matrix product is not counted."""
     C, N = c['width'], c['grid'][0] * c['grid'][1]
     S = c['registers'] + N + 2
 
@@ -365,12 +365,15 @@ def flops_per_frame(c, T):
     return trunk + head + 2 * N * C * c['dim'] + 2 * C * c['action_dim']
 
 
+REMAT = dict(use_reentrant=False, preserve_rng_state=False)     # for checkpoint(): nothing in a layer is random
+
+
 def hidden(width):
     return -(-width * 8 // 3 // 32) * 32    # 8/3 of it: a gated MLP at the cost of a plain one of 4x
 
 
 def is_time(c, i):
-    return i % c['time_every'] == 1 % c['time_every']
+    return i % c['time_every'] == 1
 
 
 def rms_norm(x):
@@ -407,11 +410,14 @@ def attend_flex(q, k, v, cap, context=0, alone=None):
             return logit
         seen = (i >= j) & (i - j < context) & (True if alone is None else ~alone[b] | (i == j))
         return torch.where(seen, logit, -torch.inf)
-    return flex_attention(q, k, v, score_mod=score, enable_gqa=q.shape[1] > k.shape[1])
+    # one kernel for all lengths: the one that flex takes for short ones stacks the heads of a group until it spills
+    return flex_attention(q, k, v, score_mod=score, enable_gqa=q.shape[1] > k.shape[1],
+                          kernel_options=dict(FORCE_USE_FLEX_ATTENTION=True))
 
 
 @functools.cache
 def compiled_flex():
+    torch._dynamo.config.recompile_limit = 64       # shapes; beyond it flex silently runs as slowly as it can
     return torch.compile(attend_flex, dynamic=False)
 
 
@@ -425,7 +431,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width, bias=False)
 
     def forward(self, x, rope, alone=None, ring=None, start=0):
-        """x (B, S, C); rope: cos and sin (S, 1, d/2); context 0: all see all, else as in `window`. ring: keys and values
+        """x (B, S, C); rope: cos and sin (S, 1, d/2); context 0: all see all, else as in `window`. ring: keys, values
         (B, kv_heads, L, d) of the frames before start; those of this call are written at their index modulo L.
         start as a tensor: the same in fixed shapes, as a CUDA graph wants them."""
         B, S, C = x.shape
@@ -446,7 +452,7 @@ class Attention(nn.Module):
                 k, v, mask = *ring, torch.arange(L, device=x.device) <= start
             else:
                 k, v = (r[:, :, :start + 1] for r in ring)
-        if S > 1 and (self.kernel == 'flex' or self.kernel == 'auto' and x.is_cuda):
+        if S > 1 and (self.kernel == 'flex' or self.kernel == 'auto' and x.is_cuda and self.head_dim >= 16):
             flex = attend_flex if torch.compiler.is_compiling() else compiled_flex()
             y = flex(q, k, v, self.cap, self.context, alone)
         else:
@@ -562,15 +568,16 @@ class WorldModel(nn.Module):
         time, space = (angles.cos(), angles.sin()), (self.space_cos, self.space_sin)
         if alone is not None:
             alone = alone.repeat_interleave(x.shape[2])                                   # (B S,)
+        again = self.remat and torch.is_grad_enabled() and rings is None        # rings would have moved on
         for i, layer in enumerate(self.layers):
             given = (x, time, alone, rings and rings[i], start) if layer.time else (x, space)
-            again = self.remat and torch.is_grad_enabled() and rings is None       # rings would have moved on
-            x = checkpoint(layer, *given, use_reentrant=False) if again else layer(*given)
+            x = checkpoint(layer, *given, **REMAT) if again else layer(*given)
             if commit and i == self.last_time:      # nothing above can reach a later frame
                 return None
         x = x[:, :, c['registers']:-2]
         if c['wide_layers']:
-            return self.head(x, z, [y[c['registers']:-2] for y in space])
+            given = x, z, [y[c['registers']:-2] for y in space]
+            return checkpoint(self.head, *given, **REMAT) if again else self.head(*given)
         with torch.autocast(z.device.type, enabled=False):
             return self.head(rms_norm(x))
 
@@ -596,8 +603,8 @@ def signal_levels(u, schedule, shift):
 
 
 def which_rows(z_mask, objective='shortcut', bootstrap=0.25, first=0):
-    """boot (B,) bool, how many are True (on the host), and the frames that count in the flow and the bootstrap term, (2, B,
-    T) bool. A row is one or the other; of all rows, counted from `first`, the share is exact."""
+    """boot (B,) bool, how many are True (on the host), and the frames that count in the flow and the bootstrap term,
+    (2, B, T) bool. A row is one or the other; of all rows, counted from `first`, the share is exact."""
     B, share = len(z_mask), round(1000 * bootstrap) * (objective == 'shortcut')
     i = first + torch.arange(B, device=z_mask.device)
     boot = (i + 1) * share // 1000 > i * share // 1000
@@ -608,16 +615,16 @@ def which_rows(z_mask, objective='shortcut', bootstrap=0.25, first=0):
 
 
 def shortcut_loss(model, z, a, a_mask, z_mask, objective='shortcut', k_max=0, bootstrap=0.25, p_image=0.3, p_null=0.1,
-                  tau_schedule='shift', tau_shift=0.0, p_past=0.7, ramp=True, space='x', rms=None, teacher=None, first=0,
-                  noise=None, count=None):
+                  tau_schedule='shift', tau_shift=0.0, p_past=0.7, ramp=True, space='x', rms=None, teacher=None,
+                  first=0, noise=None, count=None):
     """Loss and metrics (0-d tensors on the device, so that nobody waits for them) of one batch of clips.
     z (B, T, N, D) clean normalised latents, a (B, T, A), a_mask and z_mask (B, T) bool (action known, frame real).
     objective 'shortcut': eq. 7 of arXiv:2509.24527 in x-space, a share `bootstrap` of the rows with d > d_min, the
     others with d = d_min = 1 / k_max (0 = the model's). 'diffusion': d_min alone. 'direct': one deterministic step
     from the clean past, z_hat[t] = f(z[t-1], a[t]).
-    tau_schedule, tau_shift (0 = sqrt(N D / 4096)): see signal_levels. p_past: of clips whose frames before a random
-    one are nearly clean (tau >= 7/8), as sampling sees them. p_image: share of clips whose frames are seen as separate
-    images, p_null: of those with their actions hidden. ramp: weights of eq. 8. space 'v': the error of velocities, that
+    tau_schedule, tau_shift (0 = sqrt(N D / 4096)): see signal_levels. Shares of clips: p_past, whose frames before a
+    random one are nearly clean (tau >= 7/8, on the grid of d), as sampling sees them; p_image, whose frames are seen as
+    separate images; p_null, whose actions are hidden. ramp: weights of eq. 8. space 'v': the error of velocities, that
     is divided by (1 - tau)^2. rms (2,): running mean squares, whose roots divide the terms. teacher: the model of
     the half steps, None = model. first: number of the first row, see which_rows. noise: uniform (B, 4 + 3 T) and
     normal (B, T, N, D) numbers. count (2,): what sums over frames are divided by, None = the frames that count."""
@@ -656,10 +663,9 @@ def shortcut_loss(model, z, a, a_mask, z_mask, objective='shortcut', k_max=0, bo
     count = valid.sum(dim=(1, 2)) if count is None else count
     flow, boot = (error * valid).sum(dim=(1, 2)) / count.clamp(min=1e-6)
     scale = torch.ones(2, device=device) if rms is None else rms.clamp(min=1e-12).sqrt()
+    metrics = dict(flow=flow.detach(), bootstrap=boot.detach(), tau=(tau * valid[0]).sum() / count[0].clamp(min=1e-6))
     # Divided by its own RMS alone, a bootstrap term that falls gains weight without end, and weights that merely agree
     # with themselves make it fall to 0: training then leaves the data (seen). So it never weighs more than the flow.
-    mean = (tau * valid[0]).sum() / valid[0].sum().clamp(min=1)
-    metrics = dict(flow=flow.detach(), bootstrap=boot.detach(), tau=mean)
     return flow / scale[0] + boot / scale.max(), metrics
 
 
@@ -671,7 +677,7 @@ def previous(z):
 
 
 @torch.no_grad()
-def rollout(model, z_ctx, a, a_mask, K=4, tau_ctx=0.9, seed=0, cache=True, grad=False, graph=True):
+def rollout(model, z_ctx, a, a_mask, K=4, tau_ctx=0.9, seed=0, cache=True, grad=False, graph=None):
     """Imagines the frames after z_ctx (B, Tc, N, D), one after the other, each in K steps -> (B M, T - Tc, N, D).
     a (B M, T, A) and a_mask (B M, T) cover context and future. With M > 1 each context has M candidates in a row,
     which share its actions, its computation and their noise. The past is seen at noise level tau_ctx (on the grid of
@@ -679,7 +685,7 @@ def rollout(model, z_ctx, a, a_mask, K=4, tau_ctx=0.9, seed=0, cache=True, grad=
     cache=False computes the same from scratch each time (the reference). Noise depends on seed, context and frame
     alone. Euler steps z <- z + d (z_hat - z) / (1 - tau): the last one returns z_hat.
     grad: gradients flow through the last step of each frame, and through nothing else (self-forcing).
-    graph: on CUDA, a frame is one CUDA graph, kept in model.graphs for later calls of the same shapes."""
+    graph: a frame is one CUDA graph, kept in model.graphs for later calls of the same shapes; None: where it can be."""
     c = model.config
     (B, Tc, N, D), T, M = z_ctx.shape, a.shape[1], a.shape[0] // z_ctx.shape[0]
     assert K >= 1 and K & (K - 1) == 0 and K <= c['k_max'], f'K {K} is not a power of two up to k_max {c["k_max"]}'
@@ -734,7 +740,7 @@ def rollout(model, z_ctx, a, a_mask, K=4, tau_ctx=0.9, seed=0, cache=True, grad=
             look(seen, 1.0 if direct else level, finest, a_t, mask_t, t, commit=True)
         return z
 
-    if graph := graph and cache and not grad and device.type == 'cuda':
+    if graph := cache and not grad and (device.type == 'cuda' if graph is None else graph):
         key = B * M, min(T, c['context']), K, level, dtype
         kept = model.graphs.setdefault(key, rings)
         for new, old in zip((r for ring in rings if ring for r in ring), (r for ring in kept if ring for r in ring)):
@@ -744,8 +750,8 @@ def rollout(model, z_ctx, a, a_mask, K=4, tau_ctx=0.9, seed=0, cache=True, grad=
     for t in range(Tc, T):
         z, eps = (z.detach(), z) if direct else (x.repeat_interleave(M, dim=0) for x in noise())
         given = z, eps, a[:, t:t + 1], a_mask[:, t:t + 1], torch.full((), t, device=device) if graph or grad else t
-        last = t == T - 1
-        z = replay(model.graphs, (*key, last), lambda *x: frame(*x, last), *given) if graph else frame(*given, last)
+        f = functools.partial(frame, last=t == T - 1)
+        z = replay(model.graphs, (*key, t == T - 1), f, *given) if graph else f(*given)
         out.append(z)
     with torch.set_grad_enabled(grad):
         return torch.cat(out, dim=1)
@@ -762,7 +768,9 @@ def replay(graphs, key, f, *inputs):
                 f(*given)       # compiles, and lets libraries find their memory
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            # a loader's thread may pin memory meanwhile; the graphs run one after the other, and can share their memory
+            with torch.cuda.graph(graph, graphs.setdefault('pool', torch.cuda.graph_pool_handle()),
+                                  capture_error_mode='thread_local'):
                 out = f(*given)
         graphs[key] = graph, given, out
     graph, given, out = graphs[key]
@@ -774,6 +782,7 @@ def replay(graphs, key, f, *inputs):
 
 def half_weights(model, dtype):
     """The model, its linear maps but the last in dtype: what autocast would make of them, in every pass anew."""
+    model.graphs.clear()        # they read the old weights
     for m in model.modules():
         if isinstance(m, nn.Linear) and m is not model.head and m is not getattr(model.head, 'out', None):
             m.to(dtype)

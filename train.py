@@ -118,13 +118,10 @@ if (labelled == 'demo/labelled') != (unlabelled == 'demo/unlabelled'):     # the
     config |= dict(labelled=labelled, unlabelled=unlabelled)
 # --------------------------------------------------------------------------------------------------------------------
 
-data.one_of('tau_schedule', tau_schedule, ('uniform', 'shift', 'logit-normal'))
-data.one_of('teacher', teacher, ('same', 'ema'))
-data.one_of('space', space, ('x', 'v'))
-data.one_of('action_mode', action_mode, ('absolute', 'delta', 'delta_tool'))
-data.one_of('rotation', rotation, data.ROTATIONS)
-data.one_of('store', store, ('float16', 'int8'))
-data.one_of('dtype', dtype, ('auto', 'float32', 'bfloat16'))
+for name, choices in (('action_mode', ('absolute', 'delta', 'delta_tool')), ('rotation', data.ROTATIONS),
+                      ('store', ('float16', 'int8')), ('tau_schedule', ('uniform', 'shift', 'logit-normal')),
+                      ('teacher', ('same', 'ema')), ('space', ('x', 'v')), ('dtype', ('auto', 'float32', 'bfloat16'))):
+    data.one_of(name, config[name], choices)
 for name, least in (('frameskip', 1), ('frames', 2), ('batch_size', 1), ('max_steps', 1), ('eval_context', 1),
                     ('eval_clips', 2), ('eval_interval', 1), ('save_interval', 1), ('log_interval', 1), ('seed', 0),
                     ('workers', 0), ('warmup', 0), ('fps', 0), ('cache_gb', 0), ('micro_batch', 0), ('tau_shift', 0),
@@ -139,9 +136,11 @@ for name in ('labelled_share', 'val_share', 'whiten', 'bootstrap', 'bootstrap_st
 # processes and devices
 ddp = 'RANK' in os.environ
 rank, world = (int(os.environ[k]) for k in ('RANK', 'WORLD_SIZE')) if ddp else (0, 1)
-for name, clips_each in (('batch_size', batch_size), ('long_frames', batch_size * frames / max(1, long_frames))):
-    if clips_each % world and (name == 'batch_size' or long_share):
-        sys.exit(f'--{name}={config[name]}: {clips_each:g} clips a step in all do not divide by {world} processes')
+if long_frames and not long_share:
+    sys.exit(f'--long_frames={long_frames}: wants --long_share, the share of the steps that see them')
+for name, count in (('batch_size', batch_size), ('long_frames', batch_size * frames / (long_frames or frames))):
+    if count % world:
+        sys.exit(f'--{name}={config[name]}: {count:g} clips a step in all do not divide by {world} processes')
 if fsdp and (not ddp or teacher == 'ema'):
     sys.exit(f'--fsdp=True: {"wants torchrun" if not ddp else "keeps no averaged model, which --teacher=ema wants"}')
 device = data.pick_device(device, int(os.environ.get('LOCAL_RANK', 0)))
@@ -159,7 +158,7 @@ if resume:
     for path in (ckpt, optim):
         if not os.path.isfile(path):
             sys.exit(f'--resume=True: there is no {path} to go on from')
-    saved, old = load(ckpt, device, ema=False)
+    saved, old = load(ckpt, ema=False)
     for kind in ('labelled', 'unlabelled'):     # the same revisions of hub datasets, whatever is newest now
         now, then = ([(re.sub('@.*', '', name), w) for name, w in data.weighted(c[kind])] for c in (config, old))
         if now == then:
@@ -194,12 +193,10 @@ for ds in sets['labelled']:
                  'name them by --action=..., or give it as --unlabelled')
 if not sets['labelled'] + sets['unlabelled']:
     sys.exit('--labelled and --unlabelled are both empty: there is nothing to learn from')
-clips = data.Clips(sets['labelled'], sets['unlabelled'], frames, frameskip, (encode.size, encode.width),
-                   batch_size // world, labelled_share, val_share, seed, rank, world)
+clips, long = (data.Clips(sets['labelled'], sets['unlabelled'], T, frameskip, (encode.size, encode.width),
+                          batch_size * frames // T // world, labelled_share, val_share, seed, rank, world)
+               for T in (frames, long_frames or frames))
 clips.count_faults({}, max_bad)
-long = data.Clips(sets['labelled'], sets['unlabelled'], long_frames, frameskip, (encode.size, encode.width),
-                  batch_size * frames // long_frames // world, labelled_share, val_share, seed, rank, world) \
-    if long_share else clips
 batches = data.Lengths(clips, long, long_share)
 shape['action_dim'] = clips.A
 
@@ -208,7 +205,7 @@ shape['action_dim'] = clips.A
 def latents(x):
     """Raw latents (..., N, D) float32 of uint8 frames x (..., 3, H, W), on the device."""
     with autocast:
-        z = [encode(part.to(device).float() / 255).float() for part in x.flatten(0, -4).split(64)]
+        z = [encode(part.to(device, non_blocking=True).float() / 255).float() for part in x.flatten(0, -4).split(64)]
     return torch.cat(z).unflatten(0, x.shape[:-3])
 
 
@@ -222,16 +219,16 @@ def normalised(batch):
 if resume:
     for name in (*sets, 'camera', 'action', 'action_mode', 'rotation', 'fps', 'frameskip', 'frames', 'long_frames',
                  'long_share', 'val_share', 'labelled_share', 'batch_size', 'seed', 'encoder', 'layer', 'frame_height',
-                 'frame_width', 'pool', 'whiten', 'size', 'objective', 'cache', 'store', 'cache_gb', 'fsdp'):
-        if config[name] != old[name]:
+                 'frame_width', 'pool', 'whiten', 'size', 'objective', 'cache', 'store', 'cache_gb'):
+        if config[name] != old.get(name):
             sys.exit(f'--{name}: {config[name]!r} cannot go on from {ckpt}, which has {old[name]!r}')
     if saved.config != shape:
         wrong = next(k for k in shape if saved.config[k] != shape[k])
         sys.exit(f'--{wrong}: {shape[wrong]} cannot go on from {ckpt}, which has {saved.config[wrong]}')
     for name in config:
-        if name != 'resume' and config[name] != old[name]:
-            say(f'resume: {name} was {old[name]}, now {config[name]}')
-    stats = saved.stats
+        if name != 'resume' and config[name] != old.get(name):
+            say(f'resume: {name} was {old.get(name)}, now {config[name]}')
+    stats = {k: v.to(device) for k, v in saved.stats.items()}
 else:
     say('measuring the latents', flush=True)
     x = clips.sample(64, 16)
@@ -246,6 +243,8 @@ else:
     del x, z
 if encoder == 'pixels':
     encode.load_state_dict({k[8:]: v for k, v in stats.items() if k.startswith('encoder.')})
+if compile and device.type == 'cuda':
+    encode.compile()
 if cache:
     clips.tokens = long.tokens = data.cached_latents(clips.sets, encode, device, autocast, cache_dir, store, workers,
                                                      rank, world)
@@ -254,17 +253,14 @@ held_out = clips.held_out(eval_context + 20, eval_clips)
 # model and optimiser
 torch.manual_seed(seed)
 model = WorldModel(shape).to(device)
-if resume:
-    model.load_state_dict(saved.state_dict())
 average = copy.deepcopy(model).requires_grad_(False).eval()
 if resume:
-    average.load_state_dict(load(ckpt, device)[0].state_dict())
+    model.load_state_dict(saved.state_dict())
+    average.load_state_dict(load(ckpt)[0].state_dict())
 if compile:     # layer by layer: quick to compile, and all layers of a kind share the code
     torch._dynamo.config.recompile_limit = 64      # shapes of students and teachers, of short and long clips
-    for block in model.layers:
-        block.compile(dynamic=False)
-    if device.type == 'cuda' and encoder != 'pixels':
-        encode.compile()
+    for block in (*model.layers, *[model.head] * (wide_layers > 0)):
+        block.compile(dynamic=False, fullgraph=True)
 model.remat = remat
 run = model
 if fsdp:
@@ -281,10 +277,10 @@ elif ddp:
 
 
 def whole(x):
-    """A dict of tensors, or one, without shards: all processes call it."""
+    """A dict of tensors, or one; what is sharded comes together on the CPU: all processes call it."""
     if isinstance(x, dict):
         return {k: whole(v) for k, v in x.items()}
-    return x.full_tensor() if hasattr(x, 'full_tensor') else x
+    return x.full_tensor().cpu() if hasattr(x, 'full_tensor') else x
 
 
 def shard(x, p):
@@ -292,8 +288,10 @@ def shard(x, p):
     return distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None) if fsdp and x.dim() else x
 
 
-params = [p for p in model.parameters() if p.numel()]
-averages = [shard(p.to(device), q) for p, q in zip((p for p in average.parameters() if p.numel()), params)]
+params, kept = ([p for p in m.parameters() if p.numel()] for m in (model, average))
+averages = [shard(p, q) for p, q in zip(kept, params)]
+if fsdp:
+    average.cpu()       # only evaluation and the checkpoint want it whole
 matrices = {m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)}
 optimizer = torch.optim.AdamW([dict(params=[p for p in params if p in matrices], weight_decay=weight_decay),
                                dict(params=[p for p in params if p not in matrices], weight_decay=0.0)],
@@ -309,10 +307,11 @@ if resume:
     if state['step'] != saved.step:
         sys.exit(f'{optim} is of step {state["step"]}, {ckpt} of step {saved.step}: they do not belong together')
     order = [p for group in optimizer.param_groups for p in group['params']]
-    state['optimizer']['state'] = {i: {k: shard(v, order[i]) for k, v in kept.items()}
-                                   for i, kept in state['optimizer']['state'].items()}
+    state['optimizer']['state'] = {i: {k: shard(v, order[i]) for k, v in of.items()}
+                                   for i, of in state['optimizer']['state'].items()}
     optimizer.load_state_dict(state['optimizer'])
     rms, step = state['rms'], state['step']
+    del saved, state
 elif rank == 0:
     if any(os.path.exists(os.path.join(out_dir, name)) for name in ('ckpt.safetensors', 'log.jsonl')):  # none is lost
         free = next(p for i in itertools.count(1) if not os.path.exists(p := f'{out_dir.rstrip("/")}.{i}'))
@@ -320,7 +319,7 @@ elif rank == 0:
         print(f'{out_dir} held an earlier run: it is now {free}')
 if rank == 0:
     os.makedirs(out_dir, exist_ok=True)
-generator, peak = torch.Generator(device), data.peak_flops(device) * world
+generator, peak = torch.Generator(device), data.peak_flops(device)
 tokens_per_frame = registers + math.prod(encode.grid) + 2
 for name, value in config.items():
     say(f'{name} = {value}')
@@ -333,7 +332,9 @@ say(f'{sum(p.numel() for p in params) / 1e6:.2f}M parameters, '
 @torch.no_grad()
 def evaluate():
     """{kind: {method: {horizon: mse}}} on held-out episodes with the averaged weights; padded frames do not count."""
-    out, imagine = {}, half_weights(copy.deepcopy(average), autocast.fast_dtype) if autocast._enabled else average
+    out, imagine = {}, average.to(device)
+    if autocast._enabled:
+        imagine = half_weights(copy.deepcopy(average), autocast.fast_dtype)
     for kind, batch in held_out.items():
         z, a, a_mask, z_mask = normalised(batch)
         ways = {'model': (a, a_mask)}
@@ -354,10 +355,10 @@ def evaluate():
 
 def noise(z, row):
     """Uniform (B, 4 + 3 T) and normal (B, T, N, D) numbers for a step's clips from row on, a function of seed, step and
-    row alone: the same training whatever the number of processes and the size of micro-batches."""
+    row alone: the same for any number of processes and size of micro-batches (self-forcing draws its own)."""
     u, eps = torch.empty(len(z), 4 + 3 * z.shape[1], device=device), torch.empty_like(z)
     for i in range(len(z)):
-        generator.manual_seed(((seed * 10_000_019 + step) << 20) + row + i)
+        generator.manual_seed(hash((seed, step, row + i)) % 2 ** 63)    # of whole numbers: the same in every process
         u[i].uniform_(generator=generator)
         eps[i].normal_(generator=generator)
     return u, eps
@@ -372,19 +373,19 @@ def clip_frames(step):
 def audit(loss):
     """Ends the run where something does not learn or is not kept: what has a gradient, what the optimizer moves and
     what the checkpoint holds must be the same tensors."""
-    names, kept = {p: name for name, p in model.named_parameters() if p.numel()}, model.state_dict().keys()
+    names, keys = {p: name for name, p in model.named_parameters() if p.numel()}, model.state_dict().keys()
     moved = {p for group in optimizer.param_groups for p in group['params']}
     for p, name in names.items():
         wrong = ['gets no gradient: the loss does not depend on it'] * (p.grad is None) + \
-            ['is not in the optimizer'] * (p not in moved) + ['is not in the checkpoint'] * (name not in kept)
+            ['is not in the optimizer'] * (p not in moved) + ['is not in the checkpoint'] * (name not in keys)
         if wrong:
             sys.exit(f'model.{name} {wrong[0]}')
     nodes, seen = [loss.grad_fn], set()
     while nodes and not fsdp:       # shards are not the tensors that the loss was made of
         node = nodes.pop()
         if hasattr(node, 'variable') and node.variable not in names and node.variable.numel():
-            sys.exit(f'a tensor of shape {tuple(node.variable.shape)} gets a gradient but is no parameter of the model: it '
-                     'would be neither trained nor saved')
+            sys.exit(f'a tensor of shape {tuple(node.variable.shape)} gets a gradient but is no parameter of the model:'
+                     ' it would be neither trained nor saved')
         nodes += [after for after, _ in node.next_functions if after is not None and after not in seen]
         seen |= {*nodes}
 
@@ -392,13 +393,6 @@ def audit(loss):
 def log(**entry):
     with open(os.path.join(out_dir, 'log.jsonl'), 'a') as f:
         f.write(json.dumps(entry) + '\n')
-
-
-def gather():
-    """Bring the averaged weights into `average`; of what is sharded it holds none."""
-    with torch.no_grad():
-        for p, q in zip((p for p in average.parameters() if p.numel()), averages):
-            p.copy_(whole(q))
 
 
 def save_all():
@@ -432,7 +426,7 @@ tokens, flops, clock = 0, 0.0, time.perf_counter()
 while step < max_steps and not stop:
     batch = next(loader)
     clips.count_faults(batch, max_bad)
-    z, a, a_mask, z_mask = (v[:, :clip_frames(step)] for v in normalised(batch))
+    z, a, a_mask, z_mask = normalised({k: v[:, :clip_frames(step)] for k, v in batch.items()})
     (B, T), (kind, i) = z.shape[:2], batches.which(step)
     part, row = micro_batch or B, rank * B
     falling = max(1, min(decay * max_steps, max_steps - warmup))
@@ -447,7 +441,7 @@ while step < max_steps and not stop:
     count = torch.stack((*valid.sum(dim=(1, 2)), z_mask[:, forced:].sum())).float()
     if ddp:
         dist.all_reduce(count)
-    terms = torch.zeros(4, device=device)       # flow, bootstrap, self-forcing, loss
+    terms = torch.zeros(5, device=device)       # flow, bootstrap, self-forcing, loss, tau
     for at in range(0, B, part):
         some, final = slice(at, at + part), at + part >= B
         if fsdp:
@@ -460,15 +454,16 @@ while step < max_steps and not stop:
                     i * B * world + row + at, noise(z[some], row + at), count[:2] / world)
                 own = torch.zeros((), device=device)
                 if forced < T:
-                    own = rollout(model, z[some, :forced], a[some], a_mask[some], K, seed=step * batch_size + row + at,
-                                  grad=True) - z[some, forced:]
+                    own = rollout(model, z[some, :forced], a[some], a_mask[some], K, grad=True,
+                                  seed=hash((seed, step, row + at, K)) % 2 ** 63) - z[some, forced:]
                     own = (own.square().mean(dim=(2, 3)) * z_mask[some, forced:]).sum() / count[2].clamp(min=1) * world
                     loss = loss + own / torch.maximum(rms[0], rms[2]).clamp(min=1e-12).sqrt()
             loss.backward()
-        terms += torch.stack((metrics['flow'], metrics['bootstrap'], own.detach(), loss.detach()))
+        terms += torch.stack((metrics['flow'], metrics['bootstrap'], own.detach(), loss.detach(), metrics['tau']))
     if step == start:
         audit(loss)
-    norm = whole(torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf))
+    norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
+    norm = norm.full_tensor() if fsdp else norm
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     with torch.no_grad():
@@ -479,7 +474,7 @@ while step < max_steps and not stop:
         rms = torch.where(count > 0, rms.lerp(terms[:3].square(), 0.05), rms)
         step += 1
         bad = torch.where((bad < 0) & ~(terms[3].isfinite() & norm.isfinite()), step, bad)
-    # training costs three forward passes, and two more for the teacher of bootstrap rows; encoding is not counted
+    # three forward passes, and two more for the teacher of bootstrap rows; not encoding, nor self-forcing
     flops += (3 * B + 2 * n) * T * flops_per_frame(shape, T)
     tokens += B * world * T * tokens_per_frame
     bar.update()
@@ -495,22 +490,22 @@ while step < max_steps and not stop:
         if bad >= 0:                            # the one sync point
             sys.exit(f'step {bad.item()}: the loss or its gradient is not finite; nothing has been saved since')
         seconds = time.perf_counter() - clock
-        entry = dict(step=step, loss=terms[3].item(), lr=lr, flow=terms[0].item(),
-                     bootstrap=terms[1].item() if count[1] > 0 else None, tau=metrics['tau'].item(),
+        flow, boots, own, loss, tau = terms.tolist()
+        entry = dict(step=step, loss=loss, flow=flow, bootstrap=boots if count[1] > 0 else None,
+                     self_forcing=own if forced < T else None, tau=tau if count[0] > 0 else None, lr=lr,
                      tokens_per_s=tokens / seconds, mfu=flops / seconds / peak if peak else None,
                      memory_gb=torch.cuda.max_memory_allocated(device) / 1e9 if device.type == 'cuda' else None)
         seconds /= step - first
         if rank == 0:
             log(**entry)
-            bar.set_postfix_str(f'loss {entry["loss"]:.3f}') if not bar.disable else \
-                print(f'step {step}: ' + ''.join(f'{k} {entry[k]:.4f}, ' for k in ('loss', 'flow', 'bootstrap', 'tau')
-                                                 if entry[k] is not None)
-                      + f'lr {lr:.1e}, {1000 * seconds:.0f} ms/step, {entry["tokens_per_s"]:,.0f} tokens/s, mfu '
-                      + (f'{entry["mfu"]:.1%}, memory {entry["memory_gb"]:.1f} GB, ' if peak else 'n/a, ')
-                      + f'{(max_steps - step) * seconds / 60:.1f} min left', flush=True)
+            bar.set_postfix_str(f'loss {loss:.3f}') if not bar.disable else print(
+                ', '.join(f'{k} {v:,.0f}' if k == 'tokens_per_s' else f'{k} {v:.4g}' for k, v in entry.items()
+                          if v is not None)
+                + f', {1000 * seconds:.0f} ms/step, {(max_steps - step) * seconds / 60:.1f} min left', flush=True)
         first, tokens, flops, clock = step, 0, 0.0, time.perf_counter()
-    if step % save_interval == 0 or step % eval_interval == 0 or last:
-        gather()
+    if fsdp and (step % save_interval == 0 or step % eval_interval == 0 or last):
+        for p, q in zip(kept, averages):
+            p.copy_(whole(q))
     if step % save_interval == 0 or last:
         save_all()
     if rank == 0 and (step % eval_interval == 0 or step == max_steps) and not stop:

@@ -678,7 +678,9 @@ def test_every_dimension_is_an_override():
 
 @pytest.mark.parametrize('bad, said', [(dict(size='huge'), '--size=huge: no such size'), (dict(heads=3), 'heads'),
                                        (dict(k_max=12), '--k_max=12: wants a power of two'),
-                                       (dict(objective='flow'), '--objective=flow'), (dict(layers=1), '--layers=1'),
+                                       (dict(objective='flow'), '--objective=flow'),
+                                       (dict(time_every=1), '--time_every=1: wants at least 2'),
+                                       (dict(layers=1), '--layers=1'),
                                        (dict(wide_layers=-1), '--wide_layers=-1'), (dict(context=-2), '--context=-2'),
                                        (dict(action_on='some'), '--action_on=some'), (dict(kv_heads=3), '--heads=4')])
 def test_a_wrong_config_is_one_line(bad, said):
@@ -1043,7 +1045,7 @@ def test_the_cache_changes_nothing(objective, k_max, K, Tc):
     assert torch.allclose(cached, plain, atol=2e-5), (cached - plain).abs().max()
 
 
-@pytest.mark.parametrize('overrides', [dict(wide_layers=2), dict(time_every=1, layers=3), dict(kv_heads=1, context=1),
+@pytest.mark.parametrize('overrides', [dict(wide_layers=2), dict(time_every=2, layers=3), dict(kv_heads=1, context=1),
                                        dict(registers=0, layers=6, context=30), dict(action_on='token')])
 @pytest.mark.parametrize('objective', ['shortcut', 'direct'])
 def test_the_cache_changes_nothing_for_any_shape(double, overrides, objective):
@@ -1201,6 +1203,30 @@ def test_the_gradient_of_a_rollout_is_that_of_the_last_step_of_each_frame(double
     assert not values.requires_grad and torch.allclose(values, fast, rtol=0, atol=1e-12)
     assert torch.allclose(fast, slow, rtol=0, atol=1e-10)
     assert want.abs().max() > 1 and torch.allclose(gradients((fast * weight).sum(), net), want, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize('objective', ['shortcut', 'direct'])
+def test_a_graph_of_a_frame_serves_later_rollouts(monkeypatch, objective):
+    """A CUDA graph goes on with the closure, the buffers and the rings of its first call: imitated here."""
+    made = []
+
+    def replay(graphs, key, f, *inputs):
+        if key not in graphs:
+            graphs[key] = f, [x.clone() for x in inputs]
+            made.append(key)
+        f, given = graphs[key]
+        for x, new in zip(given, inputs):
+            x.copy_(new)
+        return f(*given).clone()
+
+    net, (z, _, _, a, a_mask) = world(objective=objective), inputs(4, 12)
+    plain = [(seed, T, M, model.rollout(net, z[:4 // M, seed:seed + 2], a[:, :T], a_mask[:, :T], 2, seed=seed))
+             for seed, T, M in ((0, 12, 1), (1, 12, 1), (2, 9, 1), (3, 12, 2), (4, 12, 1), (5, 3, 1), (6, 3, 1))]
+    monkeypatch.setattr(model, 'replay', replay)
+    for seed, T, M, want in plain:
+        got = model.rollout(net, z[:4 // M, seed:seed + 2], a[:, :T], a_mask[:, :T], 2, seed=seed, graph=True)
+        assert torch.allclose(got, want, atol=1e-5), (seed, T, M)
+    assert len(made) == 3, 'two graphs of a window, with the last frame or without, and one of a shorter rollout'
 
 
 # checkpoint and pictures ----------------------------------------------------------------------------------------------

@@ -28,16 +28,19 @@ def test_there_are_two_commands_to_begin_with():
 
 @pytest.mark.parametrize('command', COMMANDS)
 def test_files_and_options_exist(command):
-    scripts = re.findall(r'\b(data|train|plan|decode|tests/bench_data)\.py((?:\s+--?\S+)*)', command)
+    scripts = re.findall(r'\b(data|train|plan|decode|tests/\w+)\.py((?:\s+--?\S+)*)', command)
     assert scripts
     for name, options in scripts:
+        if name.startswith('tests/test_'):
+            continue
         known = constants(f'{name}.py')
         for option in re.findall(r'--(\w+)=(\S*)', options):
             assert option[0] in known, option
 
 
 def test_every_option_named_in_the_text_exists():
-    known = set().union(*(constants(f'{name}.py') for name in ('data', 'train', 'plan', 'decode', 'tests/bench_data'))) | {'nproc_per_node'}
+    scripts = 'data', 'train', 'plan', 'decode', 'tests/bench_data', 'tests/bench_model', 'tests/ablate'
+    known = set().union(*(constants(f'{name}.py') for name in scripts)) | {'nproc_per_node'}
     assert {o for o in re.findall(r'`--(\w+)', TEXT)} <= known
 
 

@@ -27,7 +27,8 @@ def test_what_a_run_leaves_behind(trained):
     assert {p.name for p in trained.iterdir()} >= {'ckpt.safetensors', 'log.jsonl', 'optim.pt'}
     assert not list(trained.glob('*.new')) + list(trained.glob('*.tmp'))
     steps, vals = entries(trained)
-    assert set(steps[-1]) == {'step', 'loss', 'flow', 'bootstrap', 'tau', 'lr', 'tokens_per_s', 'mfu', 'memory_gb'}
+    assert set(steps[-1]) == {'step', 'loss', 'flow', 'bootstrap', 'self_forcing', 'tau', 'lr', 'tokens_per_s', 'mfu',
+                              'memory_gb'}
     assert steps[-1]['step'] == vals[-1]['step'] == 20 and math.isfinite(steps[-1]['loss'])
     val = vals[-1]['val']
     assert set(val['labelled']) == {'model', 'repeat', 'shuffled', 'hidden'}
@@ -310,8 +311,9 @@ def test_long_clips_cost_the_same_tokens_and_nothing_is_compiled_twice(demo, tmp
         compiled.append(counter.frame_count)
         return loss(run, z, *rest)
     monkeypatch.setattr(model, 'shortcut_loss', spy)
-    script('train.py', *demo, *SMALL, '--max_steps=16', '--batch_size=8', '--frames=2', '--long_frames=8', '--compile=True',
-           '--long_share=0.25', '--bootstrap=0.5', '--bootstrap_start=0.0', f'--out_dir={tmp_path / "o"}')
+    script('train.py', *demo, *SMALL, '--max_steps=16', '--batch_size=8', '--frames=2', '--long_frames=8',
+           '--long_share=0.25', '--bootstrap=0.5', '--bootstrap_start=0.0', '--compile=True',
+           f'--out_dir={tmp_path / "o"}')
     assert shapes == [(8, 2), (8, 2), (8, 2), (2, 8)] * 4
     assert 0 < compiled[1] < compiled[4] and len(set(compiled[4:])) == 1, compiled
 
@@ -329,7 +331,8 @@ def test_sharded_training_goes_on_bitwise(demo, tmp_path):
     for out, steps in (('whole', (8,)), ('parts', (4, 8))):
         for n in steps:
             run = start(*demo, *SMALL, f'--max_steps={n}', '--fsdp=True', '--decay=0.0', f'--out_dir={tmp_path / out}',
-                        '--bootstrap_start=0.0', *['--resume=True'] * (n != steps[0]), launcher=launcher)
+                        '--bootstrap_start=0.0', '--frames=5', '--self_forcing=1.0',
+                        *['--resume=True'] * (n != steps[0]), launcher=launcher)
             said, errors = run.communicate(timeout=200)
             assert run.returncode == 0, errors
     one, two = (safetensors.torch.load_file(tmp_path / out / 'ckpt.safetensors') for out in ('whole', 'parts'))
