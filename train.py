@@ -217,17 +217,17 @@ def normalised(batch):
 
 
 if resume:
-    for name in (*sets, 'camera', 'action', 'action_mode', 'rotation', 'fps', 'frameskip', 'frames', 'long_frames',
-                 'long_share', 'val_share', 'labelled_share', 'batch_size', 'seed', 'encoder', 'layer', 'frame_height',
-                 'frame_width', 'pool', 'whiten', 'size', 'objective', 'cache', 'store', 'cache_gb'):
-        if config[name] != old.get(name):
-            sys.exit(f'--{name}: {config[name]!r} cannot go on from {ckpt}, which has {old[name]!r}')
+    fixed = (*sets, 'camera', 'action', 'action_mode', 'rotation', 'fps', 'frameskip', 'frames', 'long_frames',
+             'long_share', 'val_share', 'labelled_share', 'batch_size', 'seed', 'encoder', 'layer', 'frame_height',
+             'frame_width', 'pool', 'whiten', 'size', 'objective', 'cache', 'store', 'cache_gb')
+    for name, now, then in [(name, config[name], old.get(name)) for name in (*fixed, *config)]:
+        if now != then and name in fixed:
+            sys.exit(f'--{name}: {now!r} cannot go on from {ckpt}, which has {then!r}')
+        if now != then and name != 'resume':
+            say(f'resume: {name} was {then}, now {now}')
     if saved.config != shape:
-        wrong = next(k for k in shape if saved.config[k] != shape[k])
-        sys.exit(f'--{wrong}: {shape[wrong]} cannot go on from {ckpt}, which has {saved.config[wrong]}')
-    for name in config:
-        if name != 'resume' and config[name] != old.get(name):
-            say(f'resume: {name} was {old.get(name)}, now {config[name]}')
+        wrong = next(k for k in shape if saved.config.get(k) != shape[k])
+        sys.exit(f'--{wrong}: {shape[wrong]} cannot go on from {ckpt}, which has {saved.config.get(wrong)}')
     stats = {k: v.to(device) for k, v in saved.stats.items()}
 else:
     say('measuring the latents', flush=True)
@@ -319,6 +319,7 @@ elif rank == 0:
         print(f'{out_dir} held an earlier run: it is now {free}')
 if rank == 0:
     os.makedirs(out_dir, exist_ok=True)
+    journal = open(os.path.join(out_dir, 'log.jsonl'), 'a', buffering=1)
 generator, peak = torch.Generator(device), data.peak_flops(device)
 tokens_per_frame = registers + math.prod(encode.grid) + 2
 for name, value in config.items():
@@ -364,12 +365,6 @@ def noise(z, row):
     return u, eps
 
 
-def clip_frames(step):
-    """How many frames of the clips of a step are used."""
-    T = batches.which(step)[0].T
-    return T if step >= grow * max_steps else min(T, 2 << int(step / (grow * max_steps) * math.ceil(math.log2(T / 2))))
-
-
 def audit(loss):
     """Ends the run where something does not learn or is not kept: what has a gradient, what the optimizer moves and
     what the checkpoint holds must be the same tensors."""
@@ -390,11 +385,6 @@ def audit(loss):
         seen |= {*nodes}
 
 
-def log(**entry):
-    with open(os.path.join(out_dir, 'log.jsonl'), 'a') as f:
-        f.write(json.dumps(entry) + '\n')
-
-
 def save_all():
     weights, state = whole(model.state_dict()), optimizer.state_dict()
     state['state'] = whole(state['state'])
@@ -405,16 +395,9 @@ def save_all():
             os.replace(path + '.new', path)
 
 
-asked = stop = False
-
-
-def on_signal(*_):
-    global asked
-    asked = True
-
-
+asked, stop = [], False
 for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, on_signal)
+    signal.signal(number, lambda *_: asked.append(True))
 decoding = workers if cache_dir or not cache else 0       # latents in memory need no help
 loader = iter(torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(step, max_steps),
                                           num_workers=decoding, pin_memory=device.type == 'cuda',
@@ -426,8 +409,10 @@ tokens, flops, clock = 0, 0.0, time.perf_counter()
 while step < max_steps and not stop:
     batch = next(loader)
     clips.count_faults(batch, max_bad)
-    z, a, a_mask, z_mask = normalised({k: v[:, :clip_frames(step)] for k, v in batch.items()})
-    (B, T), (kind, i) = z.shape[:2], batches.which(step)
+    kind, i = batches.which(step)
+    doublings = math.ceil(math.log2(kind.T / 2)) * step / (grow * max_steps) if step < grow * max_steps else 20
+    z, a, a_mask, z_mask = normalised({k: v[:, :2 << int(doublings)] for k, v in batch.items()})
+    B, T = z.shape[:2]
     part, row = micro_batch or B, rank * B
     falling = max(1, min(decay * max_steps, max_steps - warmup))
     lr = learning_rate * (step + 1) / warmup if step < warmup else \
@@ -480,29 +465,29 @@ while step < max_steps and not stop:
     bar.update()
 
     if not ddp:
-        stop = asked
+        stop = bool(asked)
     elif step % 10 == 0:                        # all processes stop at the same step, or the others wait forever
-        flag = torch.tensor(float(asked), device=device)
+        flag = torch.tensor(float(len(asked)), device=device)
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         stop = bool(flag)
     last = step == max_steps or stop
-    if step % log_interval == 0 or step % save_interval == 0 or step % eval_interval == 0 or last:
-        if bad >= 0:                            # the one sync point
-            sys.exit(f'step {bad.item()}: the loss or its gradient is not finite; nothing has been saved since')
-        seconds = time.perf_counter() - clock
-        flow, boots, own, loss, tau = terms.tolist()
-        entry = dict(step=step, loss=loss, flow=flow, bootstrap=boots if count[1] > 0 else None,
-                     self_forcing=own if forced < T else None, tau=tau if count[0] > 0 else None, lr=lr,
-                     tokens_per_s=tokens / seconds, mfu=flops / seconds / peak if peak else None,
-                     memory_gb=torch.cuda.max_memory_allocated(device) / 1e9 if device.type == 'cuda' else None)
-        seconds /= step - first
-        if rank == 0:
-            log(**entry)
-            bar.set_postfix_str(f'loss {loss:.3f}') if not bar.disable else print(
-                ', '.join(f'{k} {v:,.0f}' if k == 'tokens_per_s' else f'{k} {v:.4g}' for k, v in entry.items()
-                          if v is not None)
-                + f', {1000 * seconds:.0f} ms/step, {(max_steps - step) * seconds / 60:.1f} min left', flush=True)
-        first, tokens, flops, clock = step, 0, 0.0, time.perf_counter()
+    if not last and all(step % n for n in (log_interval, save_interval, eval_interval)):
+        continue                                # nobody has waited for the device so far
+    if bad >= 0:
+        sys.exit(f'step {bad.item()}: the loss or its gradient is not finite; nothing has been saved since')
+    seconds = time.perf_counter() - clock
+    flow, boots, own, loss, tau = terms.tolist()
+    entry = dict(step=step, loss=loss, flow=flow, bootstrap=boots if count[1] > 0 else None,
+                 self_forcing=own if forced < T else None, tau=tau if count[0] > 0 else None, lr=lr,
+                 tokens_per_s=tokens / seconds, mfu=flops / seconds / peak if peak else None,
+                 memory_gb=torch.cuda.max_memory_allocated(device) / 1e9 if device.type == 'cuda' else None)
+    seconds /= step - first
+    if rank == 0:
+        print(json.dumps(entry), file=journal)
+        bar.set_postfix_str(f'loss {loss:.3f}') if not bar.disable else print(
+            ', '.join(f'{k} {v:,.0f}' if k == 'tokens_per_s' else f'{k} {v:.4g}' for k, v in entry.items()
+                      if v is not None)
+            + f', {1000 * seconds:.0f} ms/step, {(max_steps - step) * seconds / 60:.1f} min left', flush=True)
     if fsdp and (step % save_interval == 0 or step % eval_interval == 0 or last):
         for p, q in zip(kept, averages):
             p.copy_(whole(q))
@@ -510,14 +495,13 @@ while step < max_steps and not stop:
         save_all()
     if rank == 0 and (step % eval_interval == 0 or step == max_steps) and not stop:
         val = evaluate()
-        log(step=step, val=val)
+        print(json.dumps(dict(step=step, val=val)), file=journal)
         for kind, ways in val.items():
             bar.write(f'step {step}: {kind} error at 1/5/10/20 steps: ' + ', '.join(
                 f'{name} ' + '/'.join('-' if e is None else f'{e:.3f}' for e in errors.values())
                 for name, errors in ways.items()), file=sys.stdout)
         sys.stdout.flush()
-    if step % eval_interval == 0 or step % save_interval == 0:
-        first, tokens, flops, clock = step, 0, 0.0, time.perf_counter()
+    first, tokens, flops, clock = step, 0, 0.0, time.perf_counter()
 bar.close()
 say(f'stopped at step {step}: python train.py --resume=True goes on' if step < max_steps else f'trained {step} steps')
 say(f'wrote {ckpt}, {optim} and {os.path.join(out_dir, "log.jsonl")}')

@@ -901,6 +901,21 @@ def test_batches_are_a_function_of_seed_step_and_rank(world):
         assert same(a, b)
 
 
+@pytest.mark.parametrize('share, every', [(0.25, 4), (0.1, 10), (1.0, 1)])
+def test_long_clips_come_at_an_exact_share_and_use_up_their_own_order(world, share, every):
+    short, long = clips(world, batch_size=4), data.Clips(*world, 6, 2, 0, 2, 0.5, 0.25)
+    both = data.Lengths(short, long, share)
+    which = [both.which(step) for step in range(60)]
+    assert all(sum(c is long for c, _ in which[i:i + every]) == 1 for i in range(60 - every))
+    for of in (short, long):
+        assert [i for c, i in which if c is of] == list(range(sum(c is of for c, _ in which)))
+    step = every - 1
+    assert both.which(step) == (long, 0) and both[step]['a'].shape[:2] == (2, 6)
+    assert torch.equal(both[step]['a'], long[0]['a'])
+    none = data.Lengths(short, long, 0.0)
+    assert all(none.which(step) == (short, step) for step in range(9))
+
+
 def test_where_a_labelled_clip_stands_in_a_batch_is_random(world):
     first = [s < 2 for step in range(200) for s, *_ in clips(world, 4, 0.5).picks(step)[:1]]
     assert 0.4 < np.mean(first) < 0.6
@@ -2549,6 +2564,15 @@ def test_odd_metadata_are_one_line(tmp_path, change):
     with pytest.raises(SystemExit) as error:
         data.LeRobot(root)
     says(error, root)
+
+
+def test_peak_flops_of_a_card_are_its_own_or_unknown(monkeypatch):
+    names = {'NVIDIA H100 80GB HBM3': 989e12, 'NVIDIA H100 PCIe': 756e12, 'NVIDIA H200': 989e12, 'Tesla T4': 0.0,
+             'NVIDIA A100-SXM4-80GB': 312e12, 'NVIDIA GH200 480GB': 989e12, 'NVIDIA L40S': 362e12}
+    for name, peak in names.items():
+        monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: name)
+        assert data.peak_flops(torch.device('cuda')) == peak
+    assert data.peak_flops(torch.device('cpu')) == 0.0
 
 
 def test_a_camera_of_weight_0_is_not_drawn(made):
