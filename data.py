@@ -1184,7 +1184,7 @@ class Clips:
 
 
 class Lengths:
-    """Batches of two Clips in turn: of any 1/share consecutive steps exactly one is of the second. [step] is a batch."""
+    """Batches of two Clips in turn: of any 1/share consecutive steps exactly one is of the second. [step]: a batch."""
 
     def __init__(self, short, long, share):
         self.short, self.long, self.share = short, long, fractions.Fraction(share).limit_denominator(1000)

@@ -363,7 +363,7 @@ def test_a_mistake_is_one_line_and_nothing_is_written(demo, tmp_path):
             (['--tau_schedule=cosine'], '--tau_schedule: wants one of uniform, shift, logit-normal'),
             (['--teacher=best'], '--teacher: wants one of same, ema'), (['--space=z'], '--space: wants one of x, v'),
             (['--long_frames=8'], '--long_frames=8: wants --long_share'),
-            (['--long_frames=7', '--long_share=0.5'], '--long_frames=7: 2.28571 clips a step in all do not divide by 1'),
+            (['--long_frames=7', '--long_share=0.5'], '--long_frames=7: 2.28571 clips a step in all do not divide'),
             (['--fsdp=True'], '--fsdp=True: wants torchrun'), (['--decay=2'], '--decay: wants a number from 0 to 1'),
             (['--device=tpu'], '--device=tpu: not usable here'),
             (['--frames=1'], '--frames: wants at least 2'),
