@@ -14,7 +14,7 @@ def constants(name):
     """The options of a script: its constants before the call of override; in data.py these are in its last if."""
     out, body = {}, ast.parse((ROOT / name).read_text()).body
     for node in body[-1].body if name == 'data.py' else body:
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
+        if isinstance(node, ast.Assign) and ast.unparse(node.value).startswith(('override(', 'data.override(')):
             break
         if isinstance(node, ast.Assign) and isinstance(node.value, (ast.Constant, ast.UnaryOp)):
             out[node.targets[0].id] = ast.literal_eval(node.value)
