@@ -869,7 +869,8 @@ def write_lerobot(root, episodes, fps, names={}, robot_type='', crf=18, gop=2, f
                 size[k] += _encode(videos[k], x, first + L - 1, fps, crf=str(crf), g=str(gop))
                 if L % (L // 32 + 1) == 0:
                     kept[k].append(x[::len(x) // 64 or 1, ::x.shape[1] // 64 or 1].copy())
-        vectors = {k: np.float32(e[k]) for k in ('observation.state', 'action') if np.size(e.get(k, ())) > 0}
+        vectors = {k: np.float32(v) for k, v in e.items()
+                   if k.startswith(('observation.state', 'action')) and np.size(v) > 0}
         frame = np.arange(L)[:, None]
         columns = vectors | dict(timestamp=np.float32(frame / fps), frame_index=frame, episode_index=0 * frame + i,
                                  index=total + frame, task_index=0 * frame + tasks.setdefault(e['task'], len(tasks)))
@@ -916,26 +917,281 @@ def write_lerobot(root, episodes, fps, names={}, robot_type='', crf=18, gop=2, f
     os.replace(tmp, root)
 
 
+class Gym:
+    """One robot in any gymnasium environment, as far as recording needs it: pictures, actions, vectors. size (H, W), 0
+    is the environment's own. The classes below know one environment each and add what honest evaluation needs.
+    """
+    exact = False   # whether restore() leaves no trace of what was before
+
+    def __init__(self, env, size=(0, 0), flag='--record', package='', **options):
+        try:
+            importlib.import_module(package or (re.split('[/:]', env)[:-1] or ['gymnasium'])[0])  # makes env known
+            import gymnasium
+            self.world = gymnasium.make(env, render_mode='rgb_array', **options)
+            self.world.reset()
+            self.world.render()  # where a package for drawing is missing, it is noticed only here
+        except ModuleNotFoundError as error:
+            sys.exit(f'{flag}={env} needs: pip install {error.name.partition(".")[0].replace("_", "-")}')
+        except gymnasium.error.Error as error:
+            sys.exit(f'{flag}={env}: {" ".join(str(error).split())}')
+        except (AttributeError, ImportError, RuntimeError) as error:    # OpenGL's ways to say that it is not there
+            if not package:
+                raise
+            sys.exit(f'{flag}={env}: cannot draw with MUJOCO_GL={os.environ.get("MUJOCO_GL", "")} ({error}): egl wants '
+                     'libegl1 and a driver, osmesa wants libosmesa6 (apt-get install)')
+        self.space, self.fps, self.size = self.world.action_space, self.world.metadata.get('render_fps'), size
+
+    def reset(self, seed):
+        self.observation, self.over = self.world.reset(seed=seed)[0], False
+
+    def step(self, action):
+        self.observation, _, terminated, truncated, _ = self.world.step(action)
+        self.over = terminated or truncated
+
+    def frame(self):
+        """uint8 (H, W, 3)."""
+        return _rgb(av.VideoFrame.from_ndarray(np.ascontiguousarray(self.world.render()), 'rgb24'), self.size)
+
+    def state(self):
+        """All vectors of the observation, as one."""
+        seen = self.observation.values() if isinstance(self.observation, dict) else [self.observation]
+        return np.hstack([x for x in seen if np.ndim(x) == 1] or [()])
+
+    def columns(self, action):
+        """What a dataset's row says of an action."""
+        import gymnasium
+        return {'action': gymnasium.spaces.flatten(self.space, action)}
+
+    # what the known ones share
+    def rest(self):
+        """The action that holds still."""
+        return np.zeros(self.space.shape)
+
+    def elsewhere(self, i, rng):
+        """Another state, at rest, which has nothing to do with the present one; i: the episode's number."""
+        self.reset(int(rng.integers(2 ** 31)))
+        for _ in range(10):
+            self.step(self.rest())
+
+    def asks(self, i, begin, goal):
+        """Whether going from one pose to another is worth asking: not if it is reached already."""
+        return not self.far(begin, goal, begin)[1]
+
+
+class PushT(Gym):
+    """gym_pusht/PushT-v0: a disc, the agent, pushes a T on a plane of 512 x 512.
+
+    The action is where the agent is to go: 'action' the target, 'action.relative' (target - agent); key says which one
+    step() takes, datasets have both. The green T and the red cross of the package's pictures are not drawn: one is a
+    target that is not ours, the other shows the last action. pose: agent x, y, block x, y, angle. Reached, as in
+    DINO-WM (arXiv:2411.04983, env/pusht/pusht_wrapper.py): the four positions together within 20, the angle within
+    pi / 9.
+    """
+    unit = 'px of 512'
+
+    def __init__(self, env, size=(0, 0), flag='--env', shift='', key='action'):
+        super().__init__(env, size, flag, disable_env_checker=True)
+        self.world, self.shift, self.key = self.world.unwrapped, shift, key
+        self.reset(0)
+
+    def reset(self, seed):
+        super().reset(seed)
+        self.world.goal_pose = np.array([-2000, -2000, 0])
+        for shape in self.world.block.shapes if self.shift == 'object' else ():
+            shape.color = (205, 92, 60, 255)
+
+    def step(self, action):
+        agent = np.array(self.world.agent.position)
+        super().step(np.clip(action + agent if self.key == 'action.relative' else action, 0, 512))
+        self.over = False
+
+    def columns(self, action):
+        agent = np.array(self.world.agent.position)
+        target = np.clip(action + agent if self.key == 'action.relative' else action, 0, 512)
+        return {'action': target, 'action.relative': target - agent}
+
+    def frame(self):
+        import pygame
+        x = pygame.surfarray.array3d(self.world._draw()).swapaxes(0, 1)                       # (512, 512, 3)
+        if self.shift == 'background':
+            x[(x == 255).all(axis=2)] = 250, 235, 190
+        if self.shift == 'light':       # from the right
+            x = np.uint8(x * np.linspace(.55, 1, 512)[:, None])
+        if self.shift == 'camera':      # 20 px to the left, 12 up
+            x = np.pad(x, ((0, 12), (0, 20), (0, 0)), 'edge')[12:, 20:]
+        return _rgb(av.VideoFrame.from_ndarray(np.ascontiguousarray(x), 'rgb24'), self.size)
+
+    def state(self):
+        bodies = self.world.agent, self.world.block
+        return np.array([v for b in bodies for v in (*b.position, *b.velocity, b.angle, b.angular_velocity)])
+
+    def restore(self, state):
+        for b, (x, y, vx, vy, angle, turn) in zip((self.world.agent, self.world.block), state.reshape(2, 6)):
+            b.angle = angle             # first: it turns about the centre of mass, which moves the position
+            b.position, b.velocity, b.angular_velocity = (x, y), (vx, vy), turn
+            self.world.space.reindex_shapes_for_body(b)
+
+    def pose(self):
+        return np.array([*self.world.agent.position, *self.world.block.position, self.world.block.angle])
+
+    def rest(self):
+        return np.zeros(2) if self.key == 'action.relative' else np.array(self.world.agent.position)
+
+    def far(self, pose, goal, begin):
+        """How far the positions are off, and whether the goal is reached."""
+        turned = abs((pose[4] - goal[4] + np.pi) % (2 * np.pi) - np.pi)
+        gap = np.linalg.norm(pose[:4] - goal[:4])
+        return gap, gap < 20 and turned < np.pi / 9
+
+    def script(self, rng):
+        """Noisy play: three times in five get behind the block and push it towards a random place, else go to one; an
+        action at each call."""
+        aims, left, drift = [], 0, np.zeros(2)
+        def act():
+            nonlocal left, drift
+            agent, block = (np.array(v) for v in (self.world.agent.position, self.world.block.local_to_world(
+                self.world.block.center_of_gravity)))
+            left, drift = left - 1, .8 * drift + .6 * rng.normal(0, 6, 2)
+            if aims and (left <= 0 or np.linalg.norm(aims[0] - agent) < 15):
+                aims.pop(0)
+                left = rng.integers(8, 25)
+            if not aims:
+                place, left = rng.uniform(60, 452, 2), rng.integers(8, 25)
+                push = (place - block) / np.linalg.norm(place - block)
+                aims[:] = [(block - rng.uniform(60, 110) * push + rng.normal(0, 20, 2)).clip(20, 492),
+                           block + (place - block) * rng.uniform(0, 1)] if rng.random() < .6 else [place]
+            want = aims[0] - agent
+            return want * min(1, 30 / max(np.linalg.norm(want), 1)) + drift
+        return act
+
+
+class Mujoco(Gym):
+    """PointMaze_*, FetchReach-* and FetchPush-* of gymnasium-robotics. Without a screen MUJOCO_GL is egl (or osmesa).
+
+    PointMaze: a force (x, y) moves a ball, seen from above. pose: x, y in cells. Fetch: the motion (x, y, z) of a 7-DoF
+    arm's hand in units of 5 cm, and its fingers, which both tasks keep shut. pose: the hand's and the object's x, y, z.
+    Reached is what the environments call so: the ball within 0.45 cells, the hand (reach) or object (push) within 5 cm.
+    The red sphere of the package's pictures is not drawn: it is a target that is not ours.
+    """
+    exact = True
+
+    def __init__(self, env, size=(0, 0), flag='--env', shift=''):
+        if not os.environ.get('DISPLAY'):
+            os.environ.setdefault('MUJOCO_GL', 'egl')
+        h, w = (n or 224 for n in size)
+        super().__init__(env, (h, w), flag, 'gymnasium_robotics', width=w, height=h, disable_env_checker=True)
+        import mujoco
+        self.world = self.world.unwrapped
+        maze = self.maze = getattr(self.world, 'maze', None)
+        inner = self.world.point_env if maze else self.world
+        self.model, self.data, self.mj = inner.model, inner.data, mujoco
+        self.push, self.unit, self.near = 'Push' in env, 'cells' if maze else 'm', .45 if maze else .05
+        self.fps = round(1 / inner.dt)
+        model, camera = self.model, inner.mujoco_renderer.viewer.cam
+        camera.distance, camera.elevation, camera.azimuth, camera.lookat[:] = (
+            (1.1 * max(maze.map_length, maze.map_width), -90, 90, 0) if maze else (1., -50, 180, (1.3, .75, .42)))
+        model.site('target' if maze else 'target0').rgba[3] = 0
+        if not maze:        # nor are the axes that show where the controller wants the hand
+            model.geom_rgba[model.geom_bodyid == model.body('robot0:mocap').id, 3] = 0
+        floor, thing = (('ground', 'particle_geom') if maze else
+                        ('floor0', 'object0' if self.push else 'robot0:gripper_link'))
+        if shift == 'light':
+            model.vis.headlight.diffuse[:] *= .5
+            model.light_diffuse[:] *= .4
+        if shift == 'camera':
+            camera.azimuth += 5
+            camera.lookat[:2] += .02 * camera.distance
+        for which, name, colour in (('background', floor, (.9, .8, .5, 1)), ('object', thing, (.9, .3, .1, 1))):
+            if shift == which:
+                model.geom(name).matid[:] = -1
+                model.geom(name).rgba[:] = colour
+        self.reset(0)
+
+    def state(self):
+        state = np.empty(self.mj.mj_stateSize(self.model, self.mj.mjtState.mjSTATE_INTEGRATION))
+        self.mj.mj_getState(self.model, self.data, state, self.mj.mjtState.mjSTATE_INTEGRATION)
+        return state
+
+    def restore(self, state):
+        self.mj.mj_setState(self.model, self.data, state, self.mj.mjtState.mjSTATE_INTEGRATION)
+        self.mj.mj_forward(self.model, self.data)
+
+    def step(self, action):
+        super().step(np.clip(action, -1, 1).astype(np.float32))
+        self.over = False
+
+    def pose(self):
+        if self.maze:
+            return self.data.qpos.copy()
+        return np.hstack([self.data.site(name).xpos for name in ('robot0:grip', 'object0')[:1 + self.push]])
+
+    def far(self, pose, goal, begin):
+        gap = np.linalg.norm((pose - goal)[-3:])
+        return gap, gap < self.near
+
+    def script(self, rng):
+        """Noisy behaviour: the ball goes through the maze to random places, the hand to random places, two in three
+        times low and through the object; an action at each call."""
+        left, aim, drift, way = 0, None, np.zeros(len(self.space.low)), []
+        def route(start, end):      # breadth first over free cells
+            came, todo = {end: end}, [end]
+            for cell in todo:
+                for near in ((cell[0] + i, cell[1] + j) for i, j in ((0, 1), (1, 0), (0, -1), (-1, 0))):
+                    if self.maze.maze_map[near[0]][near[1]] != 1 and near not in came:
+                        came[near] = cell
+                        todo.append(near)
+            while start != end:
+                start = came[start]
+                yield start
+        def act():
+            nonlocal left, aim, drift, way
+            pose, left, drift = self.pose(), left - 1, .9 * drift + .44 * rng.normal(0, .4, drift.shape)
+            if self.maze:
+                if left <= 0:
+                    free = np.argwhere(np.asarray(self.maze.maze_map, object) != 1)
+                    here = tuple(int(v) for v in self.maze.cell_xy_to_rowcol(pose))
+                    way, left = [*route(here, tuple(int(v) for v in rng.choice(free)))], rng.integers(50, 200)
+                    way, aim = [self.maze.cell_rowcol_to_xy(np.array(c)) + rng.uniform(-.25, .25, 2) for c in way], pose
+                if way and np.linalg.norm(pose - aim) < .3:
+                    aim = way.pop(0)
+                return np.clip(2 * (aim - pose) - .4 * self.data.qvel + drift, -1, 1)
+            hand = pose[:3]
+            if left <= 0:
+                left = rng.integers(4, 12)
+                aim = np.array([1.34, .75, .53]) + rng.uniform((-.15, -.15, -.1), (.15, .15, .15))
+                if self.push and rng.random() < .67:
+                    beyond = pose[3:] + (pose[3:] - hand) * rng.uniform(.2, 1) + rng.normal(0, .03, 3)
+                    aim = np.clip(beyond, (1.1, .45, 0), (1.5, 1.05, 1))
+                    aim[2] = pose[5]
+            return np.append(np.clip(8 * (aim - hand) + drift[:3], -1, 1), 0)
+        return act
+
+
+def simulator(env, size=(0, 0), flag='--env', shift='', key='action'):
+    """The simulated robot of a name, None of one that can only be recorded. key: its actions' key in the dataset."""
+    name = re.split('[/:]', env)[-1]
+    if name == 'demo':
+        return Demo(size, shift)
+    if name.startswith('PushT-'):
+        return PushT(env, size, flag, shift, key)
+    if re.match('PointMaze_|FetchReach-|FetchPush-', name):
+        return Mujoco(name, size, flag, shift)
+    return None
+
+
 def record(env, episodes, steps, policy, seed, fps=0, size=(0, 0)):
     """(episodes, fps) for write_lerobot(root, *..) from a gymnasium environment, which runs while they are written.
 
     Row i's action is what was done after frame i, flattened (discrete: one-hot); its state all vectors of the
-    observation. policy: 'random', 'noise' (the same with a memory of 10 steps) or 'file.py:name', a function
-    name(observation, frame, step, rng) -> action. steps: an episode's most. 0 is no limit of steps, the environment's
-    own fps or size. Ctrl-C ends the recording and keeps it, a second one the program.
+    observation, or what restores a known simulator. policy: 'random', 'noise' (the same with a memory of 10 steps),
+    'script' (a known simulator's noisy behaviour) or 'file.py:name', a function name(observation, frame, step, rng) ->
+    action. steps: an episode's most. 0 is no limit of steps, the environment's own fps or size. Ctrl-C ends the
+    recording and keeps it, a second one the program.
     """
-    try:
-        importlib.import_module((re.split('[/:]', env)[:-1] or ['gymnasium'])[0])  # which makes env known
-        import gymnasium
-        world = gymnasium.make(env, render_mode='rgb_array')
-        world.reset()
-        world.render()  # where a package for drawing is missing, it is noticed only here
-    except ModuleNotFoundError as error:
-        sys.exit(f'--record={env} needs: pip install {error.name.partition(".")[0].replace("_", "-")}')
-    except gymnasium.error.Error as error:
-        sys.exit(f'--record={env}: {" ".join(str(error).split())}')
-    fps = fps or world.metadata.get('render_fps') or sys.exit(f'--fps: {env} does not say its frames per second')
-    space, rng, z, actions, states, stop = world.action_space, np.random.default_rng(seed), 0, [], [], []
+    world = (simulator(env, size, '--record', key='action.relative' if policy == 'script' else 'action')
+             or Gym(env, size))
+    fps = fps or world.fps or sys.exit(f'--fps: {env} does not say its frames per second')
+    space, rng, z, states, stop = world.space, np.random.default_rng(seed), 0, [], []
     space.seed(seed)
 
     def noise(*_):
@@ -944,27 +1200,36 @@ def record(env, episodes, steps, policy, seed, fps=0, size=(0, 0)):
         low, high = np.nan_to_num(space.low, neginf=-2), np.nan_to_num(space.high, posinf=2)
         return (low + (high - low) * torch.special.ndtr(torch.as_tensor(z)).numpy()).astype(space.dtype)
 
+    script = hasattr(world, 'script') and (lambda *_: act())
     file, _, function = policy.rpartition(':')
-    choose = ({'random': lambda *_: space.sample(), 'noise': hasattr(space, 'low') and noise}.get(policy)
+    choose = ({'random': lambda *_: space.sample(), 'noise': hasattr(space, 'low') and noise,
+               'script': script}.get(policy)
               or os.path.isfile(file) and runpy.run_path(file).get(function)
-              or sys.exit(f'--policy={policy}: wants random, noise (not of discrete actions) or file.py:name'))
+              or sys.exit(f'--policy={policy}: wants random, noise (not of discrete actions), file.py:name or script '
+                          '(where the simulator is known)'))
 
     def frames():
-        actions[:], states[:] = [], []
-        observation, _ = world.reset(seed=int(rng.integers(2 ** 31)))
+        nonlocal act
+        states[:] = []
+        for values in rows.values():
+            values[:] = []
+        world.reset(seed=int(rng.integers(2 ** 31)))
+        act = script and world.script(rng)
         for step in range(steps or sys.maxsize):
-            frame = _rgb(av.VideoFrame.from_ndarray(np.ascontiguousarray(world.render()), 'rgb24'), size)
-            action = choose(observation, frame, step, rng)
-            actions.append(gymnasium.spaces.flatten(space, action))
-            seen = observation.values() if isinstance(observation, dict) else [observation]
-            states.append(np.hstack([x for x in seen if np.ndim(x) == 1] or [()]))
+            frame = world.frame()
+            action = choose(world.observation, frame, step, rng)
+            for k, v in world.columns(action).items():
+                rows[k].append(v)
+            states.append(world.state())
             yield frame
-            observation, _, terminated, truncated, _ = world.step(action)
-            if terminated or truncated or stop:
+            world.step(action)
+            if world.over or stop:
                 return
 
+    act = None
+    rows = {k: [] for k in world.columns(space.sample())}
     signal.signal(signal.SIGINT, lambda *_: stop.append(signal.signal(signal.SIGINT, signal.default_int_handler)))
-    return ({'observation.images.render': frames(), 'task': env, 'action': actions, 'observation.state': states}
+    return ({'observation.images.render': frames(), 'task': env, **rows, 'observation.state': states}
             for _ in itertools.takewhile(lambda _: not stop, range(episodes))), fps
 
 
@@ -1346,19 +1611,90 @@ def demo_start(n, rng):
     return state
 
 
-def demo_episodes(n, T, rng):
-    """States (n, T, 4) and actions (n, T, 2) of a noisy script: wander to random places, often through the disc."""
-    state, states, actions = demo_start(n, rng), np.empty((n, T, 4)), np.empty((n, T, 2))
+def demo_script(n, rng):
+    """A noisy script for n tables: a function state (n, 4) -> action (n, 2), which wanders to random places, often
+    through the disc."""
     aim, left = np.zeros((n, 2)), np.zeros((n, 1))      # where the tip goes, and for how many frames
-    for t in range(T):
+    def act(state):
+        nonlocal aim, left
         tip, disc = state[:, :2], state[:, 2:]
         through = rng.random((n, 1)) < 0.6              # beyond the disc, as seen from the tip
         beyond = disc + (disc - tip) * rng.uniform(0.2, 1.2, (n, 1)) + rng.normal(0, 0.05, (n, 2))
         aim = np.where(left <= 0, np.where(through, beyond, rng.uniform(0, 1, (n, 2))).clip(0, 1), aim)
         left = np.where(left <= 0, rng.integers(6, 16, (n, 1)), left - 1)
-        action = ((aim - tip) * 0.5 + rng.normal(0, 0.015, (n, 2))).clip(-DEMO_STEP, DEMO_STEP)
+        return ((aim - tip) * 0.5 + rng.normal(0, 0.015, (n, 2))).clip(-DEMO_STEP, DEMO_STEP)
+    return act
+
+
+def demo_episodes(n, T, rng):
+    """States (n, T, 4) and actions (n, T, 2) of the script."""
+    state, states, actions = demo_start(n, rng), np.empty((n, T, 4)), np.empty((n, T, 2))
+    act = demo_script(n, rng)
+    for t in range(T):
+        action = act(state)
         states[:, t], actions[:, t], state = state, action, demo_step(state, action)
     return states, actions
+
+
+class Demo:
+    """One robot in the demo world, for evaluation. pose: x, y of tip and disc. Reached: the disc, where the goal has it
+    elsewhere than the start, or else the tip, within DEMO_NEAR. Every other goal asks for a push."""
+    exact, unit, fps, space = True, 'table widths', 10, types.SimpleNamespace(shape=(2,))
+
+    def __init__(self, size=(0, 0), shift=''):
+        self.size, self.shift = size, shift
+        self.reset(0)
+
+    def reset(self, seed):
+        self.now = demo_start(1, np.random.default_rng(seed))[0]
+
+    def state(self):
+        return self.now.copy()
+
+    pose = state
+
+    def restore(self, state):
+        self.now = np.array(state)
+
+    def step(self, action):
+        self.now = demo_step(self.now[None], np.asarray(action)[None])[0]
+
+    def frame(self):
+        x = demo_draw(self.now[None], 64)[0]
+        if self.shift == 'light':
+            x = np.uint8(x * np.linspace(.55, 1, 64)[:, None])
+        if self.shift == 'camera':      # 3 px to the left, 2 up
+            x = np.pad(x, ((0, 2), (0, 3), (0, 0)), 'edge')[2:, 3:]
+        if self.shift in ('background', 'object'):      # less red in what is grey, or in what is coloured
+            grey = np.ptp(x.astype(int), axis=2) < 40
+            x[..., 0] = np.where(grey == (self.shift == 'background'), x[..., 0] * .7, x[..., 0])
+        return _rgb(av.VideoFrame.from_ndarray(x, 'rgb24'), self.size)
+
+    def script(self, rng):
+        act = demo_script(1, rng)
+        return lambda: act(self.now[None])[0]
+
+    def columns(self, action):
+        return {'action': action}
+
+    def rest(self):
+        return np.zeros(2)
+
+    def elsewhere(self, i, rng):
+        disc = self.now[2:]
+        self.now = demo_start(1, rng)[0]
+        if i % 2 == 0:      # reaching: the disc stays where it is
+            self.now[2:] = disc
+
+    def far(self, pose, goal, begin):
+        which = slice(2, 4) if np.linalg.norm(goal[2:] - begin[2:]) > .02 else slice(0, 2)
+        gap = np.linalg.norm((pose - goal)[which])
+        return gap, gap < DEMO_NEAR
+
+    def asks(self, i, begin, goal):
+        tip, disc = (np.linalg.norm((goal - begin)[k:k + 2]) for k in (0, 2))
+        clear = np.linalg.norm(goal[:2] - goal[2:]) > TIP + DISC - 1e-6
+        return clear and (disc > .15 if i % 2 else tip > .2 and disc < .02)
 
 
 def write_demo(root, n, labelled, seed):

@@ -444,8 +444,11 @@ class Attention(nn.Module):
             L = ring[0].shape[2]
             slots = (start + torch.arange(max(0, S - L), S, device=x.device)) % L
             # gradients flow through this frame alone, and the past that they are taken against stays as it is
-            ring = [(torch.index_copy if torch.is_grad_enabled() else torch.Tensor.index_copy_)(
+            new = [(torch.index_copy if torch.is_grad_enabled() else torch.Tensor.index_copy_)(
                 r, 2, slots, y[:, :, -L:]) for r, y in zip(ring, (k, v))]
+            if type(ring) is list:          # the past of a gradient through all frames: kept, never written into
+                ring[:] = new
+            ring = new
             if S > 1:
                 assert type(start) is int and not start, f'several frames can only begin a ring, not follow {start}'
             elif torch.is_tensor(start):    # order within the ring is of no matter: keys carry their positions
@@ -676,15 +679,44 @@ def previous(z):
     return torch.cat((torch.zeros_like(z[:, :1]), z[:, :-1]), dim=1), tau, torch.ones_like(tau)
 
 
+def context_levels(c, tau_ctx):
+    """The noise level at which the past is seen, and its step size label: both on the grid of k_max."""
+    level = min(round(tau_ctx * c['k_max']), c['k_max'] - 1) / c['k_max']       # tau = 1 has never been trained
+    return level, 1.0 if c['objective'] == 'direct' else 1 / c['k_max']
+
+
+def noised_context(c, z_ctx, tau_ctx, seed):
+    """z_ctx (B, Tc, N, D) as the model sees it when it imagines what follows: z, tau, d."""
+    level, finest = context_levels(c, tau_ctx)
+    if c['objective'] == 'direct':
+        return previous(z_ctx)
+    generator = torch.Generator(z_ctx.device).manual_seed(hash((seed, 1)) % 2 ** 32)    # not the future's noise
+    eps = torch.randn(z_ctx.shape, generator=generator, device=z_ctx.device)
+    return (level * z_ctx + (1 - level) * eps,
+            *(torch.full(z_ctx.shape[:2], v, device=z_ctx.device) for v in (level, finest)))
+
+
 @torch.no_grad()
-def rollout(model, z_ctx, a, a_mask, K=4, tau_ctx=0.9, seed=0, cache=True, grad=False, graph=None):
+def remember(model, z_ctx, a, a_mask, T, tau_ctx=0.9, seed=0):
+    """The rings of keys and values after the context z_ctx (B, Tc, N, D), a and a_mask (B, Tc, ..), for clips of T
+    frames in all. rollout(.., rings=) takes them for any number of candidates, and leaves them as they are."""
+    device = z_ctx.device.type
+    fast = torch.is_autocast_enabled(device)
+    rings = model.new_rings(len(z_ctx), T, torch.get_autocast_dtype(device) if fast else z_ctx.dtype)
+    model(*noised_context(model.config, z_ctx, tau_ctx, seed), a, a_mask, rings=rings, commit=True)
+    return rings
+
+
+@torch.no_grad()
+def rollout(model, z_ctx, a, a_mask, K=4, tau_ctx=0.9, seed=0, cache=True, grad=False, graph=None, rings=None):
     """Imagines the frames after z_ctx (B, Tc, N, D), one after the other, each in K steps -> (B M, T - Tc, N, D).
     a (B M, T, A) and a_mask (B M, T) cover context and future. With M > 1 each context has M candidates in a row,
     which share its actions, its computation and their noise. The past is seen at noise level tau_ctx (on the grid of
     k_max) and labelled so. Each frame costs K passes over one frame and a part of one that commits it to the rings;
     cache=False computes the same from scratch each time (the reference). Noise depends on seed, context and frame
     alone. Euler steps z <- z + d (z_hat - z) / (1 - tau): the last one returns z_hat.
-    grad: gradients flow through the last step of each frame, and through nothing else (self-forcing).
+    grad: True: gradients flow through the last step of each frame, and through nothing else (self-forcing); 'all':
+    through everything, back to the actions. rings: what `remember` made of this context, to be used many times.
     graph: a frame is one CUDA graph, kept in model.graphs for later calls of the same shapes; None: where it can be."""
     c = model.config
     (B, Tc, N, D), T, M = z_ctx.shape, a.shape[1], a.shape[0] // z_ctx.shape[0]
@@ -692,28 +724,20 @@ def rollout(model, z_ctx, a, a_mask, K=4, tau_ctx=0.9, seed=0, cache=True, grad=
     assert a.shape[0] == B * M and 1 <= Tc < T, f'context {tuple(z_ctx.shape)} and actions {tuple(a.shape)} disagree'
     assert cache or not grad, 'gradients flow through a rollout with a cache'
     device, direct = z_ctx.device, c['objective'] == 'direct'
-    generator = torch.Generator(device).manual_seed(seed)
+    generator, level, finest = torch.Generator(device).manual_seed(seed), *context_levels(c, tau_ctx)
 
     def noise():
         return torch.randn(2, B, 1, N, D, generator=generator, device=device)
 
-    level = min(round(tau_ctx * c['k_max']), c['k_max'] - 1) / c['k_max']       # tau = 1 has never been trained
-    finest = 1.0 if direct else 1 / c['k_max']
     step = 1 / K if c['objective'] == 'shortcut' else finest
-    if direct:
-        past, tau, d = previous(z_ctx)
-    else:
-        past = level * z_ctx + (1 - level) * torch.cat([noise()[1] for _ in range(Tc)], dim=1)
-        tau, d = torch.full((B, Tc), level, device=device), torch.full((B, Tc), finest, device=device)
     if cache:
-        fast = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if fast else z_ctx.dtype
-        rings = model.new_rings(B, T, dtype)
-        model(past, tau, d, a[::M, :Tc], a_mask[::M, :Tc], rings=rings, commit=True)
-        rings = [ring and tuple(r.unflatten(0, (B, -1)).repeat_interleave(M, dim=0).flatten(0, 1) for r in ring)
-                 for ring in rings]     # every context's ring for each of its M candidates
+        rings = rings or remember(model, z_ctx, a[::M, :Tc], a_mask[::M, :Tc], T, tau_ctx, seed)
+        rings = [ring and (list if grad == 'all' else tuple)(
+            r.unflatten(0, (B, -1)).repeat_interleave(M, dim=0).flatten(0, 1) for r in ring)
+            for ring in rings]     # every context's ring for each of its M candidates
+        dtype = next((ring[0].dtype for ring in rings if ring), None)
     else:
-        past, tau, d = (v.repeat_interleave(M, dim=0) for v in (past, tau, d))
+        past, tau, d = (v.repeat_interleave(M, dim=0) for v in noised_context(c, z_ctx, tau_ctx, seed))
 
     def look(z, tau_t, d_t, a_t, mask_t, t, commit=False):
         # z_hat of frame t alone, given the past; commit: make it part of the past
@@ -731,12 +755,12 @@ def rollout(model, z_ctx, a, a_mask, K=4, tau_ctx=0.9, seed=0, cache=True, grad=
         # from noise z, or for 'direct' the frame before, to the frame t, which is committed with the noise eps
         seen, steps = z, 1 if direct else K
         for k in range(steps):
-            with torch.set_grad_enabled(grad and k == steps - 1):
+            with torch.set_grad_enabled(grad == 'all' or grad and k == steps - 1):
                 z_hat = look(z, 1.0 if direct else k / K, step, a_t, mask_t, t)
                 z = z_hat.type_as(z) if direct else z + (z_hat - z) / (K - k)   # d / (1 - tau) = 1 / (K - k)
         if not direct:
-            seen = level * z.detach() + (1 - level) * eps
-        if not last and (not direct or grad or not cache):
+            seen = level * (z if grad == 'all' else z.detach()) + (1 - level) * eps
+        if not last and (not direct or grad is True or not cache):
             look(seen, 1.0 if direct else level, finest, a_t, mask_t, t, commit=True)
         return z
 
@@ -748,12 +772,14 @@ def rollout(model, z_ctx, a, a_mask, K=4, tau_ctx=0.9, seed=0, cache=True, grad=
         rings = kept
     out, z = [], z_ctx[:, -1:].repeat_interleave(M, dim=0)
     for t in range(Tc, T):
-        z, eps = (z.detach(), z) if direct else (x.repeat_interleave(M, dim=0) for x in noise())
-        given = z, eps, a[:, t:t + 1], a_mask[:, t:t + 1], torch.full((), t, device=device) if graph or grad else t
+        z, eps = (z if grad == 'all' else z.detach(), z) if direct else (x.repeat_interleave(M, dim=0) for x in noise())
+        now = torch.full((), t, device=device) if graph or grad is True else t
         f = functools.partial(frame, last=t == T - 1)
-        z = replay(model.graphs, (*key, t == T - 1), f, *given) if graph else f(*given)
+        with torch.set_grad_enabled(grad == 'all'):
+            given = z, eps, a[:, t:t + 1], a_mask[:, t:t + 1], now
+            z = replay(model.graphs, (*key, t == T - 1), f, *given) if graph else f(*given)
         out.append(z)
-    with torch.set_grad_enabled(grad):
+    with torch.set_grad_enabled(bool(grad)):
         return torch.cat(out, dim=1)
 
 

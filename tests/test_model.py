@@ -1153,13 +1153,15 @@ def test_what_each_step_of_a_frame_is_told(objective, step):
     assert asked == 3 * [(i / 4, step) for i in range(4)]
 
 
-def slow_rollout(net, z_ctx, a, a_mask, K, level):
-    """Without a cache, differentiated through the last step of each frame: frames and steps before it are numbers."""
+def slow_rollout(net, z_ctx, a, a_mask, K, level, cut=torch.Tensor.detach):
+    """Without a cache, differentiated through the last step of each frame: frames and steps before it are numbers; or
+    with cut=lambda x: x, through everything."""
     direct, (B, Tc, N, D), T = net.config['objective'] == 'direct', z_ctx.shape, a.shape[1]
     g, k_max = torch.Generator().manual_seed(0), net.config['k_max']
     noise = lambda: torch.randn(2, B, 1, N, D, generator=g)
     step = 1 / K if net.config['objective'] == 'shortcut' else 1 / k_max
-    seen = z_ctx if direct else level * z_ctx + (1 - level) * torch.cat([noise()[1] for _ in range(Tc)], dim=1)
+    past = torch.randn(z_ctx.shape, generator=torch.Generator().manual_seed(hash((0, 1)) % 2 ** 32))
+    seen = z_ctx if direct else level * z_ctx + (1 - level) * past
     out = []
     for t in range(Tc, T):
         x, eps = noise() if not direct else (None, None)
@@ -1168,13 +1170,13 @@ def slow_rollout(net, z_ctx, a, a_mask, K, level):
             tau = (torch.arange(t + 1) > 0).double().expand(B, -1)
             x = net(torch.cat((torch.zeros_like(seen[:, :1]), seen), dim=1), tau, torch.ones(B, t + 1), *known)[:, -1:]
         for k in range(0 if direct else K):
-            x = x.detach()
+            x = cut(x)
             tau, d = torch.full((B, t + 1), level), torch.full((B, t + 1), 1 / k_max)
             tau[:, -1], d[:, -1] = k / K, step
             y = net(torch.cat((seen, x), dim=1), tau, d, *known)[:, -1:]
             x = x + (1 / K) * (y - x) / (1 - k / K)
         out.append(x)
-        seen = torch.cat((seen, x.detach() if direct else level * x.detach() + (1 - level) * eps), dim=1)
+        seen = torch.cat((seen, cut(x) if direct else level * cut(x) + (1 - level) * eps), dim=1)
     return torch.cat(out, dim=1)
 
 
@@ -1203,6 +1205,29 @@ def test_the_gradient_of_a_rollout_is_that_of_the_last_step_of_each_frame(double
     assert not values.requires_grad and torch.allclose(values, fast, rtol=0, atol=1e-12)
     assert torch.allclose(fast, slow, rtol=0, atol=1e-10)
     assert want.abs().max() > 1 and torch.allclose(gradients((fast * weight).sum(), net), want, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize('objective, K', [('shortcut', 1), ('shortcut', 4), ('diffusion', 2), ('direct', 1)])
+@pytest.mark.parametrize('Tc', [2, 6])
+def test_gradients_reach_the_actions_through_every_frame(double, objective, K, Tc):
+    net, (z, _, _, a, a_mask) = world(context=4, objective=objective), inputs(2, Tc + 6)
+    for p in net.parameters():
+        p.data += 0.02 * torch.randn_like(p)
+    a_mask[:, Tc:] = True
+    slow_a, fast_a = a.clone().requires_grad_(), a.clone().requires_grad_()
+    slow = slow_rollout(net, z[:, :Tc], slow_a, a_mask, K, 7 / 8, cut=lambda x: x)
+    rings = model.remember(net, z[:, :Tc], a[:, :Tc], a_mask[:, :Tc], Tc + 6)
+    before = [r.clone() for ring in rings if ring for r in ring]
+    fast = model.rollout(net, z[:, :Tc], fast_a, a_mask, K, grad='all', rings=rings)
+    assert torch.allclose(fast, slow, rtol=0, atol=1e-10)
+    weight = torch.randn_like(slow)
+    (want,), (got,) = (torch.autograd.grad((x * weight).sum(), y) for x, y in ((slow, slow_a), (fast, fast_a)))
+    assert want[:, Tc].abs().max() > 1e-3 and torch.allclose(got[:, Tc:], want[:, Tc:], rtol=0, atol=1e-9)
+    for graph in (False, None):     # the context's rings can be used again, by any number of candidates
+        again = model.rollout(net, z[:1, :Tc], a[:1].expand(3, -1, -1), a_mask[:1].expand(3, -1), K, graph=graph,
+                              rings=model.remember(net, z[:1, :Tc], a[:1, :Tc], a_mask[:1, :Tc], Tc + 6))
+        assert torch.allclose(again[1], model.rollout(net, z[:1, :Tc], a[:1], a_mask[:1], K)[0], rtol=0, atol=1e-10)
+    assert all(torch.equal(r, b) for r, b in zip((r for ring in rings if ring for r in ring), before))
 
 
 @pytest.mark.parametrize('objective', ['shortcut', 'direct'])
