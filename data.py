@@ -11,6 +11,7 @@ Letters: T frames of a clip, A action width, H W pixels. Frames are uint8 tensor
 LeRobot's formats: v2.0 and v2.1 keep one parquet and one mp4 per episode, v3.0 keeps many episodes per file
 (github.com/huggingface/lerobot). Here they are read with pyarrow and PyAV alone.
 """
+import atexit
 import collections
 import contextlib
 import difflib
@@ -982,8 +983,8 @@ class PushT(Gym):
     """gym_pusht/PushT-v0: a disc, the agent, pushes a T on a plane of 512 x 512.
 
     The action is where the agent is to go: 'action' the target, 'action.relative' (target - agent); key says which one
-    step() takes, datasets have both. The green T and the red cross of the package's pictures are not drawn: one is a
-    target that is not ours, the other shows the last action. pose: agent x, y, block x, y, angle. Reached, as in
+    step() takes, datasets have both. Only bodies are drawn: the package's pictures also show a target that is not
+    ours, the last action and the points of contact. pose: agent x, y, block x, y, angle. Reached, as in
     DINO-WM (arXiv:2411.04983, env/pusht/pusht_wrapper.py): the four positions together within 20, the angle within
     pi / 9.
     """
@@ -996,7 +997,6 @@ class PushT(Gym):
 
     def reset(self, seed):
         super().reset(seed)
-        self.world.goal_pose = np.array([-2000, -2000, 0])
         for shape in self.world.block.shapes if self.shift == 'object' else ():
             shape.color = (205, 92, 60, 255)
 
@@ -1012,9 +1012,13 @@ class PushT(Gym):
 
     def frame(self):
         import pygame
-        x = pygame.surfarray.array3d(self.world._draw()).swapaxes(0, 1)                       # (512, 512, 3)
-        if self.shift == 'background':
-            x[(x == 255).all(axis=2)] = 250, 235, 190
+        from gym_pusht.envs.pymunk_override import DrawOptions
+        screen = pygame.Surface((512, 512))
+        screen.fill((250, 235, 190) if self.shift == 'background' else (255, 255, 255))
+        options = DrawOptions(screen)
+        options.flags = options.DRAW_SHAPES
+        self.world.space.debug_draw(options)
+        x = pygame.surfarray.array3d(screen).swapaxes(0, 1)                                   # (512, 512, 3)
         if self.shift == 'light':       # from the right
             x = np.uint8(x * np.linspace(.55, 1, 512)[:, None])
         if self.shift == 'camera':      # 20 px to the left, 12 up
@@ -1061,7 +1065,8 @@ class PushT(Gym):
                 aims[:] = [(block - rng.uniform(60, 110) * push + rng.normal(0, 20, 2)).clip(20, 492),
                            block + (place - block) * rng.uniform(0, 1)] if rng.random() < .6 else [place]
             want = aims[0] - agent
-            return want * min(1, 30 / max(np.linalg.norm(want), 1)) + drift
+            move = want * min(1, 30 / max(np.linalg.norm(want), 1)) + drift
+            return move if self.key == 'action.relative' else np.clip(agent + move, 0, 512)
         return act
 
 
@@ -1084,16 +1089,17 @@ class Mujoco(Gym):
         self.world = self.world.unwrapped
         maze = self.maze = getattr(self.world, 'maze', None)
         inner = self.world.point_env if maze else self.world
-        self.model, self.data, self.mj = inner.model, inner.data, mujoco
+        self.model, self.data, self.mj, self.viewer = inner.model, inner.data, mujoco, inner.mujoco_renderer.viewer
+        atexit.register(self.world.close)       # later, Python would do it when OpenGL is gone already
         self.push, self.unit, self.near = 'Push' in env, 'cells' if maze else 'm', .45 if maze else .05
         self.fps = round(1 / inner.dt)
-        model, camera = self.model, inner.mujoco_renderer.viewer.cam
+        model, camera = self.model, self.viewer.cam
         camera.distance, camera.elevation, camera.azimuth, camera.lookat[:] = (
             (1.1 * max(maze.map_length, maze.map_width), -90, 90, 0) if maze else (1., -50, 180, (1.3, .75, .42)))
         model.site('target' if maze else 'target0').rgba[3] = 0
         if not maze:        # nor are the axes that show where the controller wants the hand
             model.geom_rgba[model.geom_bodyid == model.body('robot0:mocap').id, 3] = 0
-        floor, thing = (('ground', 'particle_geom') if maze else
+        floor, thing = (('ground', 'particle_site') if maze else
                         ('floor0', 'object0' if self.push else 'robot0:gripper_link'))
         if shift == 'light':
             model.vis.headlight.diffuse[:] *= .5
@@ -1103,9 +1109,14 @@ class Mujoco(Gym):
             camera.lookat[:2] += .02 * camera.distance
         for which, name, colour in (('background', floor, (.9, .8, .5, 1)), ('object', thing, (.9, .3, .1, 1))):
             if shift == which:
-                model.geom(name).matid[:] = -1
-                model.geom(name).rgba[:] = colour
+                part = model.site(name) if name == 'particle_site' else model.geom(name)
+                part.matid[:], part.rgba[:] = -1, colour
         self.reset(0)
+
+    def frame(self):
+        self.viewer.make_context_current()      # of several simulators; the renderer itself draws with the last one
+        self.mj.mj_kinematics(self.model, self.data)    # a step leaves the bodies where they were before it
+        return super().frame()
 
     def state(self):
         state = np.empty(self.mj.mj_stateSize(self.model, self.mj.mjtState.mjSTATE_INTEGRATION))
@@ -1119,6 +1130,12 @@ class Mujoco(Gym):
     def step(self, action):
         super().step(np.clip(action, -1, 1).astype(np.float32))
         self.over = False
+
+    def elsewhere(self, i, rng):
+        self.reset(int(rng.integers(2 ** 31)))
+        script = self.script(rng)
+        for k in range(10 if self.maze or self.push else 50):   # a reset puts the hand where it always is
+            self.step(script() if k < 40 and not (self.maze or self.push) else self.rest())
 
     def pose(self):
         if self.maze:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from model import load, pictures, read_tensors, restore_encoder, rollout
+from model import load, pictures, read_tensors, restore_encoder, rollout, standard, unstandard
 
 # --------------------------------------------------------------------------------------------------------------------
 ckpt = 'out/ckpt.safetensors'
@@ -152,10 +152,10 @@ batch = clips.held_out(context + steps, rows)[kind]
 x = batch['x']                                                                            # (B, T, 3, H, W) uint8
 B, T = x.shape[:2]
 z_raw = latents(x.flatten(0, 1)).unflatten(0, (B, T))
-z = (z_raw - model.stats['z_mean']) / model.stats['z_std']
+z = standard(z_raw, model.stats)
 with autocast:
     found = rollout(model, z[:, :context], batch['a'].to(device), batch['a_mask'].to(device), K=K, seed=seed)
-found = torch.cat((z[:, :context], found.float()), dim=1) * model.stats['z_std'] + model.stats['z_mean']
+found = unstandard(torch.cat((z[:, :context], found.float()), dim=1), model.stats)
 # truth and imagination go through one call: colours of principal components are only comparable within it
 seen, dreamt = pictures(torch.cat((z_raw, found)).flatten(0, 1), encode, decoder).unflatten(0, (2, B, T))
 real = batch['z_mask'][:, context:]

@@ -851,6 +851,19 @@ def load(path, device='cpu', ema=True):
     return model.eval(), json.loads(metadata['config'])
 
 
+def standard(z, stats):
+    """Normalised latents (.., D), what world models see, of an encoder's tokens (.., width): less their mean, perhaps
+    only the leading principal components, over a deviation per channel."""
+    z = z - stats['z_mean']
+    return (z @ stats['z_basis'] if 'z_basis' in stats else z) / stats['z_std']
+
+
+def unstandard(z, stats):
+    """The encoder's tokens of normalised latents: the inverse of standard, up to the components that it left out."""
+    z = z * stats['z_std']
+    return (z @ stats['z_basis'].T if 'z_basis' in stats else z) + stats['z_mean']
+
+
 def restore_encoder(config, stats, path=''):
     """The encoder that a checkpoint was trained with: config and model.stats are load's; path replaces its file."""
     encoder = load_encoder(config['encoder'], path or config['encoder_path'], config['layer'], config['frame_height'],

@@ -25,7 +25,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
-from model import WorldModel, half_weights, load, pictures, remember, restore_encoder, rollout
+from model import (WorldModel, half_weights, load, pictures, remember, restore_encoder, rollout, standard,
+                   unstandard)
 
 # --------------------------------------------------------------------------------------------------------------------
 ckpt = 'out/ckpt.safetensors'
@@ -33,7 +34,7 @@ out_dir = ''                # '' = the folder of the checkpoint
 encoder_path = ''           # the encoder's weights; '' = where training found them
 robot = 0                   # whose actions: the number of the labelled dataset, counted from 0
 # a plan between two pictures, or for every new picture in a folder
-start = ''                  # a picture of now; '' = closed loop in env
+start = ''                  # a picture of now, of a robot at rest, or several a model step apart: before.png,now.png
 goal = ''                   # a picture of what is wanted
 watch = ''                  # a folder of pictures, read in order of their names until Ctrl-C
 # search
@@ -165,7 +166,8 @@ def mppi(cost, mean, std, low, high, samples=64, elites=8, iterations=5, min_std
         weight = (found - found[:, :1]) / found.std(dim=1, keepdim=True).clamp(min=1e-12)
         weight = torch.softmax(-weight / temperature, dim=1)[:, :, None, None]                # (E, elites, 1, 1)
         mean = momentum * mean + (1 - momentum) * (weight * elite).sum(dim=1)
-        std = (weight * (elite - mean[:, None]).square()).sum(dim=1).sqrt().clamp(min=min_std)
+        spread = (weight * (elite - mean[:, None]).square()).sum(dim=1).sqrt()
+        std = (momentum * std + (1 - momentum) * spread).clamp(min=min_std)
         costs.append(found[:, 0])
         if late(begun, i + 1, deadline):
             break
@@ -187,7 +189,7 @@ def adam(cost, mean, std, low, high, samples=64, elites=8, iterations=5, min_std
         costs.append(found[:, 0])
         if i == iterations or late(begun, i + 1, deadline):
             break
-        actions.grad, = torch.autograd.grad(now.sum(), actions)
+        actions.grad, = torch.autograd.grad(now, actions, torch.ones_like(now))
         optimizer.step()
         actions.data.clamp_(low, high)
     return elite[:, 0], torch.stack(costs), elite
@@ -225,9 +227,10 @@ def plan(model, z_ctx, a_ctx, z_goal, horizon=5, low=-5.0, high=5.0, a_mask=None
 
     def imagine(actions, seed, grad=False):     # (E, M, H, A) -> (E, M, H, N, D)
         M = actions.shape[1]
-        a = torch.cat((a_ctx[:, None].expand(-1, M, -1, -1), actions), dim=2).flatten(0, 1)
+        a = torch.cat((a_ctx[:, None].expand(-1, M, -1, -1), actions), dim=2)
         known = torch.cat((a_mask, a_mask.new_ones(E, horizon)), dim=1).repeat_interleave(M, dim=0)
-        return rollout(model, z_ctx, a, known, K=K, seed=seed, rings=rings, grad=grad).unflatten(0, (E, M))
+        z = rollout(model, z_ctx, a.flatten(0, 1), known, K=K, seed=seed, rings=rings, grad=grad)
+        return z.unflatten(0, (E, M))
 
     def distance(part, i):
         costs = []
@@ -238,7 +241,7 @@ def plan(model, z_ctx, a_ctx, z_goal, horizon=5, low=-5.0, high=5.0, a_mask=None
         total = costs.amax(dim=0) if risk == 'worst' else costs.mean(dim=0)
         if risk == 'std' and seeds > 1:
             total = total + costs.std(dim=0)
-        first = part[:, :, :1] - a_ctx[:, None, -1:] * a_mask[:, None, -1:, None]
+        first = (part[:, :, :1] - a_ctx[:, None, -1:]) * a_mask[:, None, -1:, None]
         return total + smooth * torch.cat((first, part.diff(dim=2)), dim=2).square().mean(dim=(2, 3))
 
     def distances(actions, i):
@@ -328,7 +331,7 @@ class Planner:
         flat = data.resize(x.reshape(-1, *x.shape[-3:]).permute(0, 3, 1, 2), self.frame_size)
         with self.autocast:
             z = torch.cat([self.encode(part.to(self.device).float() / 255).float() for part in flat.split(64)])
-        return ((z - self.model.stats['z_mean']) / self.model.stats['z_std']).unflatten(0, x.shape[:-3])
+        return standard(z, self.model.stats).unflatten(0, x.shape[:-3])
 
     def physical(self, a):
         """(.., A) normalised -> (.., frameskip, width): rows of the dataset, in its units."""
@@ -355,7 +358,7 @@ class Planner:
             frames, goal = frames.reshape(1, -1, *frames.shape[-3:]), goal[None]
             actions = None if actions is None else np.asarray(actions)[None]
         E, n, H, W, _ = frames.shape
-        if abs(math.log(H * goal.shape[2] / (W * goal.shape[1]))) > 0.02:
+        if aspects_differ(frames.shape[2:], goal.shape[1:]):
             raise ValueError(f'the goal picture is {goal.shape[2]} x {goal.shape[1]} pixels, the frames are {W} x {H}: '
                              'wants the same aspect')
         if self.z is None:
@@ -393,12 +396,17 @@ class Planner:
             rows = self.physical(found[:, :steps]).flatten(1, 2).numpy()                      # (E, steps, width)
             self.queue = [*rows.swapaxes(0, 1)]
             self.seconds.append(time.perf_counter() - begun)
-            self.iterations.append(len(info['cost']))
+            self.iterations.append(len(info['cost']) - (self.options['method'] == 'adam'))     # it ends with a look
             if self.tell:
                 print(f'plan {len(self.seconds)}: {1000 * self.seconds[-1]:.0f} ms, {self.iterations[-1]} iterations, '
                       f'cost {info["cost"][0].mean():.4f} -> {info["cost"][-1].mean():.4f}', flush=True)
         self.done.append(self.queue.pop(0))
         return self.done[-1][0] if one else self.done[-1]
+
+
+def aspects_differ(a, b):
+    """Whether pictures of shapes (H, W, ..) are stretched differently when both are brought to the encoder's size."""
+    return abs(math.log(a[0] * b[1] / (a[1] * b[0]))) > 0.02
 
 
 def random_weights(planner, seed):
@@ -494,20 +502,29 @@ if __name__ == '__main__':
         sys.exit(f'--watch={watch}: no such folder')
     planner = Planner(ckpt, config, tell=False)
     out_dir = out_dir or os.path.dirname(ckpt) or '.'
-    now, wanted = (data.read_image(path).permute(1, 2, 0).numpy() if path else None for path in (start, goal))
+    wanted = goal and data.read_image(goal).permute(1, 2, 0).numpy()
 
     if start:
-        if abs(math.log(now.shape[0] * wanted.shape[1] / (now.shape[1] * wanted.shape[0]))) > 0.02:
-            sys.exit(f'--goal={goal}: is {wanted.shape[1]} x {wanted.shape[0]} pixels, --start={start} '
-                     f'{now.shape[1]} x {now.shape[0]}: wants the same aspect')
-        z_now, z_goal = planner.latents(now[None]), planner.latents(wanted[None])
+        given = [data.read_image(path).permute(1, 2, 0).numpy() for path in start.split(',')]
+        context = planner.trained['eval_context']
+        given = given * context if len(given) == 1 else given
+        if len(given) < context:
+            sys.exit(f'--start: {len(given)} pictures, {ckpt} was trained to see {context}: give as many, or one of a '
+                     'robot at rest')
+        for x in given:
+            if aspects_differ(x.shape, wanted.shape):
+                sys.exit(f'--goal={goal}: is {wanted.shape[1]} x {wanted.shape[0]} pixels, --start={start} '
+                         f'{x.shape[1]} x {x.shape[0]}: wants the same aspect')
+        z_ctx, z_goal = torch.cat([planner.latents(x[None]) for x in given])[None], planner.latents(wanted[None])
         begun = time.perf_counter()
         with planner.autocast, torch.no_grad():
-            nothing = torch.zeros(1, 1, len(planner.a_mean), device=planner.device)
-            actions, info = plan(planner.model, z_now[:, None], nothing, z_goal, seed=seed, **planner.search)
+            nothing = torch.zeros(1, len(given), len(planner.a_mean), device=planner.device)
+            actions, info = plan(planner.model, z_ctx, nothing, z_goal, a_mask=nothing[..., 0] > 0, seed=seed,
+                                 **planner.search)
             rows = planner.physical(actions[0]).flatten(0, 1).numpy()                     # (horizon x frameskip, width)
             seconds = time.perf_counter() - begun
             z = info['imagine'](actions[:, None])[0, 0]                                   # (horizon, N, D)
+        z_now = z_ctx[:, -1]
         for i, row in enumerate(rows):
             print(f'{i:3d}  ' + ' '.join(f'{v:9.4f}' for v in row))
         stats = planner.model.stats
@@ -517,7 +534,7 @@ if __name__ == '__main__':
               f'{far[0]:.4f} now, {far[1]:.4f} imagined at the end')
         os.makedirs(out_dir, exist_ok=True)
         np.save(os.path.join(out_dir, 'plan.npy'), rows)
-        shown = pictures(torch.cat((z_now, z, z_goal)) * stats['z_std'] + stats['z_mean'], planner.encode)
+        shown = pictures(unstandard(torch.cat((z_now, z, z_goal)), stats), planner.encode)
         video = torch.cat((shown[:-1], shown[-1:].expand(len(shown) - 1, -1, -1, -1)), dim=3)     # imagined | goal
         data.write_video(os.path.join(out_dir, 'plan.mp4'), data.enlarge(video), 2)
         print('wrote', os.path.join(out_dir, 'plan.npy'), 'and', os.path.join(out_dir, 'plan.mp4'))

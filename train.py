@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import data
 from model import (WorldModel, flops_per_frame, half_weights, load, load_encoder, model_config, rollout, save,
-                   shortcut_loss, which_rows)
+                   shortcut_loss, standard, which_rows)
 
 # --------------------------------------------------------------------------------------------------------------------
 # data
@@ -56,6 +56,7 @@ layer = -1                      # the block whose tokens are used, -1 = the last
 frame_height = 0                # pixels that the encoder sees, 0 = its own
 frame_width = 0                 # 0 = square
 pool = 1                        # 2 averages 2x2 patches
+channels = 0                    # principal components of the tokens that are kept, over the training frames; 0 = all
 whiten = 0.3                    # latents are divided by std^whiten per channel: 1 = unit variance, 0 = one scale
 # model (0 = as in the preset)
 size = 'nano'                   # nano, tiny, small, base or large
@@ -166,9 +167,11 @@ if resume:
 
 # the encoder and the model's shape come first: they are checked before anything is written
 encode = load_encoder(encoder, encoder_path, layer, frame_height, frame_width, pool).to(device)
-shape = model_config(size, encode.dim, encode.grid, 0, width=width, layers=layers, heads=heads, kv_heads=kv_heads,
-                     registers=registers, context=context, time_every=time_every, wide_layers=wide_layers, k_max=k_max,
-                     soft_cap=soft_cap, action_on=action_on, objective=objective)
+if not 0 <= channels <= encode.dim:
+    sys.exit(f'--channels={channels}: {encoder} has {encode.dim}, 0 keeps them all')
+shape = model_config(size, channels or encode.dim, encode.grid, 0, width=width, layers=layers, heads=heads,
+                     kv_heads=kv_heads, registers=registers, context=context, time_every=time_every,
+                     wide_layers=wide_layers, k_max=k_max, soft_cap=soft_cap, action_on=action_on, objective=objective)
 k_max = shape['k_max']
 if K < 1 or K & (K - 1) or K > k_max:
     sys.exit(f'--K: wants a power of two up to k_max {k_max}, got {K}')
@@ -212,14 +215,14 @@ def latents(x):
 def normalised(batch):
     """z, a, a_mask, z_mask of a batch on the device."""
     z = batch['z'].to(device, non_blocking=True).float() if 'z' in batch else latents(batch['x'])
-    return ((z - stats['z_mean']) / stats['z_std'],
+    return (standard(z, stats),
             *(batch[k].to(device, non_blocking=True) for k in ('a', 'a_mask', 'z_mask')))
 
 
 if resume:
     fixed = (*sets, 'camera', 'action', 'action_mode', 'rotation', 'fps', 'frameskip', 'frames', 'long_frames',
              'long_share', 'val_share', 'labelled_share', 'batch_size', 'seed', 'encoder', 'layer', 'frame_height',
-             'frame_width', 'pool', 'whiten', 'size', 'objective', 'cache', 'store', 'cache_gb')
+             'frame_width', 'pool', 'channels', 'whiten', 'size', 'objective', 'cache', 'store', 'cache_gb')
     for name, now, then in [(name, config[name], old.get(name)) for name in (*fixed, *config)]:
         if now != then and name in fixed:
             sys.exit(f'--{name}: {now!r} cannot go on from {ckpt}, which has {then!r}')
@@ -234,11 +237,17 @@ else:
     x = clips.sample(64, 16)
     if encoder == 'pixels':
         encode.fit(x.to(device).float() / 255)
-    z = latents(x).flatten(0, -2)                                                         # (frames x N, D)
+    z = latents(x).flatten(0, -2)                                                         # (frames x N, width)
+    stats = dict(z_mean=z.mean(dim=0))
+    if channels:
+        z = z - stats['z_mean']
+        stats['z_basis'] = torch.linalg.eigh((z.T @ z).double().cpu())[1][:, -channels:].flip(1).float().to(device)
+        every, z = z.square().sum(), z @ stats['z_basis']                                 # (frames x N, D)
+        say(f'{channels} principal components hold {z.square().sum() / every:.1%} of the variance')
     std = z.std(dim=0).clamp(min=1e-6)
     std = std ** whiten * std.square().mean().sqrt() ** (1 - whiten)
     std *= (z.std(dim=0) / std).square().mean().sqrt()      # 1.0 is the variance of the data, whatever the exponent
-    stats = dict(z_mean=z.mean(dim=0), z_std=std) | {f'a_{k}': v for k, v in clips.action_stats().items()}
+    stats |= dict(z_std=std) | {f'a_{k}': v for k, v in clips.action_stats().items()}
     stats |= {f'encoder.{k}': v for k, v in encode.state_dict().items() if encoder == 'pixels'}
     del x, z
 if encoder == 'pixels':

@@ -92,7 +92,7 @@ def errors(folder, K, unit, clips, frames, samples=4):
     read = data.Clips(sets, [], 2, trained['frameskip'], (encode.size, encode.width), 1, 1.0, trained['val_share'])
     batch = read.held_out(2 + frames, clips)['labelled']
     z = encode(batch['x'].flatten(0, 1).float() / 255).unflatten(0, batch['x'].shape[:2])
-    z = (z - stats['z_mean']) / stats['z_std']
+    z = model.standard(z, stats)
     found = torch.stack([model.rollout(net, z[:, :2], batch['a'], batch['a_mask'], K, seed=s) for s in range(samples)])
     scale = (stats['z_std'] / unit) ** 2
     error, error_of_mean, spread = (((x ** 2) * scale).mean(dim=(-2, -1)) for x in (

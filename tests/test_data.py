@@ -2250,7 +2250,9 @@ def test_ctrl_c_while_a_frame_is_encoded(sums, monkeypatch):
 @pytest.mark.parametrize('name, missing, line', [
     ('gym_pusht/PushT-v0', 'gym_pusht', '--record=gym_pusht/PushT-v0 needs: pip install gym-pusht'),
     ('gym_pusht/PushT-v0', 'gymnasium', '--record=gym_pusht/PushT-v0 needs: pip install gymnasium'),
-    ('CartPole-v1', 'gymnasium', '--record=CartPole-v1 needs: pip install gymnasium')])
+    ('CartPole-v1', 'gymnasium', '--record=CartPole-v1 needs: pip install gymnasium'),
+    ('PointMaze_UMaze-v3', 'gymnasium_robotics', '--record=PointMaze_UMaze-v3 needs: pip install gymnasium-robotics'),
+    ('FetchPush-v4', 'gymnasium_robotics', '--record=FetchPush-v4 needs: pip install gymnasium-robotics')])
 def test_missing_package(monkeypatch, name, missing, line):
     monkeypatch.setitem(sys.modules, missing, None)
     if missing == 'gymnasium':
@@ -2276,16 +2278,83 @@ def test_pusht(tmp_path):
     d, state = data.LeRobot(tmp_path / 'a'), data.LeRobot(tmp_path / 'a', action='observation.state')
     small = data.LeRobot(tmp_path / 'small')
     x, y = small.frames(1, range(8)), d.frames(1, range(8), (96, 64))
-    assert d.frames(1, [0]).shape == (1, 3, 680, 680) and x.shape == y.shape
+    assert d.frames(1, [0]).shape == (1, 3, 512, 512) and x.shape == y.shape
     assert np.array_equal(d.rows(1), small.rows(1))
     assert (x.float() - y.float()).abs().mean() < 3
-    assert (d.fps, d.action_dim, state.action_dim) == (10, 2, 5) and [e['length'] for e in d.episodes] == [8, 8]
+    assert (d.fps, d.action_dim, state.action_dim) == (10, 2, 12) and [e['length'] for e in d.episodes] == [8, 8]
+    assert d.action_keys == ['action']
     assert np.array_equal(d.rows(1), data.LeRobot(tmp_path / 'b').rows(1))
-    # what it draws can differ by some levels from time to time
-    assert (d.frames(1, [7]).int() - data.LeRobot(tmp_path / "b").frames(1, [7]).int()).abs().float().mean() < 1
+    assert torch.equal(d.frames(1, [7]), data.LeRobot(tmp_path / 'b').frames(1, [7]))
+    shown = d.frames(1, range(8)).int()             # neither the green goal, nor the red cross of the last action
+    assert not ((shown[:, 1] > shown[:, 0] + 40) & (shown[:, 1] > shown[:, 2] + 40)).any()
+    assert not ((shown[:, 0] > shown[:, 1] + 80) & (shown[:, 0] > shown[:, 2] + 80)).any()
     # the arm moves towards its action: what it did is told by the row before
     s, a = state.rows(0), d.rows(0)
     assert (np.linalg.norm(s[1:, :2] - a[:-1], axis=1) < np.linalg.norm(s[:-1, :2] - a[:-1], axis=1)).all()
+
+
+@pytest.mark.parametrize('policy', ['script', 'noise', 'random'])
+def test_pusht_has_its_actions_in_two_ways(tmp_path, policy):
+    """The target, and how far it is from the agent, which the state of the same row tells."""
+    pytest.importorskip('gym_pusht', reason='recorded only where gym-pusht is installed', exc_type=ImportError)
+    data.write_lerobot(tmp_path / 'd', *data.record('gym_pusht/PushT-v0', 3, 60, policy, 0, size=(96, 96)))
+    target, motion, state = (np.concatenate([data.LeRobot(tmp_path / 'd', action=k).rows(i) for i in range(3)])
+                             for k in ('action', 'action.relative', 'observation.state'))
+    assert target.shape == motion.shape == (180, 2) and state.shape == (180, 12)
+    assert np.allclose(target - state[:, :2], motion, atol=1e-3) and 0 <= target.min() and target.max() <= 512
+    if policy == 'script':      # short motions, which push the block now and then
+        assert np.median(np.linalg.norm(motion, axis=1)) < 60
+        assert max(np.ptp(state[i:i + 60, 6:8], axis=0).max() for i in (0, 60, 120)) > 30
+    else:
+        assert np.median(np.linalg.norm(motion, axis=1)) > 60
+    # the rows are states: put back, the simulator draws the same pictures
+    sim, d = data.simulator('gym_pusht/PushT-v0', (96, 96)), data.LeRobot(tmp_path / 'd')
+    for t in (0, 20, 59):
+        sim.restore(np.float64(state[t]))
+        x = torch.from_numpy(sim.frame()).permute(2, 0, 1)
+        assert (x.float() - d.frames(0, [t])[0].float()).abs().mean() < 1.5
+    where = dict(zip(('x', 'y', 'vx', 'vy', 'angle', 'turn'), state[:, 6:].T))
+    pose = sim.pose()
+    assert np.allclose(pose, [*state[59, :2], where['x'][59], where['y'][59], where['angle'][59]], atol=1e-3)
+    moving = np.linalg.norm(state[:59, 2:4], axis=1) > 0
+    assert moving.any() and np.corrcoef(np.diff(state[:60, 0]), state[1:60, 2])[0, 1] > 0.5, 'velocities of the agent'
+
+
+@pytest.mark.parametrize('name, width, fps', [('PointMaze_UMaze-v3', 2, 100), ('FetchReach-v4', 4, 25),
+                                              ('FetchPush-v4', 4, 25)])
+def test_mujoco(tmp_path, name, width, fps):
+    try:
+        sim = data.simulator(name, (48, 64))
+    except SystemExit as why:
+        assert 'needs: pip install' in why.code or 'cannot draw' in why.code, why.code
+        pytest.skip(why.code)
+    for copy, policy in (('a', 'script'), ('b', 'script'), ('n', 'noise')):
+        data.write_lerobot(tmp_path / copy, *data.record(name, 2, 30, policy, 1, size=(48, 64)), crf=5)
+    d, again, noise = (data.LeRobot(tmp_path / copy) for copy in 'abn')
+    assert (d.fps, d.action_dim) == (fps, width) and [e['length'] for e in d.episodes] == [30, 30]
+    assert np.array_equal(d.rows(1), again.rows(1)) and not np.array_equal(d.rows(1), noise.rows(1))
+    assert torch.equal(d.frames(1, [29]), again.frames(1, [29])) and d.frames(0, [0]).shape == (1, 3, 48, 64)
+    assert abs(d.rows(0)).max() <= 1 and abs(d.rows(0)).max() > 0.3
+    states = data.LeRobot(tmp_path / 'a', action='observation.state').rows(1)
+    assert states.shape == (30, len(sim.state()))
+    for t in (0, 12, 28):       # a row is where its picture was taken; its action leads to the next row
+        sim.restore(np.float64(states[t]))
+        x = torch.from_numpy(sim.frame()).permute(2, 0, 1)
+        assert (x.float() - d.frames(1, [t])[0].float()).mean(dim=0).abs().mean() < 3     # colours are coarser
+        sim.step(d.rows(1)[t])
+        after = sim.pose()
+        sim.restore(np.float64(states[t + 1]))
+        assert np.allclose(sim.pose(), after, atol=1e-3)
+
+
+def test_simulators_draw_at_the_size_that_is_asked_for():
+    pytest.importorskip('gym_pusht', reason='recorded only where gym-pusht is installed', exc_type=ImportError)
+    for size, shape in (((0, 0), (512, 512, 3)), ((96, 64), (96, 64, 3))):
+        x = data.simulator('gym_pusht/PushT-v0', size).frame()
+        assert x.shape == shape and x.dtype == np.uint8
+    assert data.simulator('demo').frame().shape == (64, 64, 3)
+    assert data.simulator('demo', (32, 48)).frame().shape == (32, 48, 3)
+    assert data.simulator('CartPole-v1') is None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
