@@ -430,9 +430,10 @@ class Attention(nn.Module):
         self.qk_gain = nn.Parameter(torch.ones(heads + kv_heads, 1))
         self.out = nn.Linear(width, width, bias=False)
 
-    def forward(self, x, rope, alone=None, ring=None, start=0):
+    def forward(self, x, rope, alone=None, ring=None, start=0, fill=False):
         """x (B, S, C); rope: cos and sin (S, 1, d/2); context 0: all see all, else as in `window`. ring: keys, values
-        (B, kv_heads, L, d) of the frames before start; those of this call are written at their index modulo L.
+        (B, kv_heads, L, d) of the frames before start; those of this call are written at their index modulo L. fill:
+        that is all that is wanted, and None comes back.
         start as a tensor: the same in fixed shapes, as a CUDA graph wants them."""
         B, S, C = x.shape
         qk, v = self.qkv(x).view(B, S, -1, self.head_dim).split((self.heads + self.kv_heads, self.kv_heads), dim=2)
@@ -448,6 +449,8 @@ class Attention(nn.Module):
                 r, 2, slots, y[:, :, -L:]) for r, y in zip(ring, (k, v))]
             if type(ring) is list:          # the past of a gradient through all frames: kept, never written into
                 ring[:] = new
+            if fill:
+                return None
             ring = new
             if S > 1:
                 assert type(start) is int and not start, f'several frames can only begin a ring, not follow {start}'
@@ -472,11 +475,13 @@ class Layer(nn.Module):
         self.time = context > 0
         self.attn, self.mlp = Attention(width, heads, kv_heads, cap, context), SwiGLU(width, hidden(width))
 
-    def forward(self, x, rope, alone=None, ring=None, start=0):
+    def forward(self, x, rope, alone=None, ring=None, start=0, fill=False):
         B, T, S, C = x.shape
         y = rms_norm(x)
         if self.time:
-            y = self.attn(y.transpose(1, 2).reshape(B * S, T, C), rope, alone, ring, start)
+            y = self.attn(y.transpose(1, 2).reshape(B * S, T, C), rope, alone, ring, start, fill)
+            if fill:
+                return None
             y = y.view(B, S, T, C).transpose(1, 2)
         else:
             y = self.attn(y.view(B * T, S, C), rope).view(B, T, S, C)
@@ -573,9 +578,10 @@ class WorldModel(nn.Module):
             alone = alone.repeat_interleave(x.shape[2])                                   # (B S,)
         again = self.remat and torch.is_grad_enabled() and rings is None        # rings would have moved on
         for i, layer in enumerate(self.layers):
-            given = (x, time, alone, rings and rings[i], start) if layer.time else (x, space)
+            fill = commit and i == self.last_time   # nothing above can reach a later frame
+            given = (x, time, alone, rings and rings[i], start, fill) if layer.time else (x, space)
             x = checkpoint(layer, *given, **REMAT) if again else layer(*given)
-            if commit and i == self.last_time:      # nothing above can reach a later frame
+            if fill:
                 return None
         x = x[:, :, c['registers']:-2]
         if c['wide_layers']:

@@ -46,13 +46,13 @@ iterations = 5
 init_std = 1.0              # of the first candidates of a search, in units of the actions' std
 min_std = 0.05              # in units of the actions' std, so that the search does not collapse
 beta = 2.0                  # colour of the noise: power 1 / f^beta over a plan's steps; 0 = independent steps
-momentum = 0.0              # of mean and std from iteration to iteration (iCEM: 0.1)
+momentum = 0.0              # of mean and std from iteration to iteration (iCEM: 0.1; mppi: of the mean alone)
 keep = 0.3                  # icem: share of the elites that lives on in the next iteration, and in the next plan
 temperature = 0.5           # mppi: of the weights, in units of the elites' standard deviation of cost
 step_size = 0.1             # adam: in units of the actions' std
 warm = True                 # begin from the last plan, shifted by the steps that were executed
 budget_ms = 0.0             # stop the search at this deadline, whatever iterations says; 0 = none
-chunk = 0                   # candidates imagined at once, over all episodes: 0 = 128 on a CPU (its caches), else 4096
+chunk = 0                   # candidates imagined at once: 0 = as many as have 2,048 tokens on a CPU, else 4,096
 # the model's use and the cost
 K = 1                       # denoising steps per imagined frame
 seeds = 1                   # noises under which every candidate is imagined
@@ -166,8 +166,7 @@ def mppi(cost, mean, std, low, high, samples=64, elites=8, iterations=5, min_std
         weight = (found - found[:, :1]) / found.std(dim=1, keepdim=True).clamp(min=1e-12)
         weight = torch.softmax(-weight / temperature, dim=1)[:, :, None, None]                # (E, elites, 1, 1)
         mean = momentum * mean + (1 - momentum) * (weight * elite).sum(dim=1)
-        spread = (weight * (elite - mean[:, None]).square()).sum(dim=1).sqrt()
-        std = (momentum * std + (1 - momentum) * spread).clamp(min=min_std)
+        std = (weight * (elite - mean[:, None]).square()).sum(dim=1).sqrt().clamp(min=min_std)
         costs.append(found[:, 0])
         if late(begun, i + 1, deadline):
             break
@@ -215,12 +214,12 @@ def plan(model, z_ctx, a_ctx, z_goal, horizon=5, low=-5.0, high=5.0, a_mask=None
     weight = weight / weight.mean()
     if tokens is not None:
         weight = weight * (tokens / tokens.mean())[:, None]                               # (N, D)
-    chunk = chunk or (128 if device.type == 'cpu' else 4096)
+    chunk = chunk or (max(1, 2048 // z_goal.shape[1]) if device.type == 'cpu' else 4096)
     low, high = (torch.as_tensor(v, dtype=z_ctx.dtype, device=device).expand(A) for v in (low, high))
     if a_mask is None:
         a_mask = torch.arange(Tc, device=device).expand(E, Tc) > 0
-    step_weight = discount ** torch.arange(horizon, device=device) * (1.0 if cost == 'all' else 0.0)
-    step_weight[-1] += 0.0 if cost == 'all' else 1.0
+    counted = slice(0 if cost == 'all' else horizon - 1, horizon)
+    step_weight = (discount ** torch.arange(horizon, device=device))[counted]
     step_weight = step_weight / step_weight.sum()
     with torch.no_grad():
         rings = remember(model, z_ctx, a_ctx, a_mask, Tc + horizon, seed=seed)
@@ -236,7 +235,8 @@ def plan(model, z_ctx, a_ctx, z_goal, horizon=5, low=-5.0, high=5.0, a_mask=None
         costs = []
         for s in range(seeds):
             z = imagine(part, hash((seed, i, s)) % 2 ** 31, 'all' if torch.is_grad_enabled() else False)
-            costs.append((((z - z_goal[:, None, None]).square() * weight).mean(dim=(3, 4)) * step_weight).sum(dim=2))
+            error = (z[:, :, counted] - z_goal[:, None, None]).square() * weight              # (E, M, counted, N, D)
+            costs.append((error.mean(dim=(3, 4)) * step_weight).sum(dim=2))
         costs = torch.stack(costs)                                                        # (seeds, E, M)
         total = costs.amax(dim=0) if risk == 'worst' else costs.mean(dim=0)
         if risk == 'std' and seeds > 1:

@@ -9,15 +9,17 @@ set -euo pipefail
 OUT=$(realpath -m "${1:-pusht}")
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python} WEIGHTS=${WEIGHTS:-} CORES=${CORES:-$(nproc)}
-EPISODES=${EPISODES:-5000} STEPS=${STEPS:-60} SIZE=${SIZE:-196} MODEL=${MODEL:-tiny} TRAIN=${TRAIN:-12000} BATCH=${BATCH:-64}
+EPISODES=${EPISODES:-5000} STEPS=${STEPS:-60} SIZE=${SIZE:-196} MODEL=${MODEL:-tiny} TRAIN=${TRAIN:-12000}
+BATCH=${BATCH:-64}
 EVAL=${EVAL:-50} SAMPLES=${SAMPLES:-300} ELITES=${ELITES:-30} ITERATIONS=${ITERATIONS:-10}
 mkdir -p "$OUT"
 
 begin=$SECONDS
 pids=()
 for i in $(seq "$CORES"); do
-    OMP_NUM_THREADS=1 $PYTHON data.py --record=gym_pusht/PushT-v0 --policy=script --episodes=$(((EPISODES + CORES - 1) / CORES)) \
-        --steps="$STEPS" --frame_height="$SIZE" --seed="$i" --out="$OUT/data$i" > "$OUT/record$i.log" 2>&1 &
+    OMP_NUM_THREADS=1 $PYTHON data.py --record=gym_pusht/PushT-v0 --policy=script --seed="$i" --steps="$STEPS" \
+        --episodes=$(((EPISODES + CORES - 1) / CORES)) --frame_height="$SIZE" --out="$OUT/data$i" \
+        > "$OUT/record$i.log" 2>&1 &
     pids+=($!)
 done
 for pid in "${pids[@]}"; do wait "$pid"; done       # set -e ends here with the first that failed
@@ -31,8 +33,9 @@ $PYTHON data.py --cache=True "${same[@]}" --workers="$CORES"
 echo "encoded in $((SECONDS - begin)) s"
 
 begin=$SECONDS
-$PYTHON train.py "${same[@]}" --unlabelled= --frameskip=5 --size="$MODEL" --batch_size="$BATCH" --max_steps="$TRAIN" \
-    --learning_rate=0.001 --eval_interval=2000 --save_interval=2000 --out_dir="$OUT/run"
+$PYTHON train.py "${same[@]}" --unlabelled= --frameskip=5 --objective=direct --channels=64 --size="$MODEL" \
+    --batch_size="$BATCH" --max_steps="$TRAIN" --learning_rate=0.001 --eval_interval=2000 --save_interval=2000 \
+    --out_dir="$OUT/run"
 echo "trained in $((SECONDS - begin)) s"
 
 begin=$SECONDS
