@@ -57,6 +57,31 @@ def test_one_of_the_latents_units_is_the_variance_of_the_data(demo, tmp_path):
         assert (variance.max() / variance.min() < 1.5) == (whiten == 1.0)
 
 
+def test_channels_are_the_leading_principal_components(demo, tmp_path, capsys):
+    g = script('train.py', *demo, *SMALL, '--max_steps=2', '--channels=5', '--eval_interval=1', f'--out_dir={tmp_path}')
+    stats = g['stats']
+    tokens = torch.from_numpy(np.concatenate([z['z'] for z in g['clips'].tokens.values()])).float()   # (n, N, width)
+    basis, z = stats['z_basis'], model.standard(tokens, stats)
+    assert basis.shape == (tokens.shape[-1], 5) and torch.allclose(basis.T @ basis, torch.eye(5), atol=1e-5)
+    assert g['model'].config['dim'] == 5 and abs(z.flatten(0, 1).var(0).mean() - 1) < 0.1
+    flat = tokens.flatten(0, 1).double().numpy()
+    values = np.linalg.eigvalsh(np.cov(flat.T))[::-1]
+    kept = model.unstandard(z, stats).flatten(0, 1).double().numpy()
+    lost = np.square(flat - kept).sum(axis=1).mean()
+    assert lost == pytest.approx(values[5:].sum(), rel=0.2), 'no five directions lose less'
+    held = float(capsys.readouterr().out.split(' principal components hold ')[1].split('%')[0])
+    assert held == pytest.approx(100 * values[:5].sum() / values.sum(), abs=2)
+    ckpt = f'--ckpt={tmp_path}/ckpt.safetensors'
+    script('decode.py', ckpt, '--rows=1', '--steps=2', '--K=1')
+    script('plan.py', ckpt, '--episodes=2', '--budget=2', '--samples=4', '--elites=2', '--iterations=1')
+    resumed = script('train.py', *demo, *SMALL, '--max_steps=3', '--channels=5', '--resume=True',
+                     f'--out_dir={tmp_path}')
+    assert torch.equal(resumed['stats']['z_basis'], basis)
+    assert '--channels: 0 cannot go on' in ends('train.py', *demo, *SMALL, '--max_steps=4', '--resume=True',
+                                                f'--out_dir={tmp_path}')
+    assert '--channels=999: pixels has' in ends('train.py', *demo, *SMALL, '--channels=999', f'--out_dir={tmp_path}/o')
+
+
 @pytest.mark.parametrize('cache', [True, False])
 def test_resume_is_bitwise(demo, tmp_path, monkeypatch, cache):
     """Six steps at once, or three, the file, and three more: the same file, bit for bit, and the same log."""
