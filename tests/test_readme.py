@@ -39,7 +39,8 @@ def test_files_and_options_exist(command):
 
 
 def test_every_option_named_in_the_text_exists():
-    scripts = 'data', 'train', 'plan', 'decode', 'tests/bench_data', 'tests/bench_model', 'tests/bench_plan', 'tests/ablate'
+    scripts = ('data', 'train', 'plan', 'decode', 'tests/bench_data', 'tests/bench_model', 'tests/bench_plan',
+               'tests/ablate')
     known = set().union(*(constants(f'{name}.py') for name in scripts)) | {'nproc_per_node'}
     assert {o for o in re.findall(r'`--(\w+)', TEXT)} <= known
 
