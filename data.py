@@ -344,7 +344,7 @@ def _pool(parts):
 
 def _describe(x):
     """Statistics of the rows of x (n, ...), as lerobot names them."""
-    x = np.asarray(x, np.float64)
+    x = np.asarray(x, np.float64, order='F')        # each column in one piece
     out = dict(min=x.min(0), max=x.max(0), mean=x.mean(0), std=x.std(0), count=np.array([len(x)]))
     return {**out, **dict(zip(QUANTILES, np.quantile(x, list(QUANTILES.values()), axis=0)))}
 
@@ -1018,7 +1018,7 @@ class PushT(Gym):
         options = DrawOptions(screen)
         options.flags = options.DRAW_SHAPES
         self.world.space.debug_draw(options)
-        x = pygame.surfarray.array3d(screen).swapaxes(0, 1)                                   # (512, 512, 3)
+        x = np.frombuffer(pygame.image.tobytes(screen, 'RGB'), np.uint8).reshape(512, 512, 3)
         if self.shift == 'light':       # from the right
             x = np.uint8(x * np.linspace(.55, 1, 512)[:, None])
         if self.shift == 'camera':      # 20 px to the left, 12 up
@@ -1048,24 +1048,29 @@ class PushT(Gym):
         return gap, gap < 20 and turned < np.pi / 9
 
     def script(self, rng):
-        """Noisy play: three times in five get behind the block and push it towards a random place, else go to one; an
-        action at each call."""
+        """Noisy play: half of the time get behind the block and push it towards a random place, else go to one or, one
+        time in six, rest: a model that never saw rest cannot stay at a goal. An action at each call."""
         aims, left, drift = [], 0, np.zeros(2)
         def act():
             nonlocal left, drift
             agent, block = (np.array(v) for v in (self.world.agent.position, self.world.block.local_to_world(
                 self.world.block.center_of_gravity)))
             left, drift = left - 1, .8 * drift + .6 * rng.normal(0, 6, 2)
-            if aims and (left <= 0 or np.linalg.norm(aims[0] - agent) < 15):
+            if aims and (left <= 0 or aims[0] is not None and np.linalg.norm(aims[0] - agent) < 15):
                 aims.pop(0)
                 left = rng.integers(8, 25)
             if not aims:
-                place, left = rng.uniform(60, 452, 2), rng.integers(8, 25)
+                place, left, kind = rng.uniform(60, 452, 2), rng.integers(8, 25), rng.random()
                 push = (place - block) / np.linalg.norm(place - block)
-                aims[:] = [(block - rng.uniform(60, 110) * push + rng.normal(0, 20, 2)).clip(20, 492),
-                           block + (place - block) * rng.uniform(0, 1)] if rng.random() < .6 else [place]
-            want = aims[0] - agent
-            move = want * min(1, 30 / max(np.linalg.norm(want), 1)) + drift
+                aims[:] = [place] if kind < .83 else [None]
+                if kind < .5:
+                    aims[:] = [(block - rng.uniform(60, 110) * push + rng.normal(0, 20, 2)).clip(20, 492),
+                               block + (place - block) * rng.uniform(0, 1)]
+            if aims[0] is None:
+                move = np.zeros(2)
+            else:
+                want = aims[0] - agent
+                move = want * min(1, 30 / max(np.linalg.norm(want), 1)) + drift
             return move if self.key == 'action.relative' else np.clip(agent + move, 0, 512)
         return act
 
@@ -1095,7 +1100,7 @@ class Mujoco(Gym):
         self.fps = round(1 / inner.dt)
         model, camera = self.model, self.viewer.cam
         camera.distance, camera.elevation, camera.azimuth, camera.lookat[:] = (
-            (1.1 * max(maze.map_length, maze.map_width), -90, 90, 0) if maze else (1., -50, 180, (1.3, .75, .42)))
+            (1.2 * max(maze.map_length, maze.map_width) - 2, -90, 90, 0) if maze else (1., -50, 180, (1.3, .75, .42)))
         model.site('target' if maze else 'target0').rgba[3] = 0
         if not maze:        # nor are the axes that show where the controller wants the hand
             model.geom_rgba[model.geom_bodyid == model.body('robot0:mocap').id, 3] = 0

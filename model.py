@@ -812,6 +812,13 @@ def replay(graphs, key, f, *inputs):
     return out.clone()
 
 
+def compile_layers(model):
+    """torch.compile, layer by layer: quick to compile, and all layers of a kind share the code."""
+    torch._dynamo.config.recompile_limit = 64      # shapes of students and teachers, of short and long clips
+    for block in (*model.layers, *[model.head] * (model.config['wide_layers'] > 0)):
+        block.compile(dynamic=False, fullgraph=True)
+
+
 def half_weights(model, dtype):
     """The model, its linear maps but the last in dtype: what autocast would make of them, in every pass anew."""
     model.graphs.clear()        # they read the old weights

@@ -25,8 +25,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
-from model import (WorldModel, half_weights, load, pictures, remember, restore_encoder, rollout, standard,
-                   unstandard)
+from model import (WorldModel, compile_layers, half_weights, load, pictures, remember, restore_encoder, rollout,
+                   standard, unstandard)
 
 # --------------------------------------------------------------------------------------------------------------------
 ckpt = 'out/ckpt.safetensors'
@@ -44,8 +44,10 @@ samples = 64                # candidates per iteration; adam: starts
 elites = 8                  # the best of them, which the next iteration is drawn from
 iterations = 5
 init_std = 1.0              # of the first candidates of a search, in units of the actions' std
+warm_std = 0.0              # the same where a search begins from the last plan: smaller stays closer; 0 = init_std
 min_std = 0.05              # in units of the actions' std, so that the search does not collapse
 beta = 2.0                  # colour of the noise: power 1 / f^beta over a plan's steps; 0 = independent steps
+hold = 1                    # dataset rows over which the search holds an action: fewer numbers to find, up to frameskip
 momentum = 0.0              # of mean and std from iteration to iteration (iCEM: 0.1; mppi: of the mean alone)
 keep = 0.3                  # icem: share of the elites that lives on in the next iteration, and in the next plan
 temperature = 0.5           # mppi: of the weights, in units of the elites' standard deviation of cost
@@ -74,6 +76,7 @@ frame_width = 0             # 0 = square
 seed = 0
 device = 'auto'
 dtype = 'auto'              # float32 or bfloat16; auto = bfloat16 where the hardware multiplies it
+compile = False             # torch.compile: up to a minute at the start, for a closed loop
 config = data.override(globals(), sys.argv[1:] if __name__ == '__main__' else [])
 # --------------------------------------------------------------------------------------------------------------------
 
@@ -197,13 +200,14 @@ def adam(cost, mean, std, low, high, samples=64, elites=8, iterations=5, min_std
 def plan(model, z_ctx, a_ctx, z_goal, horizon=5, low=-5.0, high=5.0, a_mask=None, mean=None, carried=None, method='cem',
          K=1, seeds=1, risk='mean', cost='all', discount=1.0, tokens=None, smooth=0.0, samples=64, elites=8,
          iterations=5, init_std=1.0, min_std=0.05, beta=2.0, momentum=0.0, keep=0.3, temperature=0.5, step_size=0.1,
-         chunk=0, budget_ms=0.0, seed=0):
+         chunk=0, budget_ms=0.0, seed=0, tie=None):
     """Normalised actions (E, horizon, A) that lead the model from its context to the goal, and info.
 
     z_ctx (E, Tc, N, D), a_ctx (E, Tc, A) with a_ctx[:, t] what led to z_ctx[:, t] where a_mask (E, Tc) says that it is
     known (by default all but the first), z_goal (E, N, D): normalised. mean (E, horizon, A) and carried (E, n, up to
     horizon, A): where to begin, e.g. the last plan and its elites, shifted. The cost is the squared distance to the
     goal in un-whitened latents, each channel counting by its variance in the data, over tokens (N,) by their weight.
+    tie (A,): a list; numbers of an action with the same label (0, 1, ..) are one number for the search.
     All candidates of an iteration see the same denoising noise, and share the context's keys and values, which are
     computed once. info: 'cost' (iterations, E), 'elites', 'imagine': actions (E, M, H, A) -> (E, M, H, N, D).
     """
@@ -218,6 +222,9 @@ def plan(model, z_ctx, a_ctx, z_goal, horizon=5, low=-5.0, high=5.0, a_mask=None
     low, high = (torch.as_tensor(v, dtype=z_ctx.dtype, device=device).expand(A) for v in (low, high))
     if a_mask is None:
         a_mask = torch.arange(Tc, device=device).expand(E, Tc) > 0
+    tie = tie or [*range(A)]
+    one = torch.tensor([tie.index(i) for i in range(max(tie) + 1)], device=device)      # of each label
+    tie = torch.tensor(tie, device=device)
     counted = slice(0 if cost == 'all' else horizon - 1, horizon)
     step_weight = (discount ** torch.arange(horizon, device=device))[counted]
     step_weight = step_weight / step_weight.sum()
@@ -245,19 +252,22 @@ def plan(model, z_ctx, a_ctx, z_goal, horizon=5, low=-5.0, high=5.0, a_mask=None
         return total + smooth * torch.cat((first, part.diff(dim=2)), dim=2).square().mean(dim=(2, 3))
 
     def distances(actions, i):
-        parts = actions.split(max(1, chunk // E), dim=1)
+        parts = actions[..., tie].split(max(1, chunk // E), dim=1)
         if torch.is_grad_enabled() and len(parts) > 1:  # the graph of one chunk at a time: its activations come again
             return torch.cat([checkpoint(distance, part, i, use_reentrant=False) for part in parts], dim=1)
         return torch.cat([distance(part, i) for part in parts], dim=1)
 
     generator = torch.Generator().manual_seed(seed)
     mean = torch.zeros(E, horizon, A, device=device) if mean is None else mean
+    mean, low, high = mean[..., one], low[one], high[one]
+    carried = None if carried is None else carried[..., one]
     search = dict(cem=cem, icem=icem, mppi=mppi, adam=adam)[method]
     with torch.no_grad():
         actions, costs, elite = search(distances, mean, torch.full_like(mean, init_std), low, high, samples, elites,
                                        iterations, min_std, beta, momentum, keep, temperature, step_size, carried,
                                        generator, deadline)
-    return actions, {'cost': costs, 'elites': elite, 'imagine': functools.partial(imagine, seed=seed)}
+    return actions[..., tie], {'cost': costs, 'elites': elite[..., tie],
+                               'imagine': functools.partial(imagine, seed=seed)}
 
 
 class Planner:
@@ -275,10 +285,10 @@ class Planner:
         for name in ('horizon', 'samples', 'iterations', 'replan', 'seeds'):
             if o[name] < 1:
                 sys.exit(f'--{name}: wants at least 1, got {o[name]}')
-        for name, low, high in (('init_std', 1e-6, 100), ('min_std', 0, 100), ('seed', 0, 2 ** 31), ('keep', 0, 1),
-                                ('momentum', 0, 0.999), ('beta', 0, 10), ('temperature', 1e-6, 1e6), ('chunk', 0, 1e9),
-                                ('step_size', 1e-6, 100), ('discount', 1e-6, 1), ('smooth', 0, 1e9),
-                                ('budget_ms', 0, 1e9)):
+        for name, low, high in (('init_std', 1e-6, 100), ('warm_std', 0, 100), ('min_std', 0, 100), ('keep', 0, 1),
+                                ('seed', 0, 2 ** 31), ('momentum', 0, 0.999), ('beta', 0, 10), ('chunk', 0, 1e9),
+                                ('temperature', 1e-6, 1e6), ('step_size', 1e-6, 100), ('discount', 1e-6, 1),
+                                ('smooth', 0, 1e9), ('budget_ms', 0, 1e9)):
             if not low <= o[name] <= high:
                 sys.exit(f'--{name}: wants {low} to {high}, got {o[name]}')
         if not 2 <= o['elites'] <= o['samples']:
@@ -295,6 +305,8 @@ class Planner:
             sys.exit(f'--K={o["K"]}: wants a power of two up to {c["k_max"]}, the k_max that {ckpt} was trained with')
         if self.autocast._enabled:
             half_weights(self.model, self.autocast.fast_dtype)
+        if o['compile']:
+            compile_layers(self.model)
         self.encode = restore_encoder(self.trained, self.model.stats, o['encoder_path']).to(self.device)
         self.frame_size = self.encode.size, self.encode.width
         if not 0 <= o['robot'] < len(stats['a_mean']):
@@ -305,6 +317,10 @@ class Planner:
         self.frameskip = int(stats['a_rows'][o['robot']])       # dataset rows in a model step
         self.width = self.used // self.frameskip                # numbers in a row
         self.scale = torch.where(self.a_std > 1e-6, self.a_std, torch.inf)  # constant dimensions stay at their mean
+        if not 1 <= o['hold'] <= self.frameskip:
+            sys.exit(f'--hold={o["hold"]}: wants 1 to {self.frameskip}, the dataset rows in a step of the model')
+        tie = [i // self.width // o['hold'] * self.width + i % self.width for i in range(self.used)]
+        tie += range(tie[-1] + 1, tie[-1] + 1 + len(self.a_mean) - self.used)       # what pads it to the model's width
         bounds = [((v - self.a_mean) / self.scale).clamp(-5, 5).to(self.device) for v in (self.a_low, self.a_high)]
         tokens = None
         if o['mask']:
@@ -312,9 +328,9 @@ class Planner:
             tokens = F.adaptive_avg_pool2d(tokens, self.encode.grid).flatten().to(self.device)        # (N,)
             if not tokens.any():
                 sys.exit(f'--mask={o["mask"]}: is black, wants white where the goal counts')
-        self.search = dict(low=bounds[0], high=bounds[1], tokens=tokens) | {k: o[k] for k in (
+        self.search = dict(low=bounds[0], high=bounds[1], tokens=tokens, tie=tie) | {k: o[k] for k in (
             'horizon', 'method', 'K', 'seeds', 'risk', 'cost', 'discount', 'smooth', 'samples', 'elites', 'iterations',
-            'init_std', 'min_std', 'beta', 'momentum', 'keep', 'temperature', 'step_size', 'chunk', 'budget_ms')}
+            'min_std', 'beta', 'momentum', 'keep', 'temperature', 'step_size', 'chunk', 'budget_ms')}
         self.past = (self.trained['eval_context'] - 1) * self.frameskip + 1
         self.seconds, self.iterations = [], []
         self.reset()
@@ -389,8 +405,9 @@ class Planner:
                 plan_before, elite = self.last
                 mean = torch.cat((plan_before[:, steps:], torch.zeros_like(plan_before[:, :steps])), dim=1)
                 carried = elite[:, :, steps:]
+            std = mean is not None and self.options['warm_std'] or self.options['init_std']
             with self.autocast:
-                found, info = plan(self.model, self.z, self.a, self.z_goal, a_mask=self.known, mean=mean,
+                found, info = plan(self.model, self.z, self.a, self.z_goal, a_mask=self.known, mean=mean, init_std=std,
                                    carried=carried, seed=self.options['seed'] + 1000 * len(self.seconds), **self.search)
             self.last = found, info['elites']
             rows = self.physical(found[:, :steps]).flatten(1, 2).numpy()                      # (E, steps, width)
@@ -418,6 +435,8 @@ def random_weights(planner, seed):
         torch.nn.init.normal_(head.weight, std=0.02)            # training begins with zeros, which imagine nothing
     net.stats = planner.model.stats
     other.model = half_weights(net, planner.autocast.fast_dtype) if planner.autocast._enabled else net
+    if planner.options['compile']:
+        compile_layers(net)
     other.reset()
     other.seconds, other.iterations = [], []
     return other
@@ -520,7 +539,7 @@ if __name__ == '__main__':
         with planner.autocast, torch.no_grad():
             nothing = torch.zeros(1, len(given), len(planner.a_mean), device=planner.device)
             actions, info = plan(planner.model, z_ctx, nothing, z_goal, a_mask=nothing[..., 0] > 0, seed=seed,
-                                 **planner.search)
+                                 init_std=init_std, **planner.search)
             rows = planner.physical(actions[0]).flatten(0, 1).numpy()                     # (horizon x frameskip, width)
             seconds = time.perf_counter() - begun
             z = info['imagine'](actions[:, None])[0, 0]                                   # (horizon, N, D)

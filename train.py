@@ -24,8 +24,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import data
-from model import (WorldModel, flops_per_frame, half_weights, load, load_encoder, model_config, rollout, save,
-                   shortcut_loss, standard, which_rows)
+from model import (WorldModel, compile_layers, flops_per_frame, half_weights, load, load_encoder, model_config, rollout,
+                   save, shortcut_loss, standard, which_rows)
 
 # --------------------------------------------------------------------------------------------------------------------
 # data
@@ -252,7 +252,7 @@ else:
     del x, z
 if encoder == 'pixels':
     encode.load_state_dict({k[8:]: v for k, v in stats.items() if k.startswith('encoder.')})
-if compile and device.type == 'cuda':
+if compile and encoder != 'pixels':
     encode.compile()
 if cache:
     clips.tokens = long.tokens = data.cached_latents(clips.sets, encode, device, autocast, cache_dir, store, workers,
@@ -266,10 +266,8 @@ average = copy.deepcopy(model).requires_grad_(False).eval()
 if resume:
     model.load_state_dict(saved.state_dict())
     average.load_state_dict(load(ckpt)[0].state_dict())
-if compile:     # layer by layer: quick to compile, and all layers of a kind share the code
-    torch._dynamo.config.recompile_limit = 64      # shapes of students and teachers, of short and long clips
-    for block in (*model.layers, *[model.head] * (wide_layers > 0)):
-        block.compile(dynamic=False, fullgraph=True)
+if compile:
+    compile_layers(model)
 model.remat = remat
 run = model
 if fsdp:

@@ -34,11 +34,11 @@ echo "encoded in $((SECONDS - begin)) s"
 
 begin=$SECONDS
 $PYTHON train.py "${same[@]}" --unlabelled= --frameskip=5 --objective=direct --channels=64 --size="$MODEL" \
-    --batch_size="$BATCH" --max_steps="$TRAIN" --learning_rate=0.001 --eval_interval=2000 --save_interval=2000 \
-    --out_dir="$OUT/run"
+    --batch_size="$BATCH" --max_steps="$TRAIN" --learning_rate=0.001 --frames=6 --self_forcing=0.3 \
+    --eval_interval=2000 --save_interval=2000 --out_dir="$OUT/run"
 echo "trained in $((SECONDS - begin)) s"
 
 begin=$SECONDS
 $PYTHON plan.py --ckpt="$OUT/run/ckpt.safetensors" --env=gym_pusht/PushT-v0 --episodes="$EVAL" --samples="$SAMPLES" \
-    --elites="$ELITES" --iterations="$ITERATIONS" --out_dir="$OUT"
+    --elites="$ELITES" --iterations="$ITERATIONS" --warm_std=0.3 --out_dir="$OUT"
 echo "evaluated in $((SECONDS - begin)) s, $SECONDS s in all"

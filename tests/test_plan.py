@@ -16,6 +16,7 @@ import av
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
 
 import data
 import model
@@ -628,6 +629,34 @@ def test_adam_descends_in_a_real_model():
     assert (info['cost'][-1] < info['cost'][0]).all() and not found.requires_grad
 
 
+@pytest.mark.parametrize('method', PLANNERS)
+def test_tied_numbers_are_one_number_for_the_search(monkeypatch, method):
+    """As a search over three numbers in a model that is given each twice, and a seventh that is tied to none."""
+    torch.manual_seed(0)
+    net = model.WorldModel(model.model_config('nano', 6, (2, 2), 7, width=16, layers=2, heads=2, kv_heads=1,
+                                              context=3, k_max=4)).eval().requires_grad_(False)
+    for p in net.parameters():
+        p += 0.1 * torch.randn_like(p)
+    net.stats = {'z_std': torch.ones(6)}
+    which = [0, 1, 2, 0, 1, 2, 3]
+    low, high = torch.tensor([-2.0, -1.0, -0.5, 0.0]), torch.tensor([2.0, 1.0, 1.5, 0.0])
+    z_ctx, a_ctx, z_goal, mean, carried = (torch.randn(s) for s in ((2, 2, 4, 6), (2, 2, 4), (2, 4, 6), (2, 3, 4),
+                                                                    (2, 5, 2, 4)))
+    given = dict(horizon=3, method=method, samples=8, elites=3, iterations=4)
+    tied, info = plan.plan(net, z_ctx, a_ctx[..., which], z_goal, low=low[which], high=high[which], tie=which,
+                           mean=mean[..., which], carried=carried[..., which], **given)
+
+    def twice(f):
+        return lambda net, z, a, *rest, **how: f(net, z, a[..., which], *rest, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(plan, 'remember', twice(model.remember))
+        patch.setattr(plan, 'rollout', twice(model.rollout))
+        few, same = plan.plan(net, z_ctx, a_ctx, z_goal, low=low, high=high, mean=mean, carried=carried, **given)
+    assert torch.equal(tied, few[..., which]) and torch.equal(info['elites'], same['elites'][..., which])
+    assert torch.equal(info['cost'], same['cost']) and few[..., 3].eq(0).all() and few.std() > 0.1
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # the controller
 
@@ -658,7 +687,7 @@ def planned(monkeypatch):
         found = torch.sin(3 * place + torch.arange(horizon * A).float()).unflatten(1, (horizon, A))
         elite = torch.stack((found, -0.5 * found), dim=1)
         calls.append(dict(z=z.clone(), a=a.clone(), z_goal=z_goal.clone(), a_mask=a_mask.clone(), mean=mean,
-                          carried=carried, seed=seed, found=found, elite=elite))
+                          carried=carried, seed=seed, found=found, elite=elite, init_std=search['init_std']))
         return found, {'cost': torch.zeros(2, E), 'elites': elite}
     monkeypatch.setattr(plan, 'plan', fake)
     return calls
@@ -738,12 +767,15 @@ def test_what_the_search_is_given(controller, planned, replan, told):
 
 @pytest.mark.parametrize('warm', [True, False])
 @pytest.mark.parametrize('replan', [1, 2])
-def test_a_plan_begins_from_the_last_one(controller, planned, warm, replan):
-    p, x, goal = controller(warm=warm, replan=replan), film(2, 20), film(2, 1, seed=1)[:, 0]
+@pytest.mark.parametrize('warm_std', [0.0, 0.25])
+def test_a_plan_begins_from_the_last_one(controller, planned, warm, replan, warm_std):
+    p = controller(warm=warm, replan=replan, warm_std=warm_std, init_std=0.75)
+    x, goal = film(2, 20), film(2, 1, seed=1)[:, 0]
     p.act(x[:, :3], goal)
     for t in range(3, 4 + 4 * replan):
         p.act(x[:, t:t + 1], goal)
     assert len(planned) == 3 and planned[0]['mean'] is None and planned[0]['carried'] is None
+    assert [c['init_std'] for c in planned] == [0.75, *[warm_std if warm and warm_std else 0.75] * 2]
     for before, call in itertools.pairwise(planned):
         if warm:
             assert torch.equal(call['mean'][:, :3 - replan], before['found'][:, replan:])
@@ -975,6 +1007,33 @@ def test_keys_of_pushts_actions_mean_the_same(key):
     for _ in range(3):
         sim.step(sim.rest())
     assert np.allclose(sim.pose()[:2], rest, atol=0.5), 'rest holds still'
+
+
+def test_the_script_of_pusht_rests_now_and_then():
+    sim, rest = robot('gym_pusht/PushT-v0', key='action.relative'), []
+    for seed in range(6):
+        sim.reset(seed)
+        act = sim.script(np.random.default_rng(seed))
+        for _ in range(50):
+            action = act()
+            rest.append(not action.any())
+            sim.step(action)
+    assert 0.02 < np.mean(rest) < 0.3
+    runs = [len(list(run)) for still, run in itertools.groupby(rest) if still]
+    assert np.mean(runs) > 5, 'for some frames, as at a goal'
+
+
+@pytest.mark.parametrize('env, n', [('PointMaze_UMaze-v3', 7), ('PointMaze_Medium-v3', 26)])
+def test_the_whole_maze_is_in_the_picture(env, n):
+    sim = robot(env, (112, 112))
+    free = np.argwhere(np.asarray(sim.maze.maze_map, object) != 1)
+    assert len(free) == n
+    for cell in free:
+        for corner in itertools.product((-0.4, 0.4), repeat=2):         # the ball's radius is 0.1
+            sim.data.qpos[:] = sim.maze.cell_rowcol_to_xy(cell) + corner
+            x = sim.frame().astype(int)
+            y, x = np.nonzero((x[..., 1] > x[..., 0] + 20) & (x[..., 1] > x[..., 2] + 20))
+            assert len(y) >= 8 and 0 < min(*y, *x) and max(*y, *x) < 111, 'green, and clear of the border'
 
 
 def test_far_of_pusht_wraps_its_angle():
@@ -1260,9 +1319,11 @@ def test_a_plan_between_two_pictures(trained, tmp_path, capsys, method):
     (['--horizn=3'], 'did you mean --horizon?'), (['--horizon', '3'], 'write options as --name=value'),
     *(([f'--{name}={value}'], f'--{name}: wants') for name, value in (
         ('horizon', 0), ('samples', 0), ('iterations', 0), ('replan', 0), ('seeds', 0), ('seed', -1), ('init_std', 0),
+        ('warm_std', -1),
         ('min_std', -1), ('keep', 2), ('momentum', 1), ('beta', -1), ('temperature', 0), ('chunk', -1),
         ('step_size', 0), ('discount', 0), ('discount', 1.5), ('smooth', -1), ('smooth', 'nan'), ('budget_ms', -1),
         ('samples', 'many'), ('warm', 'yes'))),
+    (['--hold=0'], '--hold=0: wants 1 to 2'), (['--hold=3'], '--hold=3: wants 1 to 2'),
     (['--robot=1'], '--robot=1: {ckpt} knows 1 labelled datasets'), (['--robot=-1'], '--robot=-1')], ids=' '.join)
 def test_each_mistake_is_one_line(trained, tmp_path, options, words):
     now, goal = pictures(tmp_path)
@@ -1312,6 +1373,30 @@ def test_another_robots_checkpoint(trained, tmp_path):
 def test_a_model_without_actions_cannot_plan(demo, tmp_path):
     script('train.py', '--labelled=', demo[1], *SMALL, '--max_steps=1', f'--out_dir={tmp_path / "o"}')
     assert 'trained without actions' in ends('plan.py', f'--ckpt={tmp_path}/o/ckpt.safetensors')
+
+
+@pytest.mark.parametrize('hold, rows', [(1, 2), (2, 1)])
+def test_an_action_is_held(controller, hold, rows):
+    planner = controller(hold=hold)
+    frames = film(2, planner.past + planner.frameskip)
+    acts = [planner.act(frames[:, :planner.past], frames[:, -1])]
+    acts += [planner.act(frames[:, planner.past + i][:, None], frames[:, -1]) for i in range(planner.frameskip - 1)]
+    assert len({a.tobytes() for a in acts}) == rows and planner.frameskip == 2
+
+
+def test_compiled_plans_are_the_same(trained, tmp_path, monkeypatch):
+    """Traced in whole graphs; what a compiler makes of those, test_train.py tests."""
+    now, goal = pictures(tmp_path)
+    counter, rows = torch._dynamo.testing.CompileCounter(), []
+    monkeypatch.setattr(torch.nn.Module, 'compile', lambda self, **how: setattr(
+        self, '_compiled_call_impl', torch.compile(self._call_impl, backend=counter, **how)))
+    for compile in (False, True):
+        assert not counter.frame_count
+        script_ends(f'--ckpt={trained}/ckpt.safetensors', f'--start={now}', f'--goal={goal}', *QUICK,
+                    f'--out_dir={tmp_path}', f'--compile={compile}')
+        rows.append(np.load(tmp_path / 'plan.npy'))
+    np.testing.assert_allclose(*rows, rtol=1e-4, atol=1e-6)
+    assert counter.frame_count
 
 
 def test_the_mask_reaches_the_search(trained, tmp_path, controller):
