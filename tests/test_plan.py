@@ -615,13 +615,19 @@ def test_the_gradient_of_a_plans_cost(double, monkeypatch, objective, K, chunk):
             assert slope.item() == pytest.approx(gradient[where].item(), rel=1e-5, abs=1e-9)
 
 
-def test_adam_descends_in_a_real_model():
+def tiny(A):
+    """A model of actions (A,) whose head, too, does something."""
     torch.manual_seed(0)
-    net = model.WorldModel(model.model_config('nano', 6, (2, 2), 3, width=16, layers=2, heads=2, kv_heads=1,
+    net = model.WorldModel(model.model_config('nano', 6, (2, 2), A, width=16, layers=2, heads=2, kv_heads=1,
                                               context=3, k_max=4)).eval().requires_grad_(False)
     for p in net.parameters():
         p += 0.1 * torch.randn_like(p)
     net.stats = {'z_std': torch.ones(6)}
+    return net
+
+
+def test_adam_descends_in_a_real_model():
+    net = tiny(3)
     given = torch.randn(2, 2, 4, 6), torch.randn(2, 2, 3), torch.randn(2, 4, 6)
     found, info = plan.plan(net, *given, horizon=3, method='adam', low=-2.0, high=1.5, samples=6, elites=2,
                             iterations=20)
@@ -632,12 +638,7 @@ def test_adam_descends_in_a_real_model():
 @pytest.mark.parametrize('method', PLANNERS)
 def test_tied_numbers_are_one_number_for_the_search(monkeypatch, method):
     """As a search over three numbers in a model that is given each twice, and a seventh that is tied to none."""
-    torch.manual_seed(0)
-    net = model.WorldModel(model.model_config('nano', 6, (2, 2), 7, width=16, layers=2, heads=2, kv_heads=1,
-                                              context=3, k_max=4)).eval().requires_grad_(False)
-    for p in net.parameters():
-        p += 0.1 * torch.randn_like(p)
-    net.stats = {'z_std': torch.ones(6)}
+    net = tiny(7)
     which = [0, 1, 2, 0, 1, 2, 3]
     low, high = torch.tensor([-2.0, -1.0, -0.5, 0.0]), torch.tensor([2.0, 1.0, 1.5, 0.0])
     z_ctx, a_ctx, z_goal, mean, carried = (torch.randn(s) for s in ((2, 2, 4, 6), (2, 2, 4), (2, 4, 6), (2, 3, 4),
