@@ -642,6 +642,7 @@ class LeRobot:
                         e |= dict(have=max(0, min(count, n - begin)), why=f'{path}: lacks episode {e["index"]}')
             except Bad as error:
                 [e.update(have=0, why=str(error)) for e in es]
+
     def _read_stats(self):
         stats = self._load('meta/stats.json')
         parts = [] if stats else [line.get('stats', {}) for line in self._load('meta/episodes_stats.jsonl')]

@@ -46,8 +46,7 @@ iterations = 5
 init_std = 1.0              # of the first candidates of a search, in units of the actions' std
 warm_std = 0.0              # the same where a search begins from the last plan: smaller stays closer; 0 = init_std
 min_std = 0.05              # in units of the actions' std, so that the search does not collapse
-beta = 2.0                  # colour of the noise: power 1 / f^beta over a plan's steps; 0 = independent steps
-hold = 1                    # dataset rows over which the search holds an action: fewer numbers to find, up to frameskip
+beta = 2.0                  # colour of the noise: power 1 / f^beta over a plan's rows; 0 = independent rows
 momentum = 0.0              # of mean and std from iteration to iteration (iCEM: 0.1; mppi: of the mean alone)
 keep = 0.3                  # icem: share of the elites that lives on in the next iteration, and in the next plan
 temperature = 0.5           # mppi: of the weights, in units of the elites' standard deviation of cost
@@ -114,8 +113,9 @@ def late(begun, done, deadline):
 
 
 # The planners. cost(actions (E, M, H, A), iteration) -> (E, M), lower is better; mean and std (E, H, A) are where to
-# begin, low and high (A,) bound every candidate, all in normalised units. Each returns a plan (E, H, A), the best cost
-# of every iteration (iterations, E), and the elites (E, n, H, A), which icem takes up as `carried` (E, n, up to H, A).
+# begin, low and high bound every candidate, all in normalised units. H are rows of the dataset here, A numbers of a
+# row. Each returns a plan (E, H, A), the best cost of every iteration (iterations, E), and the elites (E, n, H, A),
+# which icem takes up as `carried` (E, n, up to H, A).
 # deadline: of time.perf_counter(); an iteration that would end after it is not begun, except for the first.
 
 def cem(cost, mean, std, low, high, samples=64, elites=8, iterations=5, min_std=0.05, beta=0.0, momentum=0.0, keep=0.3,
@@ -200,14 +200,15 @@ def adam(cost, mean, std, low, high, samples=64, elites=8, iterations=5, min_std
 def plan(model, z_ctx, a_ctx, z_goal, horizon=5, low=-5.0, high=5.0, a_mask=None, mean=None, carried=None, method='cem',
          K=1, seeds=1, risk='mean', cost='all', discount=1.0, tokens=None, smooth=0.0, samples=64, elites=8,
          iterations=5, init_std=1.0, min_std=0.05, beta=2.0, momentum=0.0, keep=0.3, temperature=0.5, step_size=0.1,
-         chunk=0, budget_ms=0.0, seed=0, tie=None):
+         chunk=0, budget_ms=0.0, seed=0, rows=1, width=0):
     """Normalised actions (E, horizon, A) that lead the model from its context to the goal, and info.
 
     z_ctx (E, Tc, N, D), a_ctx (E, Tc, A) with a_ctx[:, t] what led to z_ctx[:, t] where a_mask (E, Tc) says that it is
     known (by default all but the first), z_goal (E, N, D): normalised. mean (E, horizon, A) and carried (E, n, up to
     horizon, A): where to begin, e.g. the last plan and its elites, shifted. The cost is the squared distance to the
     goal in un-whitened latents, each channel counting by its variance in the data, over tokens (N,) by their weight.
-    tie (A,): a list; numbers of an action with the same label (0, 1, ..) are one number for the search.
+    An action is `rows` rows of the dataset with `width` numbers each (0: A / rows), and zeros up to A. The noise of the
+    search is coloured over all rows of a plan: drawn apart, those of a step would cancel each other.
     All candidates of an iteration see the same denoising noise, and share the context's keys and values, which are
     computed once. info: 'cost' (iterations, E), 'elites', 'imagine': actions (E, M, H, A) -> (E, M, H, N, D).
     """
@@ -222,9 +223,14 @@ def plan(model, z_ctx, a_ctx, z_goal, horizon=5, low=-5.0, high=5.0, a_mask=None
     low, high = (torch.as_tensor(v, dtype=z_ctx.dtype, device=device).expand(A) for v in (low, high))
     if a_mask is None:
         a_mask = torch.arange(Tc, device=device).expand(E, Tc) > 0
-    tie = tie or [*range(A)]
-    one = torch.tensor([tie.index(i) for i in range(max(tie) + 1)], device=device)      # of each label
-    tie = torch.tensor(tie, device=device)
+    width = width or A // rows
+
+    def apart(v):       # (.., h, A) -> (.., h x rows, width), what the search is over
+        return v[..., :rows * width].unflatten(-1, (rows, width)).flatten(-3, -2)
+
+    def together(v):    # its inverse
+        return F.pad(v.unflatten(-2, (-1, rows)).flatten(-2), (0, A - rows * width))
+
     counted = slice(0 if cost == 'all' else horizon - 1, horizon)
     step_weight = (discount ** torch.arange(horizon, device=device))[counted]
     step_weight = step_weight / step_weight.sum()
@@ -252,22 +258,22 @@ def plan(model, z_ctx, a_ctx, z_goal, horizon=5, low=-5.0, high=5.0, a_mask=None
         return total + smooth * torch.cat((first, part.diff(dim=2)), dim=2).square().mean(dim=(2, 3))
 
     def distances(actions, i):
-        parts = actions[..., tie].split(max(1, chunk // E), dim=1)
+        parts = together(actions).split(max(1, chunk // E), dim=1)
         if torch.is_grad_enabled() and len(parts) > 1:  # the graph of one chunk at a time: its activations come again
             return torch.cat([checkpoint(distance, part, i, use_reentrant=False) for part in parts], dim=1)
         return torch.cat([distance(part, i) for part in parts], dim=1)
 
     generator = torch.Generator().manual_seed(seed)
     mean = torch.zeros(E, horizon, A, device=device) if mean is None else mean
-    mean, low, high = mean[..., one], low[one], high[one]
-    carried = None if carried is None else carried[..., one]
+    mean, low, high = (apart(v) for v in (mean, low.expand(horizon, A), high.expand(horizon, A)))
+    carried = None if carried is None else apart(carried)
     search = dict(cem=cem, icem=icem, mppi=mppi, adam=adam)[method]
     with torch.no_grad():
         actions, costs, elite = search(distances, mean, torch.full_like(mean, init_std), low, high, samples, elites,
                                        iterations, min_std, beta, momentum, keep, temperature, step_size, carried,
                                        generator, deadline)
-    return actions[..., tie], {'cost': costs, 'elites': elite[..., tie],
-                               'imagine': functools.partial(imagine, seed=seed)}
+    return together(actions), {'cost': costs, 'elites': together(elite),
+                                  'imagine': functools.partial(imagine, seed=seed)}
 
 
 class Planner:
@@ -317,10 +323,6 @@ class Planner:
         self.frameskip = int(stats['a_rows'][o['robot']])       # dataset rows in a model step
         self.width = self.used // self.frameskip                # numbers in a row
         self.scale = torch.where(self.a_std > 1e-6, self.a_std, torch.inf)  # constant dimensions stay at their mean
-        if not 1 <= o['hold'] <= self.frameskip:
-            sys.exit(f'--hold={o["hold"]}: wants 1 to {self.frameskip}, the dataset rows in a step of the model')
-        tie = [i // self.width // o['hold'] * self.width + i % self.width for i in range(self.used)]
-        tie += range(tie[-1] + 1, tie[-1] + 1 + len(self.a_mean) - self.used)       # what pads it to the model's width
         bounds = [((v - self.a_mean) / self.scale).clamp(-5, 5).to(self.device) for v in (self.a_low, self.a_high)]
         tokens = None
         if o['mask']:
@@ -328,9 +330,10 @@ class Planner:
             tokens = F.adaptive_avg_pool2d(tokens, self.encode.grid).flatten().to(self.device)        # (N,)
             if not tokens.any():
                 sys.exit(f'--mask={o["mask"]}: is black, wants white where the goal counts')
-        self.search = dict(low=bounds[0], high=bounds[1], tokens=tokens, tie=tie) | {k: o[k] for k in (
-            'horizon', 'method', 'K', 'seeds', 'risk', 'cost', 'discount', 'smooth', 'samples', 'elites', 'iterations',
-            'min_std', 'beta', 'momentum', 'keep', 'temperature', 'step_size', 'chunk', 'budget_ms')}
+        self.search = dict(low=bounds[0], high=bounds[1], tokens=tokens, rows=self.frameskip, width=self.width) | {
+            k: o[k] for k in ('horizon', 'method', 'K', 'seeds', 'risk', 'cost', 'discount', 'smooth', 'samples',
+                              'elites', 'iterations', 'min_std', 'beta', 'momentum', 'keep', 'temperature',
+                              'step_size', 'chunk', 'budget_ms')}
         self.past = (self.trained['eval_context'] - 1) * self.frameskip + 1
         self.seconds, self.iterations = [], []
         self.reset()

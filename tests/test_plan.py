@@ -615,11 +615,11 @@ def test_the_gradient_of_a_plans_cost(double, monkeypatch, objective, K, chunk):
             assert slope.item() == pytest.approx(gradient[where].item(), rel=1e-5, abs=1e-9)
 
 
-def tiny(A):
+def tiny(A, objective='shortcut'):
     """A model of actions (A,) whose head, too, does something."""
     torch.manual_seed(0)
     net = model.WorldModel(model.model_config('nano', 6, (2, 2), A, width=16, layers=2, heads=2, kv_heads=1,
-                                              context=3, k_max=4)).eval().requires_grad_(False)
+                                              context=3, k_max=4, objective=objective)).eval().requires_grad_(False)
     for p in net.parameters():
         p += 0.1 * torch.randn_like(p)
     net.stats = {'z_std': torch.ones(6)}
@@ -636,26 +636,53 @@ def test_adam_descends_in_a_real_model():
 
 
 @pytest.mark.parametrize('method', PLANNERS)
-def test_tied_numbers_are_one_number_for_the_search(monkeypatch, method):
-    """As a search over three numbers in a model that is given each twice, and a seventh that is tied to none."""
-    net = tiny(7)
-    which = [0, 1, 2, 0, 1, 2, 3]
-    low, high = torch.tensor([-2.0, -1.0, -0.5, 0.0]), torch.tensor([2.0, 1.0, 1.5, 0.0])
-    z_ctx, a_ctx, z_goal, mean, carried = (torch.randn(s) for s in ((2, 2, 4, 6), (2, 2, 4), (2, 4, 6), (2, 3, 4),
-                                                                    (2, 5, 2, 4)))
-    given = dict(horizon=3, method=method, samples=8, elites=3, iterations=4)
-    tied, info = plan.plan(net, z_ctx, a_ctx[..., which], z_goal, low=low[which], high=high[which], tie=which,
-                           mean=mean[..., which], carried=carried[..., which], **given)
+def test_the_rows_of_a_step_are_searched_as_steps_of_their_own(monkeypatch, method):
+    """As a search over six steps of two numbers, where the model is given three at once; the seventh is padding."""
+    net, H, rows = tiny(7, 'direct'), 2, 3
+    low, high = (torch.tensor(v * rows + [0.0]) for v in ([-2.0, -1.0], [2.0, 0.5]))
+    z_ctx, a_ctx, z_goal, mean, carried = (torch.randn(s) for s in ((2, 2, 4, 6), (2, 2, 7), (2, 4, 6), (2, H, 7),
+                                                                    (2, 5, 1, 7)))
+    given = dict(method=method, samples=8, elites=3, iterations=4)
+    found, info = plan.plan(net, z_ctx, a_ctx, z_goal, horizon=H, low=low, high=high, rows=rows,
+                            width=2, mean=mean, carried=carried, **given)
 
-    def twice(f):
-        return lambda net, z, a, *rest, **how: f(net, z, a[..., which], *rest, **how)
+    def cost(actions, i):       # (E, M, 6, 2) -> (E, M)
+        steps = torch.zeros(*actions.shape[:2], H, 7)
+        for t in range(H * rows):
+            steps[:, :, t // rows, t % rows * 2:t % rows * 2 + 2] = actions[:, :, t]
+        z = info['imagine'](steps, grad='all' if torch.is_grad_enabled() else False)
+        return (z - z_goal[:, None, None]).square().mean(dim=(2, 3, 4))
 
-    with monkeypatch.context() as patch:
-        patch.setattr(plan, 'remember', twice(model.remember))
-        patch.setattr(plan, 'rollout', twice(model.rollout))
-        few, same = plan.plan(net, z_ctx, a_ctx, z_goal, low=low, high=high, mean=mean, carried=carried, **given)
-    assert torch.equal(tied, few[..., which]) and torch.equal(info['elites'], same['elites'][..., which])
-    assert torch.equal(info['cost'], same['cost']) and few[..., 3].eq(0).all() and few.std() > 0.1
+    def apart(v):
+        return torch.stack([v[..., t // rows, t % rows * 2:t % rows * 2 + 2] for t in range(v.shape[-2] * rows)], -2)
+
+    with torch.no_grad():
+        want, best, elite = getattr(plan, method)(
+            cost, apart(mean), torch.ones(2, H * rows, 2), low[:2], high[:2], beta=2.0, carried=apart(carried),
+            generator=torch.Generator().manual_seed(0), **{k: v for k, v in given.items() if k != 'method'})
+    close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)
+    close(apart(found), want)
+    close(info['cost'], best)
+    close(apart(info['elites']), elite)
+    assert found[..., 6].eq(0).all() and found.std() > 0.1
+
+
+@pytest.mark.parametrize('beta', [0.0, 1.0, 2.0])
+def test_noise_is_coloured_over_the_rows_of_all_steps(monkeypatch, beta):
+    """The correlation of rows is the Fourier transform of the power, also from the last row of a step to the next."""
+    H, rows, M = 3, 4, 20000
+    monkeypatch.setattr(plan, 'remember', lambda *_, **__: None)
+    monkeypatch.setattr(plan, 'rollout', lambda net, z, a, *_, **__: torch.zeros(len(a), H, 3, 2))
+    _, info = plan.plan(World(), torch.zeros(1, 2, 3, 2), torch.zeros(1, 2, 2 * rows), GOAL[:1], horizon=H, samples=M,
+                        elites=M, iterations=1, beta=beta, rows=rows, low=-50.0, high=50.0)
+    seen, n = info['elites'].reshape(M, H * rows, 2), H * rows
+    f = torch.tensor([1, *range(1, n // 2 + 1)]) / n
+    power = f ** -beta * torch.tensor([1.0, *[2.0] * (n // 2 - 1), 1.0])
+    want = [(power * torch.cos(2 * math.pi * torch.arange(n // 2 + 1) * k / n)).sum() / power.sum() for k in range(n)]
+    got = torch.einsum('msa,mta->st', seen, seen) / (2 * M)
+    for s in range(n):
+        for t in range(n):
+            assert abs(got[s, t] - want[abs(s - t)]) < 0.04, (s, t)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1324,7 +1351,6 @@ def test_a_plan_between_two_pictures(trained, tmp_path, capsys, method):
         ('min_std', -1), ('keep', 2), ('momentum', 1), ('beta', -1), ('temperature', 0), ('chunk', -1),
         ('step_size', 0), ('discount', 0), ('discount', 1.5), ('smooth', -1), ('smooth', 'nan'), ('budget_ms', -1),
         ('samples', 'many'), ('warm', 'yes'))),
-    (['--hold=0'], '--hold=0: wants 1 to 2'), (['--hold=3'], '--hold=3: wants 1 to 2'),
     (['--robot=1'], '--robot=1: {ckpt} knows 1 labelled datasets'), (['--robot=-1'], '--robot=-1')], ids=' '.join)
 def test_each_mistake_is_one_line(trained, tmp_path, options, words):
     now, goal = pictures(tmp_path)
@@ -1374,15 +1400,6 @@ def test_another_robots_checkpoint(trained, tmp_path):
 def test_a_model_without_actions_cannot_plan(demo, tmp_path):
     script('train.py', '--labelled=', demo[1], *SMALL, '--max_steps=1', f'--out_dir={tmp_path / "o"}')
     assert 'trained without actions' in ends('plan.py', f'--ckpt={tmp_path}/o/ckpt.safetensors')
-
-
-@pytest.mark.parametrize('hold, rows', [(1, 2), (2, 1)])
-def test_an_action_is_held(controller, hold, rows):
-    planner = controller(hold=hold)
-    frames = film(2, planner.past + planner.frameskip)
-    acts = [planner.act(frames[:, :planner.past], frames[:, -1])]
-    acts += [planner.act(frames[:, planner.past + i][:, None], frames[:, -1]) for i in range(planner.frameskip - 1)]
-    assert len({a.tobytes() for a in acts}) == rows and planner.frameskip == 2
 
 
 def test_compiled_plans_are_the_same(trained, tmp_path, monkeypatch):
