@@ -53,7 +53,7 @@ temperature = 0.5           # mppi: of the weights, in units of the elites' stan
 step_size = 0.1             # adam: in units of the actions' std
 warm = True                 # begin from the last plan, shifted by the steps that were executed
 budget_ms = 0.0             # stop the search at this deadline, whatever iterations says; 0 = none
-chunk = 0                   # candidates imagined at once: 0 = as many as have 2,048 tokens on a CPU, else 4,096
+chunk = 0                   # candidates imagined at once: 0 = as many as have 1,024 tokens on a CPU, else 4,096
 # the model's use and the cost
 K = 1                       # denoising steps per imagined frame
 seeds = 1                   # noises under which every candidate is imagined
@@ -219,7 +219,7 @@ def plan(model, z_ctx, a_ctx, z_goal, horizon=5, low=-5.0, high=5.0, a_mask=None
     weight = weight / weight.mean()
     if tokens is not None:
         weight = weight * (tokens / tokens.mean())[:, None]                               # (N, D)
-    chunk = chunk or (max(1, 2048 // z_goal.shape[1]) if device.type == 'cpu' else 4096)
+    chunk = chunk or (max(1, 1024 // z_goal.shape[1]) if device.type == 'cpu' else 4096)
     low, high = (torch.as_tensor(v, dtype=z_ctx.dtype, device=device).expand(A) for v in (low, high))
     if a_mask is None:
         a_mask = torch.arange(Tc, device=device).expand(E, Tc) > 0

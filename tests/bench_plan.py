@@ -39,7 +39,7 @@ candidates = 300
 iterations = 10
 horizon = 5
 samples = 0                 # candidates really measured, for one iteration; 0 = 32 on a CPU, on CUDA the whole plan
-chunks = ''                 # candidates imagined at once, the same for all; '' = 4,32 on a CPU, all on CUDA
+chunks = ''                 # candidates imagined at once, the same for all; '' = 4,16 on a CPU, all on CUDA
 rounds = 3
 seed = 0
 config = data.override(globals(), sys.argv[1:])
@@ -50,7 +50,7 @@ device = data.pick_device(device)
 cuda, autocast = device.type == 'cuda', data.autocast(device, dtype)
 run = iterations if cuda and not samples else 1         # iterations that are really measured
 samples = samples or (candidates if cuda else 32)
-chunks = [int(c) for c in (chunks or (str(candidates) if cuda else '4,32')).split(',')]
+chunks = [int(c) for c in (chunks or (str(candidates) if cuda else '4,16')).split(',')]
 factor = candidates * iterations / (samples * run)
 if not cuda:
     torch.set_num_threads(threads)

@@ -34,7 +34,7 @@ echo "encoded in $((SECONDS - begin)) s"
 
 begin=$SECONDS
 $PYTHON train.py "${same[@]}" --unlabelled= --frameskip=5 --objective=direct --channels=64 --size="$MODEL" \
-    --batch_size="$BATCH" --max_steps="$TRAIN" --learning_rate=0.001 --frames=6 --self_forcing=0.3 \
+    --batch_size="$BATCH" --max_steps="$TRAIN" --learning_rate=0.004 --frames=6 --self_forcing=0.3 \
     --eval_interval=2000 --save_interval=2000 --out_dir="$OUT/run"
 echo "trained in $((SECONDS - begin)) s"
 
