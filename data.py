@@ -1148,6 +1148,9 @@ class Mujoco(Gym):
             return self.data.qpos.copy()
         return np.hstack([self.data.site(name).xpos for name in ('robot0:grip', 'object0')[:1 + self.push]])
 
+    def asks(self, i, begin, goal):     # a cube that has fallen off the table does not come back
+        return super().asks(i, begin, goal) and not (self.push and min(begin[5], goal[5]) < .4)
+
     def far(self, pose, goal, begin):
         gap = np.linalg.norm((pose - goal)[-3:])
         return gap, gap < self.near

@@ -1077,6 +1077,18 @@ def test_far_of_pusht_wraps_its_angle():
     assert far(None, goal + [25, 0, 0, 0, 0], goal, None)[1] == False, 'the agent counts too'      # noqa: E712
 
 
+def test_a_cube_off_the_table_is_not_asked_for():
+    sim = robot('FetchPush-v4')
+    sim.reset(0)
+    begin = sim.pose()
+    pushed = begin + [0, 0, 0, 0.1, 0, 0]
+    assert begin[5] > 0.4 and sim.asks(0, begin, pushed) and not sim.asks(0, begin, begin)
+    sim.world._utils.set_joint_qpos(sim.model, sim.data, 'object0:joint', [2.0, 0.7, 0.45, 1, 0, 0, 0])
+    for _ in range(20):
+        sim.step(sim.rest())
+    assert sim.pose()[5] < 0.4 and not sim.asks(0, begin, sim.pose()) and not sim.asks(0, sim.pose(), begin)
+
+
 def test_what_counts_as_reached_in_the_demo_world():
     far, begin = data.Demo().far, np.array([0.2, 0.2, 0.5, 0.5])
     push, reach = np.array([0.4, 0.4, 0.7, 0.5]), np.array([0.6, 0.2, 0.5, 0.5])
