@@ -273,7 +273,7 @@ def plan(model, z_ctx, a_ctx, z_goal, horizon=5, low=-5.0, high=5.0, a_mask=None
                                        iterations, min_std, beta, momentum, keep, temperature, step_size, carried,
                                        generator, deadline)
     return together(actions), {'cost': costs, 'elites': together(elite),
-                                  'imagine': functools.partial(imagine, seed=seed)}
+                               'imagine': functools.partial(imagine, seed=seed)}
 
 
 class Planner:

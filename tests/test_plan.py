@@ -636,15 +636,15 @@ def test_adam_descends_in_a_real_model():
 
 
 @pytest.mark.parametrize('method', PLANNERS)
-def test_the_rows_of_a_step_are_searched_as_steps_of_their_own(monkeypatch, method):
+def test_the_rows_of_a_step_are_searched_as_steps_of_their_own(method):
     """As a search over six steps of two numbers, where the model is given three at once; the seventh is padding."""
     net, H, rows = tiny(7, 'direct'), 2, 3
     low, high = (torch.tensor(v * rows + [0.0]) for v in ([-2.0, -1.0], [2.0, 0.5]))
     z_ctx, a_ctx, z_goal, mean, carried = (torch.randn(s) for s in ((2, 2, 4, 6), (2, 2, 7), (2, 4, 6), (2, H, 7),
                                                                     (2, 5, 1, 7)))
     given = dict(method=method, samples=8, elites=3, iterations=4)
-    found, info = plan.plan(net, z_ctx, a_ctx, z_goal, horizon=H, low=low, high=high, rows=rows,
-                            width=2, mean=mean, carried=carried, **given)
+    found, info = plan.plan(net, z_ctx, a_ctx, z_goal, horizon=H, low=low, high=high, rows=rows, width=2,
+                            mean=mean, carried=carried, **given)
 
     def cost(actions, i):       # (E, M, 6, 2) -> (E, M)
         steps = torch.zeros(*actions.shape[:2], H, 7)
@@ -765,19 +765,19 @@ def test_what_the_search_is_given(controller, planned, replan, told):
     assert f == 2
     before, returned = rng.uniform(-0.05, 0.05, (E, 6, 2)), []      # of 7 pictures, two more than are wanted
     rows = [*before.swapaxes(0, 1)]
-    for now in range(6, n):
+    for frame in range(6, n):
         given = None
-        if now == 6:
+        if frame == 6:
             given = None if told == 'not the first' else before
         elif told == 'what was executed':
             given = rows[-1] = rng.uniform(-0.05, 0.05, (E, 2))
-        returned.append(p.act(x[:, :7] if now == 6 else x[:, now:now + 1], goals, given))
+        returned.append(p.act(x[:, :7] if frame == 6 else x[:, frame:frame + 1], goals, given))
         rows.append(returned[-1])
     rows = np.stack(rows, axis=1)                                   # (E, n, 2): row i leads from picture i to i + 1
     assert len(planned) == math.ceil((n - 6) / (f * replan))
     for k, call in enumerate(planned):
-        now = 6 + k * f * replan
-        shown = [now - 4, now - 2, now]
+        frame = 6 + k * f * replan
+        shown = [frame - 4, frame - 2, frame]
         assert torch.allclose(call['z'], p.latents(x[:, shown]), atol=1e-5)
         assert torch.allclose(call['z_goal'], p.latents(goals), atol=1e-5)
         for j in (1, 2):
