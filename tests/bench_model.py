@@ -201,6 +201,8 @@ def row(name, f, cells=1):
         got = f()
     except torch.cuda.OutOfMemoryError:
         got = ['out of memory'] * cells
+    except Exception as error:      # one row must not take the others with it
+        got = [f'{type(error).__name__}: {str(error)[:300]}'] * cells
     line(*name, *got)
     return got
 
@@ -269,14 +271,34 @@ def train_row(size, B, remat):
             f'{torch.cuda.max_memory_allocated() / 2 ** 30:.1f}']
 
 
+def train_rows(size, remat, clips):
+    """The first of some numbers of clips that fits into memory."""
+    for B in clips:
+        got = row([size, 'yes' if remat else 'no', B], lambda: train_row(size, B, remat), 6)
+        if not got or got[0] != 'out of memory':
+            break
+
+
+def pusht_row():
+    torch.manual_seed(seed)
+    with torch.device(device):
+        shape = dict(width=384, heads=6, layers=8, registers=2, context=4, objective='direct')
+        net = model.WorldModel(model.model_config('small', 64, (14, 14), 10, **shape))
+        z, a, known = torch.randn(64, 6, 196, 64), torch.randn(64, 6, 10), torch.ones(64, 6, dtype=torch.bool)
+    step = stepper(compiled(net), lambda net, _: model.shortcut_loss(net, z, a, known, known, objective='direct')[0],
+                   torch.bfloat16)
+    s = seconds(lambda: step(0), 3, 10)
+    return [f'{sum(p.numel() for p in net.parameters()) / 1e6:.0f}M', f'{s * 1000:.1f}']
+
+
 @torch.no_grad()
-def rollout_row(B, M, T, graph):
+def rollout_row(K, B, M, T, graph):
     net, z, a, known = big('small', T + 1, B * M, context=32)
     net = model.half_weights(net.eval(), torch.bfloat16)
 
     def run():
         with torch.autocast('cuda', torch.bfloat16):
-            model.rollout(net, z[:B, :1], a, known, 4, graph=graph)
+            model.rollout(net, z[:B, :1], a, known, K, graph=graph)
     return [f'{seconds(run, 1, 3 if T < 100 else 1) * 1000 / T:.2f}']
 
 
@@ -311,16 +333,39 @@ def sync_row(share):
 
 
 def gpu_tables():
+    """What matters most comes first: `limit` may cut off the rest."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else 'no CUDA device: not measured'
     print(f'{name}, torch {torch.__version__}')
+    print('\nA training step of the model that plans Push-T (width 384, 8 layers, direct): 64 clips of 6 frames, compiled')
+    header('parameters', 'ms')
+    row([], pusht_row, 2)
+
     print(f'\nA training step, 64 frames x 14x14 tokens of 384 channels, bfloat16, compiled, bootstrap {bootstrap}')
     header('size', 'remat', 'clips', 'parameters', 'ms', 'tokens/s', 'frames/s', 'MFU', 'peak GiB')
-    for size in ('small', 'base', 'large'):
-        for remat in (False, True):
-            for B in dict(small=(16, 8, 4), base=(8, 4, 2), large=(4, 2, 1))[size]:     # the first that fits
-                got = row([size, 'yes' if remat else 'no', B], lambda: train_row(size, B, remat), 6)
-                if not got or got[0] != 'out of memory':
-                    break
+    train_rows('base', False, (8, 4, 2))
+    train_rows('large', True, (8, 4))
+
+    print('\nA rollout of `small`, 14x14 tokens of 384 channels, context 32, bfloat16: milliseconds per frame')
+    header('K', 'contexts', 'candidates of each', 'frames', 'CUDA graphs', 'ms per frame')
+    for K, B, M, T, graph in ((4, 1, 1, 8, True), (4, 1, 1, 256, True), (1, 1, 1, 256, True), (4, 1, 1, 1024, True),
+                              (4, 1, 1, 64, False), (4, 1, 64, 8, True), (1, 1, 64, 8, True), (4, 64, 1, 8, True)):
+        row([K, B, M, T, 'yes' if graph else 'no'], lambda: rollout_row(K, B, M, T, graph))
+
+    print('\nDINOv2-S at 224 px, random weights, bfloat16: frames per second')
+    header('how', 'frames per second')
+    for how in ('eager', 'compiled'):
+        row([how], lambda: encoder_row(how == 'compiled'))
+
+    print('\nHost syncs in loss, backward pass and AdamW, counted by set_sync_debug_mode (0 wanted)')
+    header('bootstrap', 'syncs')
+    for share in (0.0, 0.25):
+        row([share], lambda: sync_row(share))
+
+    print('\nMore training steps, as above')
+    header('size', 'remat', 'clips', 'parameters', 'ms', 'tokens/s', 'frames/s', 'MFU', 'peak GiB')
+    train_rows('base', True, (8, 4))
+    train_rows('large', False, (4, 2, 1))
+    train_rows('small', False, (16, 8))
 
     print('\nAgreement with the plain float32 kernel: largest error / largest value')
     header('path', 'prediction', 'gradient')
@@ -332,21 +377,6 @@ def gpu_tables():
         row([text], lambda: agreement(kernel, dtype, compile, remat), 2)
     for graph, dtype in ((False, f32), (True, f32), (True, bf16)):
         row([f'rollout, {str(dtype)[6:]}' + ', CUDA graphs' * graph], lambda: agreement_rollout(graph, dtype), 2)
-
-    print('\nHost syncs in loss, backward pass and AdamW, counted by set_sync_debug_mode (0 wanted)')
-    header('bootstrap', 'syncs')
-    for share in (0.0, 0.25):
-        row([share], lambda: sync_row(share))
-
-    print('\nA rollout of `small`, 14x14 tokens of 384 channels, K = 4, context 32, bfloat16: milliseconds per frame')
-    header('contexts', 'candidates of each', 'frames', 'CUDA graphs', 'ms per frame')
-    for (B, M), T, graph in itertools.product(((1, 1), (64, 1), (1, 64)), (8, 256), (True, False)):
-        row([B, M, T, 'yes' if graph else 'no'], lambda: rollout_row(B, M, T, graph))
-
-    print('\nDINOv2-S at 224 px, random weights, bfloat16: frames per second')
-    header('how', 'frames per second')
-    for how in ('eager', 'compiled'):
-        row([how], lambda: encoder_row(how == 'compiled'))
 
 
 if device == 'cuda':

@@ -1291,3 +1291,111 @@ def test_pixels_keep_what_matters():
     wide = model.load_encoder('pixels', height=28, width=42)
     assert wide.grid == (4, 6) and wide(torch.rand(2, 3, 50, 80)).shape == (2, 24, 24)
     assert (model.pictures(encoder(x), encoder).float() / 255 - x).square().mean() < 1.01 * after + 1e-4
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# on a GPU every fast path computes what the plain one does in float32
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
+
+
+def cuda_world(kv_heads=2, T=8, objective='shortcut', wide_layers=0, layers=2):
+    """A small model of 14 x 14 tokens on the GPU, its clips, actions and masks."""
+    torch.manual_seed(0)
+    with torch.device('cuda'):
+        c = model.model_config('tiny', 48, (14, 14), 3, width=128, heads=4, kv_heads=kv_heads, layers=layers, context=4,
+                               objective=objective, wide_layers=wide_layers)
+        net = model.WorldModel(c)
+        torch.nn.init.normal_((net.head.out if wide_layers else net.head).weight, std=0.05)
+        return net, torch.randn(3, T, 196, 48), torch.randn(3, T, 3), torch.ones(3, T, dtype=torch.bool)
+
+
+def cuda_answers(net, z, a, known, kernel, dtype):
+    """Prediction of half noised clips, one of which is separate images, and the gradient of a loss on it."""
+    for m in net.modules():
+        if isinstance(m, model.Attention):
+            m.kernel = kernel
+    net.zero_grad(set_to_none=True)
+    alone = torch.tensor([True, False, False], device='cuda')
+    half = torch.full(z.shape[:2], 0.5, device='cuda')
+    with torch.autocast('cuda', dtype, enabled=dtype != torch.float32):
+        z_hat = net(z, half, half, a, known, alone)
+        (z_hat - z).square().mean().backward()
+    grads = [p.grad.flatten() for p in net.parameters() if p.grad is not None]
+    return z_hat.detach().float(), torch.cat(grads)
+
+
+@needs_cuda
+@pytest.mark.parametrize('kv_heads', [2, 4])
+def test_cuda_flex_is_the_plain_kernel(kv_heads):
+    world = cuda_world(kv_heads)
+    want = cuda_answers(*world, 'plain', torch.float32)
+    for dtype, limit in ((torch.float32, 1e-4), (torch.bfloat16, 4e-2)):
+        for got, right in zip(cuda_answers(*world, 'flex', dtype), want):
+            assert (got - right).norm() < limit * right.norm()
+
+
+@needs_cuda
+@pytest.mark.parametrize('remat', [False, True])
+def test_cuda_compiled_training_is_the_plain_one(remat):
+    net, *given = cuda_world(wide_layers=1)
+    want = cuda_answers(net, *given, 'plain', torch.float32)
+    model.compile_layers(net)
+    net.remat = remat
+    for dtype, limit in ((torch.float32, 1e-4), (torch.bfloat16, 4e-2)):
+        for got, right in zip(cuda_answers(net, *given, 'auto', dtype), want):
+            assert (got - right).norm() < limit * right.norm()
+    torch.compiler.reset()
+
+
+@needs_cuda
+@pytest.mark.parametrize('objective', ['shortcut', 'direct'])
+def test_cuda_graph_of_a_rollout_is_the_plain_one(objective):
+    net, z, a, known = cuda_world(objective=objective, T=10, layers=3)
+    net.eval().requires_grad_(False)
+    for start in (z[:, :2], z[:, 2:4]):         # the second replays what the first has captured; more than the window
+        want = model.rollout(net, start, a, known, 4, graph=False)
+        got = model.rollout(net, start, a, known, 4, graph=True)
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+    many = a.repeat_interleave(5, dim=0) + torch.randn(15, 10, 3, device='cuda')
+    want = model.rollout(net, z[:, :2], many, known.repeat_interleave(5, dim=0), 4, graph=False)
+    model.half_weights(net, torch.bfloat16)
+    with torch.autocast('cuda', torch.bfloat16):
+        got = model.rollout(net, z[:, :2], many, known.repeat_interleave(5, dim=0), 4)
+    assert (got - want).norm() < 0.1 * want.norm()
+
+
+@needs_cuda
+def test_cuda_a_training_step_never_waits_for_the_device():
+    net, z, a, known = cuda_world()
+    optimizer = torch.optim.AdamW(net.parameters(), fused=True)
+    for _ in range(2):
+        with torch.autocast('cuda', torch.bfloat16):
+            loss, metrics = model.shortcut_loss(net, z, a, known, known)
+        loss.backward()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode('error')     # the first step compiles, and may wait
+        try:
+            with torch.autocast('cuda', torch.bfloat16):
+                loss, metrics = model.shortcut_loss(net, z, a, known, known)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode('default')
+
+
+@needs_cuda
+def test_cuda_encoder_gives_the_features_of_the_cpu():
+    torch.manual_seed(0)
+    vit = model.ViT(*model.ENCODERS['dinov2_vits14'][1:])
+    for p in vit.parameters():
+        torch.nn.init.normal_(p, std=0.02)
+    encoder = model.Encoder('dinov2_vits14', vit, 3, 112, 112, 1).eval().requires_grad_(False)
+    x = torch.rand(2, 3, 120, 100)
+    want = encoder(x)
+    encoder.cuda()
+    torch.testing.assert_close(encoder(x.cuda()).cpu(), want, rtol=2e-3, atol=2e-3)
+    with torch.autocast('cuda', torch.bfloat16):
+        got = encoder(x.cuda()).cpu()
+    assert (got - want).norm() < 3e-2 * want.norm()
