@@ -1,12 +1,12 @@
 """
 Look at what a world model imagines: truth beside imagination, on held-out episodes.
 
-    python decode.py                                    # out/rollout.mp4 and out/rollout.png
-    python decode.py --train=True                       # first train a decoder of latents, out/decoder.safetensors
+    python decode.py                    # out/rollout.mp4 and out/rollout.png
+    python decode.py --train=True       # first trains a decoder, out/decoder.safetensors
     python decode.py --ckpt=runs/robot/ckpt.safetensors --steps=30 --rows=2
 
-Pictures come from the decoder where one has been trained, else from the inverse of `pixels`, else they are the
-leading principal components of the latents as colours.
+Pictures come from the decoder where one has been trained, else from the encoder's inverse (`pixels`
+has one), else they are the leading principal components of the latents as colours.
 """
 import math
 import os
@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from model import load, pictures, read_tensors, restore_encoder, rollout, standard, unstandard
+from model import (encode_frames, load, pictures, read_tensors, restore_encoder, rollout, standard,
+                   unstandard)
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 ckpt = 'out/ckpt.safetensors'
 out_dir = ''                # '' = the folder of the checkpoint
 encoder_path = ''           # the encoder's weights; '' = where training found them
@@ -38,86 +39,90 @@ batch_size = 32
 learning_rate = 2e-3        # then down to 0 along a cosine
 channels = 128
 device = 'auto'
-dtype = 'auto'              # float32 or bfloat16; auto = bfloat16 where the hardware multiplies it
+dtype = 'auto'              # float32 or bfloat16; auto = bfloat16 where it is fast
 config = data.override(globals(), sys.argv[1:])
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 if channels < 16:
-    sys.exit(f'--channels: wants at least 16, got {channels}')
-for name in ('rows', 'steps', 'train_frames', 'train_steps', 'batch_size'):
-    if config[name] < 1:
-        sys.exit(f'--{name}: wants at least 1, got {config[name]}')
-data.one_of('dtype', dtype, ('auto', 'float32', 'bfloat16'))
+    sys.exit(f'--channels: wants 16 or more, got {channels}')
 device = data.pick_device(device)
 autocast = data.autocast(device, dtype)
 model, trained = load(ckpt, device)
-if K < 1 or K & (K - 1) or K > model.config['k_max']:
-    sys.exit(f'--K={K}: wants a power of two up to {model.config["k_max"]}, the k_max that {ckpt} was trained with')
+k_max = model.config['k_max']
+if K < 1 or K & (K - 1) or K > k_max:
+    sys.exit(f'--K={K}: wants a power of two up to {k_max}, the k_max that {ckpt} was trained with')
 encode = restore_encoder(trained, model.stats, encoder_path).to(device)
 out_dir = out_dir or os.path.dirname(ckpt) or '.'
 kind = 'labelled' if labelled or trained['labelled'] else 'unlabelled'
-sets = data.open_sets(labelled or trained[kind], trained['camera'], trained['action'] if kind == 'labelled' else 'none',
-                      trained['fps'], trained['action_mode'], trained['rotation'], trained['cache_gb'])
-clips = data.Clips(*((sets, []) if kind == 'labelled' else ([], sets)), trained['frames'], trained['frameskip'],
-                   (encode.size, encode.width), 1, 1.0, trained['val_share'])
+action = trained['action'] if kind == 'labelled' else 'none'
+sets = data.open_sets(labelled or trained[kind], trained['camera'], action, trained['fps'],
+                      trained['action_mode'], trained['rotation'], trained['cache_gb'])
+of_kind = {'labelled': [], 'unlabelled': [], kind: sets}
+clips = data.Clips(of_kind['labelled'], of_kind['unlabelled'], trained['frames'],
+                   trained['frameskip'], (encode.size, encode.width), 1, 1.0, trained['val_share'])
 if clips.A != model.config['action_dim']:
     sys.exit(f'--labelled: actions are {clips.A} wide per model step, '
              f'{ckpt} was trained on {model.config["action_dim"]}')
 
 
 class Decoder(nn.Module):
-    """Raw latents (B, N, D) -> frames (B, 3, height, width) in [0, 1]: transposed convolutions, twice the side each."""
+    """Raw latents (B, N, D) -> frames (B, 3, height, width) in [0, 1]: transposed convolutions,
+    twice the side each."""
     def __init__(self, dim, grid, height, width, channels=128):
         super().__init__()
-        self.grid, self.side = grid, (height, width)
+        self.grid = grid
+        self.side = height, width
         self.register_buffer('mean', torch.zeros(dim))
         self.register_buffer('std', torch.ones(dim))
         stages = math.ceil(math.log2(height / grid[0]))
-        sides = [max(16, channels >> i) for i in range(stages + 1)]
+        widths = [max(16, channels >> i) for i in range(stages + 1)]
         self.stem = nn.Conv2d(dim, channels, 3, padding=1)
-        self.up = nn.ModuleList(nn.ConvTranspose2d(i, o, 4, 2, 1) for i, o in zip(sides, sides[1:]))
-        self.out = nn.Conv2d(sides[-1], 3, 3, padding=1)
+        self.up = nn.ModuleList(
+            nn.ConvTranspose2d(i, o, 4, 2, 1) for i, o in zip(widths, widths[1:]))
+        self.out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(self, z):
-        x = ((z - self.mean) / self.std).transpose(1, 2).unflatten(2, self.grid)          # (B, D, rows, columns)
-        x = self.stem(x)
+        x = ((z - self.mean) / self.std).transpose(1, 2).unflatten(2, self.grid)
+        x = self.stem(x)                                            # (B, channels, rows, columns)
         for up in self.up:
             x = up(F.silu(x))
-        x = F.interpolate(x.float(), self.side, mode='bilinear', antialias=True)    # no bfloat16 on CPUs
+        x = F.interpolate(x.float(), self.side, mode='bilinear', antialias=True)   # not in bfloat16
         return torch.sigmoid(self.out(F.silu(x)))
 
 
 def load_decoder(folder, encoder):
-    """The Decoder that decode.py has trained in a checkpoint's folder, or None; for the same latents or not at all."""
+    """The Decoder that decode.py has trained in a checkpoint's folder, or None; for the same
+    latents or not at all."""
     path = os.path.join(folder, 'decoder.safetensors')
     if not os.path.isfile(path):
         return None
     tensors = read_tensors(path)
-    decoder = Decoder(encoder.dim, encoder.grid, encoder.size, encoder.width, len(tensors.get('stem.bias', '0')))
-    for k, v in decoder.state_dict().items():
-        if k not in tensors or tensors[k].shape != v.shape:
-            sys.exit(f'{path}: {k} is {tuple(tensors[k].shape) if k in tensors else "missing"}, the latents want '
-                     f'{tuple(v.shape)}: train it again with decode.py --train=True')
+    width = len(tensors.get('stem.bias', [0]))
+    decoder = Decoder(encoder.dim, encoder.grid, encoder.size, encoder.width, width)
+    for name, v in decoder.state_dict().items():
+        if name not in tensors or tensors[name].shape != v.shape:
+            got = tuple(tensors[name].shape) if name in tensors else 'missing'
+            sys.exit(f'{path}: {name} is {got}, the latents want {tuple(v.shape)}: train it again '
+                     'with decode.py --train=True')
     decoder.load_state_dict(tensors)
     return decoder.to(device).eval()
 
 
-@torch.no_grad()
-def latents(x):
-    """Raw latents (n, N, D) of uint8 frames (n, 3, H, W)."""
-    with autocast:
-        return torch.cat([encode(part.to(device).float() / 255).float() for part in x.split(64)])
-
-
 def psnr(x, y):
-    return -10 * math.log10(max(1e-10, (x.float() - y.float()).div(255).square().mean().item()))
+    mse = (x.float() - y.float()).div(255).square().mean().item()
+    return -10 * math.log10(max(1e-10, mse))
+
+
+def get_lr(step):
+    cosine = 1 + math.cos(math.pi * step / train_steps)
+    return learning_rate * min(1, (step + 1) / 50) * cosine / 2
 
 
 os.makedirs(out_dir, exist_ok=True)
 if train:       # on frozen latents: no gradient reaches the encoder or the world model
-    per = 16
-    x = clips.sample(-(-train_frames // per), per)
-    z = latents(x)
+    per_episode = 16
+    x = clips.sample(-(-train_frames // per_episode), per_episode)
+    z = encode_frames(encode, x, autocast)
     torch.manual_seed(seed)
     decoder = Decoder(encode.dim, encode.grid, encode.size, encode.width, channels).to(device)
     decoder.mean.copy_(z.mean(dim=(0, 1)))
@@ -126,7 +131,7 @@ if train:       # on frozen latents: no gradient reaches the encoder or the worl
     bar = tqdm(range(train_steps), disable=not sys.stderr.isatty())
     for step in bar:
         for group in optimizer.param_groups:
-            group['lr'] = learning_rate * min(1, (step + 1) / 50) * (1 + math.cos(math.pi * step / train_steps)) / 2
+            group['lr'] = get_lr(step)
         pick = torch.randint(len(x), (batch_size,))
         with autocast:
             y = decoder(z[pick.to(device)])
@@ -142,37 +147,47 @@ if train:       # on frozen latents: no gradient reaches the encoder or the worl
             if bar.disable:
                 print(f'decoder step {step + 1}: loss {loss:.5f}', flush=True)
     path = os.path.join(out_dir, 'decoder.safetensors')
-    safetensors.torch.save_file({k: v.cpu().contiguous() for k, v in decoder.state_dict().items()}, path + '.tmp')
+    tensors = {name: v.cpu().contiguous() for name, v in decoder.state_dict().items()}
+    safetensors.torch.save_file(tensors, path + '.tmp')
     os.replace(path + '.tmp', path)
     print('wrote', path)
 
 decoder = load_decoder(out_dir, encode)
 context = trained['eval_context']
 batch = clips.held_out(context + steps, rows)[kind]
-x = batch['x']                                                                            # (B, T, 3, H, W) uint8
+x = batch['x']                                                      # (B, T, 3, H, W) uint8
 B, T = x.shape[:2]
-z_raw = latents(x.flatten(0, 1)).unflatten(0, (B, T))
-z = standard(z_raw, model.stats)
+z_raw = encode_frames(encode, x, autocast)
+z = standard(z_raw, model.stats)[:, :context]
 with autocast:
-    found = rollout(model, z[:, :context], batch['a'].to(device), batch['a_mask'].to(device), K=K, seed=seed)
-found = unstandard(torch.cat((z[:, :context], found.float()), dim=1), model.stats)
-# truth and imagination go through one call: colours of principal components are only comparable within it
-seen, dreamt = pictures(torch.cat((z_raw, found)).flatten(0, 1), encode, decoder).unflatten(0, (2, B, T))
-real = batch['z_mask'][:, context:]
-by = 'decoder' if decoder is not None else 'inverse of pixels' if encode.name == 'pixels' else ''
-if by:
-    future = [v[:, context:][real] for v in (x, seen, dreamt)]
-    print(f'PSNR through the {by}: of the true latents {psnr(future[0], future[1]):.2f} dB, of the imagined '
-          f'{psnr(future[0], future[2]):.2f} dB, of repeating the last frame '
-          f'{psnr(future[0], x[:, context - 1:context].expand(-1, steps, -1, -1, -1)[real]):.2f} dB')
+    imagined = rollout(model, z, batch['a'].to(device), batch['a_mask'].to(device), K=K, seed=seed)
+imagined = unstandard(torch.cat((z, imagined.float()), dim=1), model.stats)
+# truth and imagination go through one call: principal components' colours only compare within it
+both = pictures(torch.cat((z_raw, imagined)).flatten(0, 1), encode, decoder)
+seen, dreamt = both.unflatten(0, (2, B, T))
+if decoder is not None or encode.decode is not None:
+    by = 'decoder' if decoder is not None else f'inverse of {encode.name}'
+    real = batch['z_mask'][:, context:]
+    still = x[:, context - 1:context].expand(-1, steps, -1, -1, -1)
+    truth = x[:, context:][real]
+    print(f'PSNR through the {by}: of the true latents {psnr(truth, seen[:, context:][real]):.2f} '
+          f'dB, of the imagined {psnr(truth, dreamt[:, context:][real]):.2f} dB, '
+          f'of repeating the last frame {psnr(truth, still[real]):.2f} dB')
 else:
-    print('no decoder has been trained (--train=True): pictures are principal components of the latents')
-seen, dreamt, x = (data.enlarge(v.flatten(0, 1)).unflatten(0, (B, T)) for v in (seen, dreamt, x))
-sides = torch.cat((x, seen, dreamt), dim=4)             # camera | latents of the camera's frames | imagined
-video = torch.cat(list(sides), dim=2)                   # one clip per row
-data.write_video(os.path.join(out_dir, 'rollout.mp4'), video, sets[0].fps / trained['frameskip'])
-at = torch.linspace(0, T - 1, min(T, 8)).round().long()
-strip = torch.cat([torch.cat(list(v[b, at]), dim=2) for b in range(B) for v in (x, seen, dreamt)], dim=1)
-data.write_image(os.path.join(out_dir, 'rollout.png'), strip)
-print(f'wrote {os.path.join(out_dir, "rollout.mp4")} (camera | latents of the camera | imagined) and '
-      f'{os.path.join(out_dir, "rollout.png")} (the same as rows, frames {", ".join(map(str, at.tolist()))})')
+    print('no decoder has been trained (--train=True): pictures are principal components of the '
+          'latents')
+
+ways = [data.enlarge(v.flatten(0, 1)).unflatten(0, (B, T)) for v in (x, seen, dreamt)]
+video = torch.cat(ways, dim=4)          # camera | latents of the camera's frames | imagined
+video = torch.cat([*video], dim=2)      # one clip per row
+video_path = os.path.join(out_dir, 'rollout.mp4')
+data.write_video(video_path, video, sets[0].fps / trained['frameskip'])
+shown = torch.linspace(0, T - 1, min(T, 8)).round().long()
+strips = []
+for b in range(B):
+    for v in ways:
+        strips.append(torch.cat([*v[b, shown]], dim=2))
+strip_path = os.path.join(out_dir, 'rollout.png')
+data.write_image(strip_path, torch.cat(strips, dim=1))
+print(f'wrote {video_path} (camera | latents of the camera | imagined) and {strip_path} '
+      f'(the same as rows, frames {", ".join(map(str, shown.tolist()))})')

@@ -51,7 +51,6 @@ ROWS = {  # name: options of train.py
     'time layer every 2': '--time_every=2',
     'MHA (4 key heads)': '--kv_heads=4',
     'action on its token alone': '--action_on=token',
-    'teacher: average': '--teacher=ema',
     'no average': '--ema=0.0',
     'p_null 0.3': '--p_null=0.3',
     'latents of unit variance': '--whiten=1.0',
@@ -91,7 +90,7 @@ def errors(folder, K, unit, clips, frames, samples=4):
     sets = data.open_sets(trained['labelled'])
     read = data.Clips(sets, [], 2, trained['frameskip'], (encode.size, encode.width), 1, 1.0, trained['val_share'])
     batch = read.held_out(2 + frames, clips)['labelled']
-    z = encode(batch['x'].flatten(0, 1).float() / 255).unflatten(0, batch['x'].shape[:2])
+    z = model.encode_frames(encode, batch['x'], data.autocast(torch.device('cpu'), 'float32'))
     z = model.standard(z, stats)
     found = torch.stack([model.rollout(net, z[:, :2], batch['a'], batch['a_mask'], K, seed=s) for s in range(samples)])
     scale = (stats['z_std'] / unit) ** 2

@@ -45,7 +45,7 @@ def test_a_decoder_is_trained_and_used(trained, tmp_path, capsys):
 def test_principal_components_as_colours():
     """Where there is neither a decoder nor an inverse: two halves that differ in the latents differ in the picture."""
     class Plain:
-        name, grid, size, width = 'dinov2_vits14', (2, 4), 28, 56
+        name, grid, size, width, decode = 'dinov2_vits14', (2, 4), 28, 56, None
     z = torch.randn(5, 8, 16) * 0.1
     z[:, [2, 3, 6, 7]] += torch.randn(16) * 3
     x = model.pictures(z, Plain()).float()
@@ -57,6 +57,6 @@ def test_principal_components_as_colours():
 def test_each_mistake_is_one_line(trained, tmp_path):
     ckpt = f'--ckpt={trained}/ckpt.safetensors'
     assert 'not a readable checkpoint' in ends('decode.py', '--ckpt=none.safetensors')
-    assert '--rows: wants at least 1' in ends('decode.py', ckpt, '--rows=0')
+    assert '--rows: wants 1 or more, got 0' in ends('decode.py', ckpt, '--rows=0')
     assert '--K=3' in ends('decode.py', ckpt, '--K=3')
     assert 'no such folder' in ends('decode.py', ckpt, '--labelled=nowhere')

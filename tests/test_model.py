@@ -1,3 +1,4 @@
+import copy
 import http.server
 import json
 import math
@@ -33,28 +34,14 @@ def made_up_state(case):
     return {k: made_up(case, k, shape) for k, shape in CASES[case]['shapes'].items()}
 
 
-def vit_of(arguments, state):
-    vit = model.ViT(*arguments)
-    vit.load_state_dict(model.official(state))
-    return vit.eval()
-
-
-@torch.no_grad()
-def difference(case, vit):
-    worst = 0
+@pytest.mark.parametrize('case', CASES)
+def test_vit_answers_as_the_library_that_made_the_case(case):
+    vit = model.ViT(*CASES[case]['arguments']).eval().requires_grad_(False)
+    vit.load_state_dict(dict(vit.named_buffers()) | model.official(made_up_state(case)))    # few files hold periods
     for H, W in CASES[case]['sizes']:
         want = GOLDEN[f'{case}/{H}x{W}']
         got = vit(made_up(case, f'{H}x{W}', (1, 3, H, W)))[0, ::STEP, ::STEP]
-        assert got.shape == want.shape
-        worst = max(worst, float((got - want).norm() / want.norm()))
-    return worst
-
-
-@pytest.mark.parametrize('case', CASES)
-def test_vit_answers_as_the_library_that_made_the_case(case):
-    worst = difference(case, vit_of(CASES[case]['arguments'], made_up_state(case)))
-    print(f'{case}: relative difference {worst:.1e} to {CASES[case]["made_with"]}')
-    assert worst < 1e-5
+        assert got.shape == want.shape and (got - want).norm() < 1e-5 * want.norm(), CASES[case]['made_with']
 
 
 @pytest.mark.parametrize('case', [c for c in CASES if 'file' in CASES[c]])
@@ -188,11 +175,9 @@ def test_pytorch_files_and_split_files_load(tiny, tmp_path):
     x = torch.rand(1, 3, 28, 28)
     want = model.load_encoder('tiny2', file, height=28)(x)
     torch.save({'model': {'state_dict': {'module.' + k: v for k, v in state.items()}}, 'epoch': 3}, tmp_path / 'x.pth')
-    keys = list(state)
-    index = {k: f'part-{i % 2}.safetensors' for i, k in enumerate(keys)}
     (tmp_path / 'split').mkdir()
-    for part in set(index.values()):
-        save_file({k: state[k] for k in keys if index[k] == part}, tmp_path / 'split' / part)
+    for i in range(2):
+        save_file(dict([*state.items()][i::2]), tmp_path / 'split' / f'part-{i}.safetensors')
     for name in ('x.pth', 'split'):
         assert torch.equal(model.load_encoder('tiny2', str(tmp_path / name), height=28)(x), want)
 
@@ -221,9 +206,9 @@ def test_each_mistake_is_one_line(tiny, tmp_path):
     less = put('less.safetensors', {k: v for k, v in state.items() if k != 'blocks.1.norm2.bias'})
     assert ends('tiny2', less) == f'{less}: blocks.1.norm2.bias is missing, tiny2 wants (64,)'
     more = put('more.safetensors', {**state, 'blocks.3.norm2.bias': torch.zeros(64)})
-    assert ends('tiny2', more) == f'{more}: blocks.3.norm2.bias is unexpected, tiny2 has no such weight'
+    assert ends('tiny2', more) == f'{more}: blocks.3.norm2.bias is (64,), tiny2 wants no such weight'
     registers = put('registers.safetensors', {**state, 'register_tokens': torch.zeros(1, 4, 64)})
-    assert ends('tiny2', registers).startswith(f'{registers}: registers is unexpected')
+    assert ends('tiny2', registers).startswith(f'{registers}: registers is (1, 4, 64), tiny2 wants no such weight')
     other = put('other.safetensors', {'features.0.weight': torch.zeros(64, 3, 3, 3)})
     assert ends('tiny2', other) == f'{other}: cls_token is missing, tiny2 wants (1, 1, 64)'
     assert ends('tiny3', file).startswith(f'{file}: ')
@@ -363,38 +348,23 @@ def inputs(B=2, T=6, N=6, D=3, A=2, k_max=8):
     return z, tau, torch.full((B, T), 1 / k_max), a, a_mask
 
 
-def draw(z, seed=0):
-    """The noise that shortcut_loss takes."""
-    g = torch.Generator().manual_seed(seed)
-    return torch.rand(len(z), 4 + 3 * z.shape[1], generator=g), torch.randn(z.shape, generator=g)
+def loss_of(net, z, a, a_mask, z_mask=None, seed=0, rows=slice(None), **options):
+    """shortcut_loss of rows of a batch whose noise is that of a seed; options of it and of the objective."""
+    more = {k: options.pop(k) for k in ('rms', 'count') if k in options}
+    z_mask = torch.ones_like(a_mask) if z_mask is None else z_mask
+    noise = None if seed is None else model.clip_noise(z[rows], [1000 * seed + i for i in range(len(z))][rows])
+    return model.shortcut_loss(net, z[rows], a[rows], a_mask[rows], z_mask[rows], options, noise=noise,
+                               first=rows.start or 0, **more)
+
+
+def terms(flow, bootstrap):
+    return dict(flow=torch.tensor(flow), bootstrap=torch.tensor(bootstrap))
 
 
 def gradients(loss, net):
     """Of every parameter, in one vector; a parameter that takes no part has 0."""
     g = torch.autograd.grad(loss, list(net.parameters()), allow_unused=True)
     return torch.cat([(torch.zeros_like(p) if x is None else x).flatten() for x, p in zip(g, net.parameters())])
-
-
-@pytest.mark.parametrize('cap', [0.5, 2.0, 50.0])
-def test_attention_equals_a_loop(double, cap):
-    g = torch.Generator().manual_seed(0)
-    B, h, n, S, L, d = 2, 4, 2, 3, 5, 8
-    q, k, v = (torch.randn(B, heads, length, d, generator=g) * 3 for heads, length in ((h, S), (n, L), (n, L)))
-    mask = torch.rand(B, 1, S, L, generator=g) < 0.7
-    mask[..., 0] = True
-    want = np.zeros((B, h, S, d))
-    for b in range(B):
-        for i in range(h):
-            for s in range(S):
-                keys = [j for j in range(L) if mask[b, 0, s, j]]
-                logits = [(q[b, i, s] @ k[b, i // (h // n), j]).item() / np.sqrt(d) for j in keys]
-                e = [np.exp(cap * np.tanh(x / cap)) for x in logits]
-                want[b, i, s] = sum(w / sum(e) * v[b, i // (h // n), j].numpy() for w, j in zip(e, keys))
-    got = model.attend(q, k, v, cap, mask)
-    assert np.allclose(got, want, rtol=0, atol=1e-12)
-    assert cap == 50 or (got - model.attend(q, k, v, 1e9, mask)).abs().max() > 0.1, 'the cap bites'
-    one = model.attend(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), cap, mask)     # a key head per head
-    assert torch.allclose(got, one, rtol=0, atol=1e-12)
 
 
 def test_attention_in_float32_is_that_of_float64():
@@ -406,34 +376,26 @@ def test_attention_in_float32_is_that_of_float64():
     assert half.dtype == torch.bfloat16 and (half - want).abs().max() < 0.1
 
 
-@pytest.mark.parametrize('context', [0, 3])
-def test_a_layer_of_attention_written_out(double, context):
+@pytest.mark.parametrize('context, kv_heads, cap', [(0, 2, 2.0), (3, 2, 2.0), (3, 4, 0.5), (0, 1, 50.0)])
+def test_a_layer_of_attention_written_out(double, context, kv_heads, cap):
     """Normalised queries and keys, turned as complex numbers, each head with a gain of its own."""
     torch.manual_seed(0)
-    attn, x, angle = model.Attention(32, 4, 2, 2.0, context), torch.randn(2, 5, 32), torch.randn(5, 1, 4)
+    attn, x, angle = model.Attention(32, 4, kv_heads, cap, context), torch.randn(2, 5, 32), torch.randn(5, 1, 4)
     torch.nn.init.uniform_(attn.qk_gain, 0.5, 3.0)
-    heads = (x @ attn.qkv.weight.T).unflatten(2, (8, 8))
+    heads = (x @ attn.qkv.weight.T).unflatten(2, (4 + 2 * kv_heads, 8))
     unit = heads / heads.square().mean(dim=-1, keepdim=True).sqrt()
     turned = torch.complex(unit[..., :4], unit[..., 4:]) * torch.polar(torch.ones_like(angle), angle)
-    qk = torch.cat((turned.real, turned.imag), dim=-1)[:, :, :6] * attn.qk_gain
+    qk = torch.cat((turned.real, turned.imag), dim=-1)[:, :, :4 + kv_heads] * attn.qk_gain
     want = torch.zeros(2, 5, 4, 8)
     for i in range(4):
         for s in range(5):
             seen = slice(max(0, s + 1 - context), s + 1) if context else slice(0, 5)
-            logits = torch.einsum('bd,bjd->bj', qk[:, s, i], qk[:, seen, 4 + i // 2]) / 8 ** 0.5
-            weights = torch.softmax(2 * torch.tanh(logits / 2), dim=-1)
-            want[:, s, i] = torch.einsum('bj,bjd->bd', weights, heads[:, seen, 6 + i // 2])
+            key = 4 + i * kv_heads // 4
+            logits = torch.einsum('bd,bjd->bj', qk[:, s, i], qk[:, seen, key]) / 8 ** 0.5
+            weights = torch.softmax(cap * torch.tanh(logits / cap), dim=-1)
+            want[:, s, i] = torch.einsum('bj,bjd->bd', weights, heads[:, seen, key + kv_heads])
     got = attn(x, (angle.cos(), angle.sin()))
     assert torch.allclose(got, want.flatten(2) @ attn.out.weight.T, rtol=0, atol=1e-5)      # rms_norm adds 1e-6
-
-
-def test_rope_is_relative():
-    torch.manual_seed(0)
-    q, k = torch.randn(1, 1, 8), torch.randn(1, 1, 8)
-    freq = 10000.0 ** (-torch.arange(4) / 4)
-    at = [[(model.rotate(q, (i * freq).cos(), (i * freq).sin()) * model.rotate(k, (j * freq).cos(), (j * freq).sin())
-            ).sum().item() for j in (i - 3, i)] for i in (3, 10, 100)]
-    assert np.allclose(at, at[0], atol=1e-4) and abs(at[0][0] - at[0][1]) > 1e-3
 
 
 def test_rope_of_space_depends_on_the_steps_between_rows_and_columns(double):
@@ -453,31 +415,9 @@ def test_rope_of_space_depends_on_the_steps_between_rows_and_columns(double):
         assert torch.equal(at(q)[other], q[0]), 'other tokens have no place'
 
 
-def test_shifting_all_frames_changes_nothing():
-    net, x = world(), inputs()
-    assert torch.allclose(net(*x), net(*x, start=57), atol=1e-5)
-
-
 def test_shifting_all_frames_changes_nothing_but_rounding(double):
     net, x = world(), inputs()
     assert torch.allclose(net(*x), net(*x, start=57), rtol=0, atol=1e-10)
-
-
-@pytest.mark.parametrize('kv_heads', [1, 2])
-@pytest.mark.parametrize('wide_layers', [0, 1])
-def test_grouped_heads_are_heads_that_share_their_keys(double, kv_heads, wide_layers):
-    few = world(kv_heads=kv_heads, wide_layers=wide_layers)
-    many = world(kv_heads=4, wide_layers=wide_layers)
-    many.load_state_dict({k: v for k, v in few.state_dict().items() if 'qk' not in k}, strict=False)
-    attentions = [[m for m in net.modules() if isinstance(m, model.Attention)] for net in (few, many)]
-    with torch.no_grad():
-        for a, b in zip(*attentions):
-            a.qk_gain.uniform_(0.5, 1.5)
-            for keyed, p, q in ((1, a.qk_gain, b.qk_gain), (2, a.qkv.weight, b.qkv.weight)):
-                p = p.unflatten(0, (a.heads + keyed * a.kv_heads, -1))
-                p = p[:a.heads], p[a.heads:].repeat_interleave(a.heads // a.kv_heads, dim=0)
-                q.copy_(torch.cat(p).flatten(0, 1))
-    assert torch.allclose(few(*inputs()), many(*inputs()), rtol=0, atol=1e-12)
 
 
 @pytest.fixture(params=['plain', 'flex', 'remat'])
@@ -572,16 +512,16 @@ def test_remat_keeps_less(monkeypatch):
 
 @pytest.mark.parametrize('Tc', [0, 3, 6])
 def test_a_frame_number_in_a_tensor_is_a_frame_number(Tc):
-    """The form of fixed shapes, which a CUDA graph needs, goes round the ring as the other does."""
+    """The form of fixed shapes, which a CUDA graph needs, goes round the cache as the other does."""
     net, (z, tau, d, a, a_mask) = world(context=4), inputs(2, 13)
     outs = []
     with torch.no_grad():
         for kind in (int, torch.tensor):
-            rings, out = net.new_rings(2, 13), []
+            cache, out = net.new_cache(2, 13), []
             if Tc:
-                net(*(x[:, :Tc] for x in (z, tau, d, a, a_mask)), rings=rings, commit=True)
+                net(*(x[:, :Tc] for x in (z, tau, d, a, a_mask)), cache=cache, commit=True)
             for t in range(Tc, 13):
-                out.append(net(*(x[:, t:t + 1] for x in (z, tau, d, a, a_mask)), rings=rings, start=kind(t)))
+                out.append(net(*(x[:, t:t + 1] for x in (z, tau, d, a, a_mask)), cache=cache, start=kind(t)))
             outs.append(torch.cat(out, dim=1))
         assert torch.allclose(*outs, atol=1e-5)
         assert torch.allclose(outs[0], net(z, tau, d, a, a_mask)[:, Tc:], atol=1e-5)
@@ -599,9 +539,9 @@ def test_flops_per_frame_is_what_is_computed(overrides):
     """Frame by frame through the cache, where nothing is masked; a clip also computes the logits that it masks."""
     T, net = 9, world(**dict(dict(context=4, action_dim=5), **overrides))
     c, (z, tau, d, a, a_mask) = net.config, inputs(1, T, A=5)
-    rings = net.new_rings(1, T)
+    cache = net.new_cache(1, T)
     with torch.no_grad():
-        each = [counted(lambda: net(*(x[:, t:t + 1] for x in (z, tau, d, a, a_mask)), rings=rings, start=t))
+        each = [counted(lambda: net(*(x[:, t:t + 1] for x in (z, tau, d, a, a_mask)), cache=cache, start=t))
                 for t in range(T)]
         clip = counted(lambda: net(z, tau, d, a, a_mask))
     for n in (1, 3, T):
@@ -623,7 +563,7 @@ def test_a_wide_head_starts_at_zero_and_all_of_it_learns():
     optimizer = torch.optim.Adam(net.parameters(), 1e-3)
     without = []
     for step in range(3):       # the output first, then the gates, then what they let through
-        loss, _ = model.shortcut_loss(net, z, a, a_mask, torch.ones_like(a_mask), bootstrap=0.5, p_image=0, p_null=0)
+        loss, _ = loss_of(net, z, a, a_mask, seed=None, bootstrap=0.5, p_image=0, p_null=0)
         optimizer.zero_grad()
         loss.backward()
         without.append([n for n, p in net.named_parameters() if p.grad is None or p.grad.abs().max() == 0])
@@ -660,7 +600,7 @@ def test_every_dimension_is_an_override():
                 soft_cap=9.0, action_on='token', objective='diffusion')
     data = dict(dim=5, grid=[3, 4], action_dim=6)
     preset, config = model.model_config('nano', **data), model.model_config('nano', **data, **free)
-    assert config == data | free and preset.keys() == config.keys() and all(preset[k] != v for k, v in free.items())
+    assert all(config[k] == v for k, v in (data | free).items()) and all(preset[k] != v for k, v in free.items())
     unset = {k: type(v)() for k, v in free.items() if k != 'registers'}
     assert model.model_config('nano', **data, **unset) == preset
     assert model.model_config('nano', **data, registers=0)['registers'] == 0
@@ -676,13 +616,10 @@ def test_every_dimension_is_an_override():
         model.model_config('nano', **data, depth=3)
 
 
-@pytest.mark.parametrize('bad, said', [(dict(size='huge'), '--size=huge: no such size'), (dict(heads=3), 'heads'),
+@pytest.mark.parametrize('bad, said', [(dict(heads=3), 'heads'),
                                        (dict(k_max=12), '--k_max=12: wants a power of two'),
-                                       (dict(objective='flow'), '--objective=flow'),
                                        (dict(time_every=1), '--time_every=1: wants at least 2'),
-                                       (dict(layers=1), '--layers=1'),
-                                       (dict(wide_layers=-1), '--wide_layers=-1'), (dict(context=-2), '--context=-2'),
-                                       (dict(action_on='some'), '--action_on=some'), (dict(kv_heads=3), '--heads=4')])
+                                       (dict(layers=1), '--layers=1'), (dict(kv_heads=3), '--heads=4')])
 def test_a_wrong_config_is_one_line(bad, said):
     with pytest.raises(SystemExit) as error:
         model.model_config(**dict(dict(size='nano', dim=3, grid=(2, 3), action_dim=2), **bad))
@@ -706,44 +643,41 @@ class Recorder:
 
 
 @pytest.mark.parametrize('schedule', ['uniform', 'shift', 'logit-normal'])
-@pytest.mark.parametrize('ramp, space, own_teacher', [(True, 'x', False), (False, 'x', True), (True, 'v', True),
-                                                      (False, 'v', False)])
-def test_shortcut_loss_is_equation_7(double, schedule, ramp, space, own_teacher):
+@pytest.mark.parametrize('ramp, space', [(True, 'x'), (False, 'x'), (True, 'v'), (False, 'v')])
+def test_shortcut_loss_is_equation_7(double, schedule, ramp, space):
     """Against the errors of velocities of the paper, frame by frame; in x-space they are multiplied by (1 - tau)^2."""
     B, T, k_max = 12, 6, 16
     z, _, _, a, a_mask = inputs(B, T)
-    noise = draw(z)
+    eps = model.clip_noise(z, range(B)).eps
     z_mask = torch.rand(B, T, generator=torch.Generator().manual_seed(3)) < 0.8
-    student, teacher = Recorder(), Recorder(0.5)
+    net = Recorder()
     losses = []
-    for rms in ([4.0, 25.0], [25.0, 4.0], None):
-        loss, metrics = model.shortcut_loss(
-            student, z, a, a_mask, z_mask, 'shortcut', k_max, 0.5, tau_schedule=schedule, rms=rms and torch.tensor(rms),
-            noise=noise, ramp=ramp, space=space, teacher=teacher if own_teacher else None)
+    for rms in (terms(4.0, 25.0), terms(25.0, 4.0), None):
+        loss, metrics = loss_of(net, z, a, a_mask, z_mask, k_max=k_max, bootstrap=0.5, tau_schedule=schedule,
+                                rms=rms, ramp=ramp, space=space)
         losses.append(loss.item())
     boot = torch.arange(B) % 2 == 1     # half of the rows, spread over the batch
-    assert len(teacher.calls) == 6 * own_teacher and len(student.calls) == (3 if own_teacher else 9)
-    assert all(len(call[0]) == 6 for call in teacher.calls), 'half steps of the bootstrap rows alone'
-    z_tau, tau, d, known, alone = student.calls[-1]     # the student comes last, after its teacher's two half steps
-    f, g = student.f, (teacher if own_teacher else student).f
+    # the student comes last, after its teacher's two half steps of the bootstrap rows alone
+    assert [len(call[0]) for call in net.calls] == 3 * [6, 6, 12]
+    z_tau, tau, d, known, alone = net.calls[-1]
     sums = {'flow': [0.0, 0], 'bootstrap': [0.0, 0], 'tau': [0.0, 0]}
     for b in range(B):
         # a row is one or the other
         assert (d[b] > 1 / k_max).all() if boot[b] else (d[b] == 1 / k_max).all()
         for t in range(T):
-            s, e, x, eps = tau[b, t].item(), d[b, t].item(), z_tau[b, t].numpy(), noise[1][b, t].numpy()
+            s, e, x, noise = tau[b, t].item(), d[b, t].item(), z_tau[b, t].numpy(), eps[b, t].numpy()
             assert 0 <= s <= 1 - e and (s / e) % 1 == 0, 'tau lies on the grid of d'
-            assert np.allclose(x, (1 - s) * eps + s * z[b, t].numpy(), rtol=0, atol=1e-14)
+            assert np.allclose(x, (1 - s) * noise + s * z[b, t].numpy(), rtol=0, atol=1e-14)
             given = a[b, t][None, None], known[b, t][None, None], alone[b][None]
-            at = lambda f, x, s, e: f(torch.tensor(x)[None, None], torch.tensor([[s]]), torch.tensor([[e]]),
+            f = lambda x, s, e: net.f(torch.tensor(x)[None, None], torch.tensor([[s]]), torch.tensor([[e]]),
                                       *given)[0, 0].numpy()
-            velocity = lambda f, x, s, e: (at(f, x, s, e) - x) / (1 - s)
+            velocity = lambda x, s, e: (f(x, s, e) - x) / (1 - s)
             if e == 1 / k_max:
-                want = z[b, t].numpy() - eps
+                want = z[b, t].numpy() - noise
             else:
-                one = velocity(g, x, s, e / 2)
-                want = (one + velocity(g, x + one * e / 2, s + e / 2, e / 2)) / 2
-            error = np.mean((velocity(f, x, s, e) - want) ** 2)
+                one = velocity(x, s, e / 2)
+                want = (one + velocity(x + one * e / 2, s + e / 2, e / 2)) / 2
+            error = np.mean((velocity(x, s, e) - want) ** 2)
             if z_mask[b, t]:
                 total = sums['flow' if e == 1 / k_max else 'bootstrap']
                 weight = (0.9 * s + 0.1 if ramp else 1) * ((1 - s) ** 2 if space == 'x' else 1)
@@ -752,7 +686,7 @@ def test_shortcut_loss_is_equation_7(double, schedule, ramp, space, own_teacher)
                     sums['tau'] = [sums['tau'][0] + s, sums['tau'][1] + 1]
     assert len(set(map(len, map(set, tau.tolist())))) > 1 and any(len(set(row)) > 1 for row in d.tolist())
     want = {k: total / n for k, (total, n) in sums.items()}
-    assert metrics.keys() == want.keys() and all(metrics[k].item() == pytest.approx(want[k], rel=1e-10) for k in want)
+    assert all(metrics[k].item() == pytest.approx(want[k], rel=1e-10) for k in want)
     flow, boot = want['flow'], want['bootstrap']
     assert losses == pytest.approx([flow / 2 + boot / 5, flow / 5 + boot / 5, flow + boot], rel=1e-10)
 
@@ -762,25 +696,11 @@ def test_direct_is_one_step_from_the_clean_past(double, space):
     z, _, _, a, a_mask = inputs(4, 5)
     net, z_mask = Recorder(), torch.ones_like(a_mask)
     z_mask[1, 3:] = False
-    loss, metrics = model.shortcut_loss(net, z, a, a_mask, z_mask, 'direct', 8, p_null=0.0, space=space)
+    loss, metrics = loss_of(net, z, a, a_mask, z_mask, objective='direct', k_max=8, p_null=0.0, space=space)
     errors = [((net.f(z[b:b + 1, t - 1:t], torch.ones(1, 1), torch.ones(1, 1), a[b:b + 1, t:t + 1],
                       a_mask[b:b + 1, t:t + 1], torch.tensor([False])) - z[b, t]) ** 2).mean().item()
               for b in range(4) for t in range(1, 5) if z_mask[b, t]]
     assert len(net.calls) == 1 and loss.item() == pytest.approx(np.mean(errors), rel=1e-12) == metrics['flow'].item()
-    assert metrics['bootstrap'] == 0
-
-
-def test_the_noise_of_a_frame_has_its_level():
-    """z_tau = (1 - tau) noise + tau z: what is left after taking tau z away has the variance (1 - tau)^2."""
-    torch.manual_seed(0)
-    z, _, _, a, a_mask = inputs(256, 6, N=60)
-    net = Recorder()
-    model.shortcut_loss(net, z, a, a_mask, torch.ones_like(a_mask), 'diffusion', 8, tau_schedule='uniform')
-    z_tau, tau, d, _, _ = net.calls[0]
-    assert len(net.calls) == 1 and (d == 1 / 8).all() and set(tau.unique().tolist()) == {i / 8 for i in range(8)}
-    for level in tau.unique():
-        left = (z_tau - level * z)[tau == level]
-        assert abs(left.std() - (1 - level)) < 0.02
 
 
 def test_every_step_size_is_trained_and_the_shares_are_kept():
@@ -789,7 +709,7 @@ def test_every_step_size_is_trained_and_the_shares_are_kept():
     seen, rows, alone, hidden, known = set(), [], 0.0, 0.0, torch.ones_like(a_mask)
     for step in range(200):
         net = Recorder()
-        model.shortcut_loss(net, z, a, known, known, 'shortcut', 16, 0.3, first=8 * step)
+        model.shortcut_loss(net, z, a, known, known, dict(k_max=16, bootstrap=0.3), first=8 * step)
         _, _, d, mask, single = net.calls[-1]
         seen |= set(d.unique().tolist())
         rows += (d > 1 / 16).all(dim=1).tolist()
@@ -806,7 +726,7 @@ def levels(k_max, B=4000, T=5, **options):
     z, net = torch.zeros(B, T, 1, 1), Recorder()
     mask = torch.ones(B, T, dtype=bool)
     torch.manual_seed(0)
-    model.shortcut_loss(net, z, torch.zeros(B, T, 0), mask, mask, 'shortcut', k_max, 0.5, **options)
+    loss_of(net, z, torch.zeros(B, T, 0), mask, seed=None, k_max=k_max, bootstrap=0.5, **options)
     _, tau, d, _, _ = net.calls[-1]
     return tau[::2], d[::2], tau[1::2], d[1::2]
 
@@ -862,8 +782,7 @@ def test_the_shift_is_that_of_the_latents_unless_given(schedule):
     def tau_of(N, D, shift):
         z, _, _, a, a_mask = inputs(16, 6, N, D)
         net = Recorder()
-        model.shortcut_loss(net, z, a, a_mask, torch.ones_like(a_mask), 'diffusion', 64, tau_schedule=schedule,
-                            tau_shift=shift, noise=draw(z))
+        loss_of(net, z, a, a_mask, objective='diffusion', k_max=64, tau_schedule=schedule, tau_shift=shift)
         return net.calls[0][1]
     assert torch.equal(tau_of(16, 64, 0.0), tau_of(16, 64, 0.5))        # sqrt(16 * 64 / 4096)
     assert torch.equal(tau_of(64, 256, 0.0), tau_of(64, 256, 2.0))
@@ -876,7 +795,7 @@ def test_the_share_of_bootstrap_rows_is_exact_however_rows_are_batched(share):
     whole, n, valid = model.which_rows(torch.ones(total, 3, dtype=bool), 'shortcut', share)
     assert whole.tolist() == [math.floor((i + 1) * round(1000 * share) / 1000) > math.floor(
         i * round(1000 * share) / 1000) for i in range(total)]
-    assert n == whole.sum() == round(total * share) and torch.equal(valid[1], whole[:, None].expand(-1, 3))
+    assert n == whole.sum() == round(total * share) and torch.equal(valid['bootstrap'], whole[:, None].expand(-1, 3))
     for run in (4, 10, 40):     # nowhere a run without its share
         assert all(abs(whole[i:i + run].sum() - share * run) < 1 + 1e-9 for i in range(total - run + 1))
     for batches in (1, 7, 60):
@@ -895,41 +814,27 @@ def test_what_counts_in_each_term():
         boot, n, valid = model.which_rows(z_mask, objective, 0.5)
         assert boot.float().mean() == share and n == 4 * share
         real = z_mask & (torch.arange(3) > 0) if objective == 'direct' else z_mask
-        assert torch.equal(valid.sum(dim=0), real.long()) and not (valid[0] & boot[:, None]).any()
-        assert not (valid[1] & ~boot[:, None]).any()
-
-
-@pytest.mark.parametrize('objective', ['shortcut', 'diffusion', 'direct'])
-@pytest.mark.parametrize('space', ['x', 'v'])
-@pytest.mark.parametrize('schedule', ['uniform', 'shift', 'logit-normal'])
-def test_an_oracle_has_no_loss(double, objective, space, schedule):
-    z, _, _, a, a_mask = inputs(8)
-    a[:, :, 0] = torch.arange(8)[:, None]       # names the clip
-    oracle = lambda x, tau, d, a, a_mask, alone=None: z[a[:, 0, 0].long()]
-    options = dict(bootstrap=0.5, tau_schedule=schedule, space=space, ramp=schedule == 'shift', noise=draw(z))
-    loss, metrics = model.shortcut_loss(oracle, z, a, a_mask, torch.ones_like(a_mask), objective, 8, **options)
-    assert loss < 1e-20 and metrics['flow'] < 1e-20 and metrics['bootstrap'] < 1e-20
-    uneven = lambda x, tau, d, *given: oracle(x, tau, d, *given) + d[..., None, None]
-    loss, metrics = model.shortcut_loss(uneven, z, a, a_mask, torch.ones_like(a_mask), objective, 8, **options)
-    assert metrics['flow'] > 1e-4 and (metrics['bootstrap'] > 1e-4) == (objective == 'shortcut')
+        assert torch.equal(valid['flow'] | valid['bootstrap'], real)
+        assert not (valid['flow'] & boot[:, None]).any() and not (valid['bootstrap'] & ~boot[:, None]).any()
 
 
 def test_the_teacher_has_no_gradient(double):
     """As if the half steps were numbers that came with the data."""
-    net, other, (z, _, _, a, a_mask) = world(), world(seed=1), inputs(4)
-    def loss(teacher=None):
-        return model.shortcut_loss(net, z, a, a_mask, torch.ones_like(a_mask), bootstrap=0.5, noise=draw(z),
-                                   teacher=teacher)[0]
-    def constant(teacher):
-        kept = []
-        loss(lambda *x: kept.append(teacher(*x).detach()) or kept[-1])
-        numbers = iter([torch.tensor(x.tolist()) for x in kept])
-        assert len(kept) == 2
-        return lambda *x: next(numbers)
-    assert torch.allclose(gradients(loss(), net), gradients(loss(constant(net)), net), rtol=0, atol=1e-12)
-    assert torch.allclose(gradients(loss(other), net), gradients(loss(constant(other)), net), rtol=0, atol=1e-12)
-    assert (gradients(loss(), net) - gradients(loss(other), net)).abs().max() > 1e-3
-    assert gradients(loss(other), other).abs().max() == 0
+    net, (z, _, _, a, a_mask) = world(), inputs(4)
+    answers = []
+
+    def keep(*x):
+        answers.append(net(*x))
+        return answers[-1]
+
+    def constant(*x):
+        return net(*x) if torch.is_grad_enabled() else next(numbers)
+
+    want = gradients(loss_of(keep, z, a, a_mask, k_max=8, bootstrap=0.5)[0], net)
+    assert [x.requires_grad for x in answers] == [False, False, True]
+    numbers = iter([torch.tensor(x.tolist()) for x in answers[:2]])
+    got = gradients(loss_of(constant, z, a, a_mask, k_max=8, bootstrap=0.5)[0], net)
+    assert torch.allclose(got, want, rtol=0, atol=1e-12)
 
 
 def test_the_teacher_does_not_take_the_gradient_of_the_student_under_autocast():
@@ -938,8 +843,7 @@ def test_the_teacher_does_not_take_the_gradient_of_the_student_under_autocast():
     got = []
     for cache in (True, False):
         with torch.autocast('cpu', torch.bfloat16, cache_enabled=cache):
-            loss, _ = model.shortcut_loss(net, z, a, a_mask, torch.ones_like(a_mask), bootstrap=0.5, noise=draw(z),
-                                          p_image=0.0, p_null=0.0)
+            loss, _ = loss_of(net, z, a, a_mask, bootstrap=0.5, p_image=0.0, p_null=0.0)
         got.append(torch.autograd.grad(loss, list(net.parameters())))
     for (name, _), kept, anew in zip(net.named_parameters(), *got):
         assert kept.abs().max() > 0 and torch.allclose(kept, anew, rtol=0.05, atol=0.02 * anew.abs().max()), name
@@ -949,14 +853,15 @@ def test_the_teacher_does_not_take_the_gradient_of_the_student_under_autocast():
 def test_padded_frames_take_no_part(double, objective):
     net, (z, _, _, a, a_mask) = world(), inputs(4)
     z_mask = torch.arange(6) < torch.tensor([6, 3, 4, 1])[:, None]
-    noise, results = draw(z), []
+    results = []
     for filling in (0.0, 1.0, -100.0):
         z = torch.where(z_mask[..., None, None], z, filling)
         a = torch.where(z_mask[..., None], a, filling)
-        loss, metrics = model.shortcut_loss(net, z, a, a_mask, z_mask, objective, bootstrap=0.5, noise=noise)
+        loss, metrics = loss_of(net, z, a, a_mask, z_mask, objective=objective, bootstrap=0.5)
+        assert metrics['bootstrap'].isnan() == (objective != 'shortcut'), 'no frame counts in it'
         results.append(torch.cat((loss.detach()[None], torch.stack(list(metrics.values())), gradients(loss, net))))
     for other in results[1:]:
-        assert torch.allclose(results[0], other, rtol=0, atol=1e-10)
+        assert torch.allclose(results[0], other, rtol=0, atol=1e-10, equal_nan=True)
 
 
 @pytest.mark.parametrize('objective', ['shortcut', 'diffusion', 'direct'])
@@ -964,26 +869,40 @@ def test_the_machines_of_a_batch_add_up_to_the_batch(double, objective):
     """Halves of a batch that know the count of the whole: their gradients sum to its gradient."""
     net, (z, _, _, a, a_mask) = world(), inputs(10)
     z_mask = torch.arange(6) < torch.tensor([6, 6, 6, 5, 6, 6, 2, 1, 3, 2])[:, None]
-    noise, rms = draw(z), torch.tensor([0.5, 2.0])
     _, _, valid = model.which_rows(z_mask, objective, 0.3)
     def run(rows, **more):
-        loss, metrics = model.shortcut_loss(net, z[rows], a[rows], a_mask[rows], z_mask[rows], objective, bootstrap=0.3,
-                                            rms=rms, noise=tuple(x[rows] for x in noise), first=rows.start, **more)
-        return torch.cat((loss.detach()[None], metrics['flow'][None], metrics['bootstrap'][None], gradients(loss, net)))
+        loss, metrics = loss_of(net, z, a, a_mask, z_mask, rows=rows, objective=objective, bootstrap=0.3,
+                                rms=terms(0.5, 2.0), **more)
+        numbers = torch.stack((loss.detach(), metrics['flow'], metrics['bootstrap'], metrics['tau']))
+        return torch.cat((numbers, gradients(loss, net))).nan_to_num(0)
     whole, parts = run(slice(0, 10)), [slice(0, 5), slice(5, 10)]
-    count = valid.sum(dim=(1, 2))
+    count = {name: mask.sum() for name, mask in valid.items()}
     assert torch.allclose(sum(run(rows, count=count) for rows in parts), whole, rtol=0, atol=1e-10)
     assert not torch.allclose(sum(run(rows) for rows in parts) / 2, whole, rtol=0, atol=1e-4), 'why count is there'
 
 
 def test_the_loss_is_a_function_of_its_noise():
     net, (z, _, _, a, a_mask) = world(), inputs(4)
-    run = lambda **more: model.shortcut_loss(net, z, a, a_mask, torch.ones_like(a_mask), bootstrap=0.5, **more)[0]
+    run = lambda seed: loss_of(net, z, a, a_mask, seed=seed, bootstrap=0.5)[0]
     before = torch.get_rng_state()
-    first, second, other = run(noise=draw(z)), run(noise=draw(z)), run(noise=draw(z, 1))
+    first, second, other = run(0), run(0), run(1)
     assert torch.equal(before, torch.get_rng_state()), 'nobody else drew'
     assert torch.equal(first, second) and not torch.equal(first, other)
-    assert not torch.equal(run(), run())
+    assert not torch.equal(run(None), run(None))
+
+
+def test_the_noise_of_a_clip_is_of_its_seed_alone():
+    z = torch.zeros(3, 5, 2, 2)
+    many, one = model.clip_noise(z, [7, 8, 9]), model.clip_noise(z[:1], [8])
+    assert many.tau.shape == many.d.shape == many.past_tau.shape == (3, 5) and many.eps.shape == z.shape
+    for name, value in vars(many).items():
+        assert torch.equal(value[1:2], vars(one)[name]) and not torch.equal(value[:1], value[1:2]), name
+    large = vars(model.clip_noise(torch.zeros(4000, 5, 1, 1)))
+    eps = large.pop('eps')
+    assert abs(eps.mean()) < 0.03 and abs(eps.std() - 1) < 0.03
+    assert all(0 <= u.min() and u.max() < 1 and abs(u.mean() - 0.5) < 0.02 for u in large.values())
+    columns = np.corrcoef(torch.cat([*large.values()], dim=1).T.numpy())
+    assert np.abs(columns - np.eye(len(columns))).max() < 0.1, 'no number is used twice'
 
 
 @pytest.mark.parametrize('objective', ['shortcut', 'diffusion', 'direct'])
@@ -991,8 +910,8 @@ def test_one_batch_is_learned_and_every_parameter_takes_part(objective):
     net, (z, _, _, a, a_mask) = world(objective=objective).train(), inputs()
     optimizer, losses = torch.optim.AdamW(net.parameters(), 3e-3), []
     for step in range(120):
-        loss, metrics = model.shortcut_loss(net, z, a, a_mask, torch.ones_like(a_mask), objective, bootstrap=0.5,
-                                            p_image=0.0, p_null=0.0)
+        loss, metrics = loss_of(net, z, a, a_mask, seed=None, objective=objective, bootstrap=0.5, p_image=0.0,
+                                p_null=0.0)
         loss.backward()
         if step == 0:
             assert [n for n, p in net.named_parameters() if p.grad is None or p.grad.abs().max() == 0] == []
@@ -1011,8 +930,8 @@ def coin_flips(steps, objective='shortcut'):
     known, flips = torch.ones(500, 2, dtype=bool), lambda n: torch.randint(0, 2, (n, 2, 1, 1)) * 2.0 - 1
     for step in range(steps):
         optimizer.param_groups[0]['lr'] = 3e-3 * min(1, (step + 1) / 20) * (1 - step / steps)
-        loss, _ = model.shortcut_loss(net, flips(64), torch.zeros(64, 2, 0), known[:64], known[:64], objective,
-                                      bootstrap=0.5, p_image=0.0, p_null=0.0, tau_schedule='uniform', p_past=0.0)
+        loss, _ = loss_of(net, flips(64), torch.zeros(64, 2, 0), known[:64], seed=None, objective=objective,
+                          bootstrap=0.5, p_image=0.0, p_null=0.0, tau_schedule='uniform', p_past=0.0)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -1024,44 +943,60 @@ def test_a_coin_is_imagined_as_heads_or_tails_in_one_step_or_more():
     for K, x in coin_flips(600).items():
         assert (x.abs() - 1).abs().mean() < 0.15 and (x.abs() < 0.5).float().mean() < 0.1, K
         assert 0.35 < (x > 0).float().mean() < 0.65, K
+    mean = coin_flips(200, 'diffusion')[1]
+    assert mean.abs().mean() < 0.35 and (mean.abs() < 0.5).float().mean() > 0.85
 
 
-def test_without_bootstrapping_one_step_imagines_the_mean_of_the_coin():
-    x = coin_flips(200, 'diffusion')[1]
-    assert x.abs().mean() < 0.35 and (x.abs() < 0.5).float().mean() > 0.85
+# imagination ----------------------------------------------------------------------------------------------------------
+
+def slow_rollout(net, z_ctx, a, a_mask, K=4, tau_ctx=0.9, seed=0, cut=torch.Tensor.detach):
+    """The reference: all frames so far are computed anew at each step. Gradients flow through the last step of each
+    frame alone, whose past are numbers; with cut=lambda x: x, through everything."""
+    c, T, M, device = net.config, a.shape[1], len(a) // len(z_ctx), z_ctx.device
+    direct = c['objective'] == 'direct'
+    level = min(round(tau_ctx * c['k_max']), c['k_max'] - 1) / c['k_max']
+    d_of_past = 1.0 if direct else 1 / c['k_max']
+    step = 1 / K if c['objective'] == 'shortcut' else d_of_past
+    generator = torch.Generator(device).manual_seed(hash((seed, 1)) % 2 ** 32)
+    noise = torch.randn(z_ctx.shape, generator=generator, device=device)
+    past = (z_ctx if direct else level * z_ctx + (1 - level) * noise).repeat_interleave(M, dim=0)
+    generator, out = torch.Generator(device).manual_seed(seed), []
+    for t in range(z_ctx.shape[1], T):
+        x, eps = torch.randn(2, *past[::M, :1].shape, generator=generator, device=device).repeat_interleave(M, dim=1)
+        for k in range(1 if direct else K):
+            z = torch.cat((past, cut(x)), dim=1)
+            tau, d = (torch.full(z.shape[:2], v, device=device) for v in (level, d_of_past))
+            tau[:, -1], d[:, -1] = k / K, step
+            if direct:      # sees the frame before in the place of each
+                z, tau[:, 0], tau[:, 1:] = torch.cat((torch.zeros_like(x), past), dim=1), 0, 1
+            y = net(z, tau, d, a[:, :t + 1], a_mask[:, :t + 1])[:, -1:]
+            x = y if direct else cut(x) + (1 / K) * (y - cut(x)) / (1 - k / K)
+        out.append(x)
+        past = torch.cat((past, cut(x) if direct else level * cut(x) + (1 - level) * eps), dim=1)
+    return torch.cat(out, dim=1)
 
 
-# rollout --------------------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize('objective, k_max, K', [('shortcut', 64, 1), ('shortcut', 64, 2), ('shortcut', 64, 4),
-                                                 ('shortcut', 64, 64), ('diffusion', 8, 4), ('direct', 8, 4)])
-@pytest.mark.parametrize('Tc', [1, 3, 6])
-def test_the_cache_changes_nothing(objective, k_max, K, Tc):
+@pytest.mark.parametrize('objective, K, Tc, overrides', [
+    *[(objective, K, Tc, dict(k_max=k_max)) for Tc in (1, 3, 6) for objective, k_max, K in (
+        ('shortcut', 64, 1), ('shortcut', 64, 2), ('shortcut', 64, 4), ('shortcut', 64, 64), ('diffusion', 8, 4),
+        ('direct', 8, 4))],
+    *[(objective, 2, 3, overrides) for objective in ('shortcut', 'direct') for overrides in (
+        dict(wide_layers=2), dict(time_every=2, layers=3), dict(kv_heads=1, context=1),
+        dict(registers=0, layers=6, context=30), dict(action_on='token'))]])
+def test_the_cache_changes_nothing(double, objective, K, Tc, overrides):
     """Rollouts of three windows' length, from contexts shorter and longer than the window."""
-    net = world(context=4, k_max=k_max, objective=objective)
+    net = world(objective=objective, **overrides)
     z, _, _, a, a_mask = inputs(2, 6 + Tc if K == 64 else 12 + Tc)
-    cached, plain = (model.rollout(net, z[:, :Tc], a, a_mask, K=K, cache=c) for c in (True, False))
+    cached, plain = (f(net, z[:, :Tc], a, a_mask, K=K) for f in (model.rollout, torch.no_grad()(slow_rollout)))
     assert cached.shape == (2, z.shape[1] - Tc, 6, 3)
-    assert torch.allclose(cached, plain, atol=2e-5), (cached - plain).abs().max()
-
-
-@pytest.mark.parametrize('overrides', [dict(wide_layers=2), dict(time_every=2, layers=3), dict(kv_heads=1, context=1),
-                                       dict(registers=0, layers=6, context=30), dict(action_on='token')])
-@pytest.mark.parametrize('objective', ['shortcut', 'direct'])
-def test_the_cache_changes_nothing_for_any_shape(double, overrides, objective):
-    net = world(**dict(dict(objective=objective), **overrides))
-    z, _, _, a, a_mask = inputs(2, 14)
-    cached, plain = (model.rollout(net, z[:, :3], a, a_mask, K=2, cache=c) for c in (True, False))
-    assert torch.allclose(cached, plain, rtol=0, atol=1e-9)     # errors grow from frame to frame
+    assert torch.allclose(cached, plain, rtol=0, atol=1e-9), (cached - plain).abs().max()
 
 
 @pytest.mark.parametrize('objective', ['shortcut', 'direct'])
 def test_a_cached_frame_costs_the_same_however_long_the_past(objective):
     net, (z, _, _, a, a_mask) = world(context=4, objective=objective), inputs(1, 24)
-    cost = lambda T, cache: counted(lambda: model.rollout(net, z[:, :2], a[:, :T], a_mask[:, :T], K=2, cache=cache))
-    for cache in (True, False):
-        early, late = cost(9, cache) - cost(8, cache), cost(24, cache) - cost(23, cache)
-        assert late == early if cache else late > 2 * early
+    cost = lambda T: counted(lambda: model.rollout(net, z[:, :2], a[:, :T], a_mask[:, :T], K=2))
+    assert cost(9) - cost(8) == cost(24) - cost(23)
     steps = {K: counted(lambda: model.rollout(net, z[:, :2], a[:, :6], a_mask[:, :6], K=K)) for K in (1, 2, 4)}
     assert steps[4] - steps[2] == 2 * (steps[2] - steps[1]) and (steps[2] > steps[1]) == (objective == 'shortcut')
 
@@ -1076,7 +1011,7 @@ def test_candidates_share_context_and_noise():
     together = model.rollout(net, z[:, :3], many.flatten(0, 1), a_mask.repeat_interleave(3, 0), K=2)
     assert torch.allclose(together.unflatten(0, (2, 3)), torch.stack(alone, 1), atol=1e-5)
     assert (together[0] - together[1]).abs().max() > 1e-2, 'actions matter'
-    plain = model.rollout(net, z[:, :3], many.flatten(0, 1), a_mask.repeat_interleave(3, 0), K=2, cache=False)
+    plain = slow_rollout(net, z[:, :3], many.flatten(0, 1), a_mask.repeat_interleave(3, 0), K=2)
     assert torch.allclose(together, plain, atol=1e-5)
 
 
@@ -1089,36 +1024,19 @@ def test_noise_depends_on_the_seed_and_the_frame_alone():
     assert torch.equal(before, torch.get_rng_state())
 
 
-class Spy:
-    """Keeps what a model is given and what it answers."""
-    def __init__(self, net):
-        self.calls, self.forward = [], net.forward
-        net.forward = self
-
-    def __call__(self, z, tau, d, *rest, **more):
-        out = self.forward(z, tau, d, *rest, **more)
-        self.calls.append((z, tau, d, out, more.get('commit', False)))
-        return out
-
-
 @pytest.mark.parametrize('tau_ctx, level', [(0.5, 0.5), (0.9, 7 / 8), (1.0, 7 / 8), (0.0, 0.0)])
 def test_the_past_is_noised_and_labelled_by_tau_ctx(double, tau_ctx, level):
     """Frames given and frames imagined, each with noise of its own, and the same with the cache as without."""
     B, Tc, T = 16, 3, 9
-    pasts = {}
-    for cache in (True, False):
-        net, (z, _, _, a, a_mask) = world(), inputs(B, T)
-        spy = Spy(net)
-        out = model.rollout(net, z[:, :Tc], a, a_mask, K=2, tau_ctx=tau_ctx, cache=cache)
-        if cache:
-            assert [call[0].shape[1] for call in spy.calls if call[4]] == [Tc] + [1] * (T - Tc - 1)
-            pasts[cache] = [torch.cat(x, dim=1) for x in zip(*(call[:3] for call in spy.calls if call[4]))]
-        else:
-            pasts[cache] = [x[:, :-1] for x in spy.calls[-1][:3]]
-            first = spy.calls[0][0][:, Tc]
-    for got, want in zip(pasts[True], pasts[False]):
-        assert torch.allclose(got, want, rtol=0, atol=1e-10)
-    past, tau, d = pasts[True]
+    net, (z, _, _, a, a_mask) = world(), inputs(B, T)
+    calls = []
+    net.register_forward_pre_hook(lambda net, x, more: calls.append((*x[:3], more.get('commit'))), with_kwargs=True)
+    out = model.rollout(net, z[:, :Tc], a, a_mask, K=2, tau_ctx=tau_ctx)
+    commits = [call[:3] for call in calls if call[3]]
+    assert [z.shape[1] for z, _, _ in commits] == [Tc] + [1] * (T - Tc - 1)
+    past, tau, d = (torch.cat(x, dim=1) for x in zip(*commits))
+    first = calls[1][0][:, 0]
+    assert torch.allclose(slow_rollout(net, z[:, :Tc], a, a_mask, K=2, tau_ctx=tau_ctx), out, rtol=0, atol=1e-10)
     assert past.shape[1] == T - 1 and (tau == level).all() and (d == 1 / 8).all()
     clean = torch.cat((z[:, :Tc], out[:, :-1]), dim=1)
     noise = (past - level * clean) / (1 - level)
@@ -1129,57 +1047,6 @@ def test_the_past_is_noised_and_labelled_by_tau_ctx(double, tau_ctx, level):
     assert (np.corrcoef(pairs) - np.eye(T - 1)).max() < 0.3, 'every frame has noise of its own'
 
 
-def test_a_step_of_one_returns_the_prediction():
-    """K = 1 from noise is one evaluation at tau = 0 with d = 1; K = 2 follows the Euler step written out by hand."""
-    net, (z, _, _, a, a_mask) = world(), inputs(1, 2)
-    spy = Spy(net)
-    out = model.rollout(net, z[:, :1], a, a_mask, K=1)
-    _, tau, d, y, _ = spy.calls[-1]
-    assert torch.allclose(out, y, atol=1e-6) and (tau[:, -1].item(), d[:, -1].item()) == (0.0, 1.0)
-    spy.calls.clear()
-    out = model.rollout(net, z[:, :1], a, a_mask, K=2)
-    _, (x0, tau0, d0, y0, _), (x1, tau1, d1, y1, _) = spy.calls
-    assert (tau0.item(), d0.item(), tau1.item(), d1.item()) == (0.0, 0.5, 0.5, 0.5)
-    assert torch.allclose(x1, x0 + 0.5 * (y0 - x0) / (1 - 0.0), atol=1e-6)
-    assert torch.allclose(out, x1 + 0.5 * (y1 - x1) / (1 - 0.5), atol=1e-6) and torch.allclose(out, y1, atol=1e-6)
-
-
-@pytest.mark.parametrize('objective, step', [('shortcut', 1 / 4), ('diffusion', 1 / 8)])
-def test_what_each_step_of_a_frame_is_told(objective, step):
-    net, (z, _, _, a, a_mask) = world(objective=objective), inputs(1, 5)
-    spy = Spy(net)
-    model.rollout(net, z[:, :2], a, a_mask, K=4)
-    asked = [(tau.item(), d.item()) for _, tau, d, _, commit in spy.calls[1:] if not commit]
-    assert asked == 3 * [(i / 4, step) for i in range(4)]
-
-
-def slow_rollout(net, z_ctx, a, a_mask, K, level, cut=torch.Tensor.detach):
-    """Without a cache, differentiated through the last step of each frame: frames and steps before it are numbers; or
-    with cut=lambda x: x, through everything."""
-    direct, (B, Tc, N, D), T = net.config['objective'] == 'direct', z_ctx.shape, a.shape[1]
-    g, k_max = torch.Generator().manual_seed(0), net.config['k_max']
-    noise = lambda: torch.randn(2, B, 1, N, D, generator=g)
-    step = 1 / K if net.config['objective'] == 'shortcut' else 1 / k_max
-    past = torch.randn(z_ctx.shape, generator=torch.Generator().manual_seed(hash((0, 1)) % 2 ** 32))
-    seen = z_ctx if direct else level * z_ctx + (1 - level) * past
-    out = []
-    for t in range(Tc, T):
-        x, eps = noise() if not direct else (None, None)
-        known = a[:, :t + 1], a_mask[:, :t + 1]
-        if direct:
-            tau = (torch.arange(t + 1) > 0).double().expand(B, -1)
-            x = net(torch.cat((torch.zeros_like(seen[:, :1]), seen), dim=1), tau, torch.ones(B, t + 1), *known)[:, -1:]
-        for k in range(0 if direct else K):
-            x = cut(x)
-            tau, d = torch.full((B, t + 1), level), torch.full((B, t + 1), 1 / k_max)
-            tau[:, -1], d[:, -1] = k / K, step
-            y = net(torch.cat((seen, x), dim=1), tau, d, *known)[:, -1:]
-            x = x + (1 / K) * (y - x) / (1 - k / K)
-        out.append(x)
-        seen = torch.cat((seen, cut(x) if direct else level * cut(x) + (1 - level) * eps), dim=1)
-    return torch.cat(out, dim=1)
-
-
 def attend_to_numbers(q, k, v, cap, mask=None, attend=model.attend):
     """Over time (where a mask is) the keys and values of the past are numbers too."""
     if mask is not None:
@@ -1187,8 +1054,6 @@ def attend_to_numbers(q, k, v, cap, mask=None, attend=model.attend):
     return attend(q, k, v, cap, mask)
 
 
-# Fails, model.py is wrong: the Euler step and the last cat of rollout run under its no_grad, so that grad=True has no
-# gradient; and with remat=True, layers are computed again from rings that later frames have overwritten.
 @pytest.mark.parametrize('objective, K', [('shortcut', 1), ('shortcut', 4), ('diffusion', 2), ('direct', 1)])
 @pytest.mark.parametrize('Tc', [2, 6])
 @pytest.mark.parametrize('remat', [False, True])
@@ -1197,7 +1062,7 @@ def test_the_gradient_of_a_rollout_is_that_of_the_last_step_of_each_frame(double
     given = net, z[:, :Tc], a, a_mask, K
     with monkeypatch.context() as patch:
         patch.setattr(model, 'attend', attend_to_numbers)
-        slow = slow_rollout(*given, 7 / 8)
+        slow = slow_rollout(*given)
     weight = torch.randn_like(slow)
     want = gradients((slow * weight).sum(), net)
     net.remat = remat
@@ -1215,24 +1080,24 @@ def test_gradients_reach_the_actions_through_every_frame(double, objective, K, T
         p.data += 0.02 * torch.randn_like(p)
     a_mask[:, Tc:] = True
     slow_a, fast_a = a.clone().requires_grad_(), a.clone().requires_grad_()
-    slow = slow_rollout(net, z[:, :Tc], slow_a, a_mask, K, 7 / 8, cut=lambda x: x)
-    rings = model.remember(net, z[:, :Tc], a[:, :Tc], a_mask[:, :Tc], Tc + 6)
-    before = [r.clone() for ring in rings if ring for r in ring]
-    fast = model.rollout(net, z[:, :Tc], fast_a, a_mask, K, grad='all', rings=rings)
+    slow = slow_rollout(net, z[:, :Tc], slow_a, a_mask, K, cut=lambda x: x)
+    cache = model.remember(net, z[:, :Tc], a[:, :Tc], a_mask[:, :Tc], Tc + 6)
+    before = copy.deepcopy(cache)
+    fast = model.rollout(net, z[:, :Tc], fast_a, a_mask, K, grad='all', cache=cache)
     assert torch.allclose(fast, slow, rtol=0, atol=1e-10)
     weight = torch.randn_like(slow)
     (want,), (got,) = (torch.autograd.grad((x * weight).sum(), y) for x, y in ((slow, slow_a), (fast, fast_a)))
     assert want[:, Tc].abs().max() > 1e-3 and torch.allclose(got[:, Tc:], want[:, Tc:], rtol=0, atol=1e-9)
-    for graph in (False, None):     # the context's rings can be used again, by any number of candidates
+    for graph in (False, None):     # the context's cache can be used again, by any number of candidates
         again = model.rollout(net, z[:1, :Tc], a[:1].expand(3, -1, -1), a_mask[:1].expand(3, -1), K, graph=graph,
-                              rings=model.remember(net, z[:1, :Tc], a[:1, :Tc], a_mask[:1, :Tc], Tc + 6))
+                              cache=model.remember(net, z[:1, :Tc], a[:1, :Tc], a_mask[:1, :Tc], Tc + 6))
         assert torch.allclose(again[1], model.rollout(net, z[:1, :Tc], a[:1], a_mask[:1], K)[0], rtol=0, atol=1e-10)
-    assert all(torch.equal(r, b) for r, b in zip((r for ring in rings if ring for r in ring), before))
+    assert all(torch.equal(x, y) for old, new in zip(before, cache) for x, y in zip(old, new))
 
 
 @pytest.mark.parametrize('objective', ['shortcut', 'direct'])
 def test_a_graph_of_a_frame_serves_later_rollouts(monkeypatch, objective):
-    """A CUDA graph goes on with the closure, the buffers and the rings of its first call: imitated here."""
+    """A CUDA graph goes on with the closure, the buffers and the cache of its first call: imitated here."""
     made = []
 
     def replay(graphs, key, f, *inputs):
@@ -1256,7 +1121,7 @@ def test_a_graph_of_a_frame_serves_later_rollouts(monkeypatch, objective):
 
 # checkpoint and pictures ----------------------------------------------------------------------------------------------
 
-def test_save_then_load(tmp_path):
+def test_save_then_load(tmp_path, capsys):
     net, path, config = world(), tmp_path / 'ckpt.safetensors', dict(a=1, b=0.5, c='x', d=True)
     averages = {k: v + 1 for k, v in net.named_parameters()}
     model.save(path, net, config, averages, {'z_mean': torch.arange(3.0)}, step=7)
@@ -1267,6 +1132,9 @@ def test_save_then_load(tmp_path):
         assert all(torch.equal(p, averages[k] if ema else dict(net.named_parameters())[k])
                    for k, p in again.named_parameters())
     assert [p.name for p in tmp_path.iterdir()] == ['ckpt.safetensors']
+    del net.config['action_on'], net.config['soft_cap']     # a checkpoint from before there were these
+    model.save(path, net, config)
+    assert model.load(path)[0].config == again.config and 'action_on=all' in capsys.readouterr().out
     whole = path.read_bytes()
     for content in (whole[:len(whole) // 2], b'', b'nonsense'):
         path.write_bytes(content)
