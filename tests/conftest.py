@@ -17,7 +17,7 @@ def shared():
     """The folder of real weights and datasets; tests that need it are skipped where it is not there."""
     folder = Path(os.environ.get('NANOWM_SHARED') or ROOT.parent / 'shared')
     if not folder.is_dir():
-        pytest.skip(f'no real data: {folder} does not exist (NANOWM_SHARED names another folder)')
+        pytest.skip(f'no real data: {folder} does not exist (NANOWM_SHARED names another)')
     return folder
 
 
@@ -41,9 +41,22 @@ def ends(name, *options):
     return error.value.code
 
 
+def write_lerobot(root, episodes, fps, *args, **options):
+    """Write a dataset of episodes: dicts of 'observation.images.<name>', an iterable of frames
+    (H, W, 3); 'task'; and of other columns, an iterable of vectors."""
+    with data.Writer(root, fps, *args, **options) as writer:
+        for e in episodes:
+            columns = {k: values for k, values in e.items() if k != 'task'}
+            for values in zip(*columns.values(), strict=True):
+                row = dict(zip(columns, values))
+                frames = {k.rpartition('.')[2]: row.pop(k) for k in columns if '.images.' in k}
+                writer.add(frames, row.pop('action', None), row.pop('observation.state', None), row)
+            writer.end_episode(e['task'])
+
+
 # a model that trains in a second
-SMALL = ('--width=32', '--layers=2', '--heads=2', '--kv_heads=1', '--batch_size=4', '--eval_clips=4', '--warmup=2',
-         '--K=2', '--dtype=float32', '--device=cpu')
+SMALL = ('--width=32', '--layers=2', '--heads=2', '--kv_heads=1', '--batch_size=4',
+         '--eval_clips=4', '--warmup=2', '--K=2', '--dtype=float32', '--device=cpu')
 
 
 @pytest.fixture(scope='session')

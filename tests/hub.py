@@ -2,14 +2,14 @@
 A stand-in for the Hugging Face hub: dataset repositories in a folder, served on loopback, with faults on order.
 
     with Hub(folder) as hub:                        # folder/owner/name/meta/info.json, ..
-        hub.fail('.mp4', 'cut', times=2)            # the next two downloads of a video break off half way
-        hub.fail('info.json', 429, seconds=1)       # Retry-After: 1
-        hf_hub_download('owner/name', 'meta/info.json', repo_type='dataset', endpoint=hub.url, local_dir=out)
+        hub.fail('.mp4', 'cut', times=2)        # the next two downloads of a video break off
+        hub.fail('info.json', 429, seconds=1)   # Retry-After: 1
+        hf_hub_download('owner/name', 'meta/info.json', repo_type='dataset', endpoint=hub.url)
     assert [r.status for r in hub.log if r.method == 'GET'] == [429, 200]
 
-It speaks what huggingface_hub asks for when it reads a dataset: repo_info, list_repo_tree (always recursive) and
-hf_hub_download. A revision is main or the commit. Every file comes from here and by plain HTTP, where the real hub
-sends on to other hosts and to Xet.
+It speaks what huggingface_hub asks for when it reads a dataset: repo_info, list_repo_tree (always
+recursive) and hf_hub_download. A revision is main or the commit. Every file comes from here and by
+plain HTTP, where the real hub sends on to other hosts and to Xet.
 """
 import collections
 import hashlib
@@ -22,22 +22,26 @@ from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 ROUTE = re.compile(r'(?:/api)?/datasets/([^/]+/[^/]+)(?:/(revision|tree|resolve)/([^/]+)/?(.*))?')
-Request = collections.namedtuple('Request', 'method path range status time')  # range '' or as asked for, time of start
+# range: '' or as asked for; time: of its start
+Request = collections.namedtuple('Request', 'method path range status time')
 Fault = collections.namedtuple('Fault', 'part kind seconds keep method headers')
 
 
 class Hub:
-    """A server from `with` to its end. The files under root, page and commits may change at any time.
-
-    url: for HF_ENDPOINT or endpoint=; log: a Request for each answer about a dataset; faults: those not used up yet;
-    page: entries of a tree per answer; commits: {repo: sha} to stand in for the hash of a repository's files.
-    """
+    """A server from `with` to its end. The files under root, page and commits may change."""
 
     def __init__(self, root):
-        self.root, self.page, self.commits, self.log, self.faults = Path(root), 1000, {}, [], []
-        self.over, self.lock = threading.Event(), threading.Lock()
-        self.server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), type('Answers', (Answer,), {'hub': self}))
-        self.server.daemon_threads, self.server.block_on_close = True, False  # closing waits for no client
+        self.root = Path(root)
+        self.page = 1000        # entries of a tree per answer
+        self.commits = {}       # {repo: sha} to stand in for the hash of a repository's files
+        self.log = []           # a Request for each answer about a dataset
+        self.faults = []        # those not used up yet
+        self.over = threading.Event()
+        self.lock = threading.Lock()
+        answer = type('Answers', (Answer,), {'hub': self})
+        self.server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), answer)
+        self.server.daemon_threads = True
+        self.server.block_on_close = False      # closing waits for no client
         self.url = f'http://127.0.0.1:{self.server.server_port}'
 
     def __enter__(self):
@@ -52,13 +56,16 @@ class Hub:
     def fail(self, part, kind, times=1, seconds=None, keep=None, method='GET', headers=()):
         """Let the next requests of a method with `part` in their path go wrong.
 
-        kind is a status such as 429 or 503 (with `headers`, and Retry-After if seconds is given), 'cut' (the connection
-        closes after `keep` bytes of the body, half of it by default; a HEAD gets no answer), 'stall' (after `keep`
-        bytes nothing for `seconds`, then the rest) or 'short' (a complete answer, but the file's last byte is missing).
+        kind is a status such as 429 or 503 (with `headers`, and Retry-After if seconds is given),
+        'cut' (the connection closes after `keep` bytes of the body, half of it by default; a HEAD
+        gets no answer), 'stall' (after `keep` bytes nothing for `seconds`, then the rest) or 'short'
+        (a complete answer, but the file's last byte is missing).
         """
-        wait = {'Retry-After': str(seconds)} if seconds is not None else {}
+        headers = dict(headers)
+        if seconds is not None:
+            headers['Retry-After'] = str(seconds)
         with self.lock:
-            self.faults += [Fault(part, kind, seconds, keep, method, {**wait, **dict(headers)})] * times
+            self.faults += [Fault(part, kind, seconds, keep, method, headers)] * times
 
     def files(self, repo):
         """{name: (content, git's or LFS's hash of it)} of a repository; empty if there is none."""
@@ -67,7 +74,8 @@ class Hub:
             if path.is_file():
                 body = path.read_bytes()
                 large = path.suffix in ('.mp4', '.parquet')  # what the hub keeps in LFS by default
-                oid = hashlib.sha256(body) if large else hashlib.sha1(b'blob %d\0' % len(body) + body)
+                oid = hashlib.sha1(b'blob %d\0' % len(body) + body)
+                oid = hashlib.sha256(body) if large else oid
                 files[path.relative_to(self.root / repo).as_posix()] = body, oid.hexdigest()
         return files
 
@@ -80,8 +88,10 @@ class Answer(http.server.BaseHTTPRequestHandler):
     timeout = 60  # seconds, for a client that never finishes its request
 
     def do_GET(self):
-        self.began, self.url = time.monotonic(), urlsplit(self.path)
-        self.where, match = unquote(self.url.path), ROUTE.fullmatch(self.url.path)
+        self.began = time.monotonic()
+        self.url = urlsplit(self.path)
+        self.where = unquote(self.url.path)
+        match = ROUTE.fullmatch(self.url.path)
         if not match:  # such as the client's own news, which no test is about
             return self.send_error(404)
         with self.hub.lock:
@@ -92,7 +102,8 @@ class Answer(http.server.BaseHTTPRequestHandler):
         if isinstance(self.fault.kind, int):
             return self.answer(self.fault.kind, b'{"error": "a fault on order"}', self.fault.headers)
         repo, what, revision, name = (unquote(text or '') for text in match.groups())
-        files, sha = self.hub.files(repo), self.hub.commit(repo)
+        files = self.hub.files(repo)
+        sha = self.hub.commit(repo)
         if not files:
             self.answer(404, headers={'X-Error-Code': 'RepoNotFound'})
         elif revision not in ('', 'main', sha):
@@ -102,8 +113,8 @@ class Answer(http.server.BaseHTTPRequestHandler):
         elif what == 'tree' and (not name or any(file.startswith(name + '/') for file in files)):
             self.tree(files, name and name + '/')
         elif what in ('', 'revision'):
-            self.answer(200, json.dumps({'id': repo, 'sha': sha, 'siblings': [{'rfilename': file} for file in files],
-                                         'private': False, 'downloads': 0, 'likes': 0, 'tags': []}).encode())
+            self.json({'id': repo, 'sha': sha, 'siblings': [{'rfilename': file} for file in files],
+                       'private': False, 'downloads': 0, 'likes': 0, 'tags': []})
         else:
             self.answer(404, headers={'X-Error-Code': 'EntryNotFound', 'X-Repo-Commit': sha})
 
@@ -111,32 +122,51 @@ class Answer(http.server.BaseHTTPRequestHandler):
 
     def tree(self, files, folder):
         """All files and folders under `folder` ('' or with a slash), in pages that name the next one."""
-        paths = {p.as_posix() for name in files for p in Path(name).parents} - {'.'} | set(files)
+        paths = set(files)
+        for name in files:
+            paths |= {parent.as_posix() for parent in Path(name).parents}
         entries = []
-        for path in sorted(p for p in paths if p.startswith(folder)):
+        for path in sorted(p for p in paths - {'.'} if p.startswith(folder)):
             body, oid = files.get(path, (b'', '0' * 40))
-            entries += [{'type': 'file' if path in files else 'directory', 'path': path, 'oid': oid, 'size': len(body)}]
+            kind = 'file' if path in files else 'directory'
+            entries.append({'type': kind, 'path': path, 'oid': oid, 'size': len(body)})
             if len(oid) == 64:
                 entries[-1]['lfs'] = {'oid': oid, 'size': len(body), 'pointerSize': 130}
         start = int(parse_qs(self.url.query).get('cursor', ['0'])[0])
         stop = start + self.hub.page
-        more = {'Link': f'<{self.hub.url}{self.url.path}?recursive=True&cursor={stop}>; rel="next"'}
-        self.answer(200, json.dumps(entries[start:stop]).encode(), more if stop < len(entries) else {})
+        more = f'<{self.hub.url}{self.url.path}?recursive=True&cursor={stop}>; rel="next"'
+        self.json(entries[start:stop], {'Link': more} if stop < len(entries) else {})
+
+    def json(self, value, headers=()):
+        self.answer(200, json.dumps(value).encode(), headers)
 
     def file(self, body, oid, sha):
-        headers = {'X-Repo-Commit': sha, 'ETag': f'"{oid}"', 'X-Linked-ETag': f'"{oid}"', 'X-Linked-Size': len(body)}
-        size = len(body) - (self.fault.kind == 'short')
+        headers = {'X-Repo-Commit': sha, 'ETag': f'"{oid}"', 'X-Linked-ETag': f'"{oid}"',
+                   'X-Linked-Size': len(body)}
+        size = len(body)
+        if self.fault.kind == 'short':
+            size -= 1
         span = re.fullmatch(r'bytes=(\d+)-(\d*)', self.headers.get('Range', ''))
-        start, stop = (int(span[1]), min(int(span[2] or size) + 1, size)) if span else (0, size)
-        if span:
-            headers['Content-Range'] = f'bytes {start}-{stop - 1}/{size}' if start < stop else f'bytes */{size}'
-        self.answer(200 if not span else 206 if start < stop else 416, body[start:stop], headers)
+        if not span:
+            return self.answer(200, body[:size], headers)
+        start = int(span[1])
+        stop = min(int(span[2] or size) + 1, size)
+        if start >= stop:
+            return self.answer(416, b'', headers | {'Content-Range': f'bytes */{size}'})
+        headers['Content-Range'] = f'bytes {start}-{stop - 1}/{size}'
+        self.answer(206, body[start:stop], headers)
 
     def answer(self, status, body=b'', headers=()):
-        kind, seconds, keep = self.fault.kind, self.fault.seconds, self.fault.keep
-        keep = len(body) if kind not in ('cut', 'stall') else len(body) // 2 if keep is None else keep
+        kind = self.fault.kind
+        seconds = self.fault.seconds
+        keep = self.fault.keep
+        if kind not in ('cut', 'stall'):
+            keep = len(body)
+        elif keep is None:
+            keep = len(body) // 2
+        span = self.headers.get('Range', '')
         with self.hub.lock:
-            self.hub.log.append(Request(self.command, self.where, self.headers.get('Range', ''), status, self.began))
+            self.hub.log.append(Request(self.command, self.where, span, status, self.began))
         if self.command == 'HEAD' and (kind == 'cut' or kind == 'stall' and self.hub.over.wait(seconds)):
             return
         try:

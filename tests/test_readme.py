@@ -1,9 +1,10 @@
-"""What README.md tells people to type must exist."""
+"""What README.md tells people to type must exist, and options must have limits."""
 import ast
 import re
 
 import pytest
 
+import data
 from conftest import ROOT
 
 TEXT = (ROOT / 'README.md').read_text()
@@ -11,14 +12,23 @@ COMMANDS = [c.strip() for c in re.findall(r'^    (\S.*)$', TEXT.replace('\\\n', 
 
 
 def constants(name):
-    """The options of a script: its constants before the call of override; in data.py these are in its last if."""
+    """The options of a script: its constants before override(); in data.py in its last if."""
     out, body = {}, ast.parse((ROOT / name).read_text()).body
     for node in body[-1].body if name == 'data.py' else body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.value).startswith(('override(', 'data.override(')):
+        if isinstance(node, ast.Assign) and 'override(' in ast.unparse(node.value):
             break
         if isinstance(node, ast.Assign) and isinstance(node.value, (ast.Constant, ast.UnaryOp)):
             out[node.targets[0].id] = ast.literal_eval(node.value)
     return out
+
+
+@pytest.mark.parametrize('name', ['data', 'train', 'plan', 'decode'])
+def test_every_number_has_limits_and_defaults_keep_them(name):
+    options = constants(f'{name}.py')
+    numbers = {k for k, v in options.items() if type(v) in (int, float)}
+    assert numbers <= data.LIMITS.keys(), 'give them a place in data.LIMITS'
+    for k, v in options.items():
+        data.check(k, v)
 
 
 def test_there_are_two_commands_to_begin_with():
@@ -39,9 +49,10 @@ def test_files_and_options_exist(command):
 
 
 def test_every_option_named_in_the_text_exists():
-    scripts = ('data', 'train', 'plan', 'decode', 'tests/bench_data', 'tests/bench_model', 'tests/bench_plan',
-               'tests/ablate')
-    known = set().union(*(constants(f'{name}.py') for name in scripts)) | {'nproc_per_node'}
+    known = {'nproc_per_node'}
+    for name in ('data', 'train', 'plan', 'decode', 'tests/bench_data', 'tests/bench_model',
+                 'tests/bench_plan', 'tests/ablate'):
+        known |= constants(f'{name}.py').keys()
     assert {o for o in re.findall(r'`--(\w+)', TEXT)} <= known
 
 
