@@ -1,22 +1,32 @@
 """
-Plan towards a goal image by searching actions inside a trained world model.
+Whatever acts: planners, which search actions inside a trained world model for a goal picture, the
+controller of robots, simulators, recording, the closed loop.
 
-    python plan.py                                                # closed loop in the demo world, beside baselines
-    python plan.py --env=gym_pusht/PushT-v0 --ckpt=pusht/ckpt.safetensors --episodes=50        # in a simulator
-    python plan.py --ckpt=out/ckpt.safetensors --start=now.png --goal=goal.png                 # one plan, two pictures
-    python plan.py --ckpt=out/ckpt.safetensors --watch=frames/ --goal=goal.png      # a new picture in, a line out
+    python plan.py                                          # closed loop in the demo world
+    python plan.py --env=tests/simulators.py:PushT --ckpt=pusht/ckpt.safetensors    # in another
+    python plan.py --start=now.png --goal=goal.png          # one plan between two pictures
+    python plan.py --watch=frames/ --goal=goal.png          # a new picture in, a line out
+    python plan.py --record=gym_pusht/PushT-v0 --policy=noise --out=pusht   # a dataset
 
-Leaves plan.json and plan.mp4 (closed loop), or plan.npy and plan.mp4 (pictures), in the folder of the checkpoint.
-Letters: E episodes at once, M candidates, H model steps, A action width, Tc frames of context, N tokens, D channels.
+Leaves plan.json and plan.mp4 (closed loop), or plan.npy and plan.mp4 (pictures), in the folder of
+the checkpoint. Letters: E episodes at once, M candidates, H model steps, A action width, Tc frames
+of context, N tokens, D channels.
 """
 import copy
+import dataclasses
 import functools
 import glob
+import importlib
+import itertools
 import json
 import math
 import os
+import re
+import runpy
+import signal
 import sys
 import time
+import types
 
 import numpy as np
 import torch
@@ -25,71 +35,83 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
-from model import (WorldModel, compile_layers, half_weights, load, pictures, remember, restore_encoder, rollout,
-                   standard, unstandard)
+from model import (WorldModel, compile_layers, encode_frames, half_weights, load, pictures,
+                   remember, restore_encoder, rollout, standard, unstandard)
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 ckpt = 'out/ckpt.safetensors'
-out_dir = ''                # '' = the folder of the checkpoint
-encoder_path = ''           # the encoder's weights; '' = where training found them
-robot = 0                   # whose actions: the number of the labelled dataset, counted from 0
+out_dir = ''            # '' = the folder of the checkpoint
+encoder_path = ''       # the encoder's weights; '' = where training found them
+robot = 0               # whose actions: number of the labelled dataset, from 0
 # a plan between two pictures, or for every new picture in a folder
-start = ''                  # a picture of now, of a robot at rest, or several a model step apart: before.png,now.png
-goal = ''                   # a picture of what is wanted
-watch = ''                  # a folder of pictures, read in order of their names until Ctrl-C
+start = ''              # picture of now, of a robot at rest, or several, a step apart: a.png,b.png
+goal = ''               # a picture of what is wanted
+watch = ''              # a folder of pictures, read in order of their names until Ctrl-C
 # search
-method = 'cem'              # cem, icem, mppi or adam (gradients through the model)
-horizon = 5                 # model steps
-samples = 64                # candidates per iteration; adam: starts
-elites = 8                  # the best of them, which the next iteration is drawn from
+method = 'cem'          # cem, icem, mppi or adam (gradients)
+horizon = 5             # model steps
+samples = 64            # candidates per iteration; adam: starts
+elites = 8              # the best of them, which the next iteration is drawn from
 iterations = 5
-init_std = 1.0              # of the first candidates of a search, in units of the actions' std
-warm_std = 0.0              # the same where a search begins from the last plan: smaller stays closer; 0 = init_std
-min_std = 0.05              # in units of the actions' std, so that the search does not collapse
-beta = 2.0                  # colour of the noise: power 1 / f^beta over a plan's rows; 0 = independent rows
-momentum = 0.0              # of mean and std from iteration to iteration (iCEM: 0.1; mppi: of the mean alone)
-keep = 0.3                  # icem: share of the elites that lives on in the next iteration, and in the next plan
-temperature = 0.5           # mppi: of the weights, in units of the elites' standard deviation of cost
-step_size = 0.1             # adam: in units of the actions' std
-warm = True                 # begin from the last plan, shifted by the steps that were executed
-budget_ms = 0.0             # stop the search at this deadline, whatever iterations says; 0 = none
-chunk = 0                   # candidates imagined at once: 0 = as many as have 1,024 tokens on a CPU, else 4,096
+init_std = 1.0          # of the first candidates of a search, in units of the actions' std
+warm_std = 0.0          # where a search begins from the last plan; 0 = init_std
+min_std = 0.05          # in units of the actions' std, so that the search does not collapse
+beta = 2.0              # the noise has power 1 / f^beta over a plan's rows; 0 = white
+keep = 0.3              # icem: share of the elites that the next iteration and plan keep
+temperature = 0.5       # mppi: of the weights, in std of the elites' costs
+step_size = 0.1         # adam: in units of the actions' std
+warm = True             # begin from the last plan, shifted by the steps that were executed
+budget_ms = 0.0         # stop the search at this deadline, whatever iterations says; 0 = none
+chunk = 0               # candidates imagined at once; 0 = 1,024 tokens on a CPU, else 4,096 plans
 # the model's use and the cost
-K = 1                       # denoising steps per imagined frame
-seeds = 1                   # noises under which every candidate is imagined
-risk = 'mean'               # what counts of their costs: mean, worst, or std (mean + standard deviation)
-cost = 'all'                # distance to the goal: all = over the steps, last = at the last one
-discount = 1.0              # with cost=all: weight of a step relative to the one before it
-mask = ''                   # a picture, white where the goal counts; '' = everywhere
-smooth = 0.0                # weight of squared changes of the action, in normalised units
+K = 1                   # denoising steps per imagined frame
+seeds = 1               # noises under which every candidate is imagined; the mean counts
+cost = 'all'            # distance to the goal: all = over the steps, last = at the last one
+mask = ''               # a picture, white where the goal counts; '' = everywhere
+smooth = 0.0            # weight of squared changes of the action, in normalised units
 # closed loop
-env = 'demo'                # or gym_pusht/PushT-v0, PointMaze_UMaze-v3, FetchReach-v4, FetchPush-v4
-episodes = 20
-goals = 'expert'            # expert: a state goal_steps later on a scripted trajectory; random: another state, at rest
-goal_steps = 0              # environment steps; 0 = 10 in the demo world, else 25
-budget = 0                  # environment steps, fixed in advance; 0 = twice goal_steps
-replan = 1                  # model steps that are executed before planning again
-shift = ''                  # also under: light, background, object, camera (comma-separated), which training never saw
-frame_height = 0            # pixels that the simulator draws, as the dataset was recorded; 0 = what the encoder sees
-frame_width = 0             # 0 = square
+env = 'demo'            # or a class of a file: tests/simulators.py:PushT, ...:PointMaze
+episodes = 20           # also of a recording
+goals = 'expert'        # expert: where a script is goal_steps later; random: anywhere, at rest
+goal_steps = 0          # environment steps; 0 = 10 in the demo world, else 25
+budget = 0              # environment steps, fixed in advance; 0 = twice goal_steps
+replan = 1              # model steps that are executed before planning again
+shift = ''              # also with another: light, background, object, camera (or several)
+frame_height = 0        # pixels that are drawn, as the dataset was; 0 = what the encoder sees
+frame_width = 0         # 0 = square
+# recording
+record = ''             # demo, any gymnasium environment, or file.py:Name
+out = ''                # the new dataset's folder
+policy = 'random'       # random, noise (correlated in time), script or file.py:function
+steps = 300             # the longest episode; 0 = until the environment ends it
+fps = 0.0               # frames per second; 0 = the environment's own
+draw_every = 1          # frames per drawn one, which is repeated: for training at a lower --fps
 seed = 0
 device = 'auto'
-dtype = 'auto'              # float32 or bfloat16; auto = bfloat16 where the hardware multiplies it
-compile = False             # torch.compile: up to a minute at the start, for a closed loop
+dtype = 'auto'          # float32 or bfloat16; auto = bfloat16 where the hardware multiplies it
+compile = False         # torch.compile: up to a minute at the start, for a closed loop
 config = data.override(globals(), sys.argv[1:] if __name__ == '__main__' else [])
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
-def coloured(E, M, H, A, beta, generator=None):
-    """Gaussian noise (E, M, H, A) with power 1 / f^beta over the H steps (Timmer & Koenig 1995, as in iCEM,
-    arXiv:2008.06389) and unit variance at every step of any H: a circular filter of white noise, whose rows have norm
-    one. The mean (f = 0) has the power of the lowest frequency."""
+# --------------------------------------------------------------------------------------------------
+# Planners: functions cost(actions (E, M, H, A), iteration) -> (E, M), lower is better, where to
+# begin, mean and std (E, H, A), and bounds of every candidate, low and high, all in normalised
+# units. H are rows of the dataset here, A numbers of a row. o: this file's options, by name.
+# deadline: of time.perf_counter(); an iteration that would end after it is not begun, except for
+# the first. Each returns a plan (E, H, A), the best cost of every iteration (iterations, E), and
+# the elites (E, n, H, A), which icem takes up in the next search as `carried` (E, n, up to H, A).
+
+def coloured(E, M, H, A, beta, generator):
+    """Gaussian noise (E, M, H, A) with power 1 / f^beta over the H steps (Timmer & Koenig 1995, as
+    in iCEM, arXiv:2008.06389) and unit variance at every step of any H: a circular filter of white
+    noise, whose rows have norm one. The mean (f = 0) has the power of the lowest frequency."""
     f = torch.fft.rfftfreq(H)
     f[0] = f[1] if H > 1 else 1
     kernel = torch.fft.irfft(f ** (-beta / 2), n=H)
     step = torch.arange(H)
-    return torch.einsum('st,emta->emsa', kernel[(step[:, None] - step) % H] / kernel.norm(),
-                        torch.randn(E, M, H, A, generator=generator))
+    circular = kernel[(step[:, None] - step) % H] / kernel.norm()       # (H, H)
+    return torch.einsum('st,emta->emsa', circular, torch.randn(E, M, H, A, generator=generator))
 
 
 def draw(mean, std, low, high, samples, beta, generator):
@@ -101,331 +123,409 @@ def draw(mean, std, low, high, samples, beta, generator):
 
 
 def best(actions, costs, n):
-    """The n best of candidates (E, M, H, A) by costs (E, M): (E, n, H, A) and (E, n), best first."""
-    found, which = costs.topk(n, dim=1, largest=False)
-    return actions.gather(1, which[:, :, None, None].expand(-1, -1, *actions.shape[2:])), found
+    """The n best of candidates (E, M, H, A) by costs (E, M): (E, n, H, A) and (E, n), best
+    first."""
+    costs, which = costs.topk(n, dim=1, largest=False)
+    return actions.take_along_dim(which[:, :, None, None], dim=1), costs
 
 
-def late(begun, done, deadline):
-    """Whether one more iteration, as long as the `done` since `begun`, would end after the deadline."""
-    now = time.perf_counter()
-    return now + (now - begun) / done > deadline
-
-
-# The planners. cost(actions (E, M, H, A), iteration) -> (E, M), lower is better; mean and std (E, H, A) are where to
-# begin, low and high bound every candidate, all in normalised units. H are rows of the dataset here, A numbers of a
-# row. Each returns a plan (E, H, A), the best cost of every iteration (iterations, E), and the elites (E, n, H, A),
-# which icem takes up as `carried` (E, n, up to H, A).
-# deadline: of time.perf_counter(); an iteration that would end after it is not begun, except for the first.
-
-def cem(cost, mean, std, low, high, samples=64, elites=8, iterations=5, min_std=0.05, beta=0.0, momentum=0.0, keep=0.3,
-        temperature=0.5, step_size=0.1, carried=None, generator=None, deadline=math.inf):
-    """Cross-entropy method, as in DINO-WM (arXiv:2411.04983): mean and std move to those of the elites; the last mean.
-    On top of it: bounds, a least std, and as options momentum (JEPA-WMs, arXiv:2512.24497) and coloured noise."""
-    costs, begun = [], time.perf_counter()
+def in_time(iterations, deadline):
+    """0, 1, .. as range(iterations), but no more once another one, as long as those so far, would
+    end after the deadline."""
+    begun = time.perf_counter()
     for i in range(iterations):
-        actions = draw(mean, std, low, high, samples, beta, generator)
-        elite, found = best(actions, cost(actions, i), elites)
-        mean = momentum * mean + (1 - momentum) * elite.mean(dim=1)
-        std = (momentum * std + (1 - momentum) * elite.std(dim=1)).clamp(min=min_std)
-        costs.append(found[:, 0])
-        if late(begun, i + 1, deadline):
+        yield i
+        now = time.perf_counter()
+        if now + (now - begun) / (i + 1) > deadline:
             break
-    return mean.clamp(low, high), torch.stack(costs), elite
 
 
-def icem(cost, mean, std, low, high, samples=64, elites=8, iterations=5, min_std=0.05, beta=0.0, momentum=0.0, keep=0.3,
-         temperature=0.5, step_size=0.1, carried=None, generator=None, deadline=math.inf):
-    """iCEM (arXiv:2008.06389): ever fewer samples, max(2 elites, samples / 1.25^i), of coloured noise; a share `keep`
-    of the elites stays among the candidates, and with `carried` those of the time step before, shifted, their missing
-    last steps drawn anew; the best candidate of the last iteration. Differences: the mean is the first candidate of
-    every iteration, not of the last alone; a least std."""
-    costs, elite, begun = [], None, time.perf_counter()
-    for i in range(iterations):
-        actions = draw(mean, std, low, high, max(2 * elites, int(samples / 1.25 ** i)), beta, generator)
+def cem(cost, mean, std, low, high, o, generator, deadline, carried):
+    """Cross-entropy method, as in DINO-WM (arXiv:2411.04983): mean and std move to those of the
+    elites; the last mean. On top of it: bounds, a least std, and coloured noise."""
+    best_costs = []
+    for i in in_time(o.iterations, deadline):
+        actions = draw(mean, std, low, high, o.samples, o.beta, generator)
+        elites, costs = best(actions, cost(actions, i), o.elites)
+        mean = elites.mean(dim=1)
+        std = elites.std(dim=1).clamp(min=o.min_std)
+        best_costs.append(costs[:, 0])
+    return mean.clamp(low, high), torch.stack(best_costs), elites
+
+
+def icem(cost, mean, std, low, high, o, generator, deadline, carried):
+    """iCEM (arXiv:2008.06389): ever fewer samples, max(2 elites, samples / 1.25^i), of coloured
+    noise; a share `keep` of the elites stays among the candidates, and with `carried` those of the
+    time step before, shifted, their missing last steps drawn anew; the best candidate of the last
+    iteration. Differences: the mean is the first candidate of every iteration, not of the last
+    alone; a least std."""
+    best_costs = []
+    elites = None
+    for i in in_time(o.iterations, deadline):
+        samples = max(2 * o.elites, int(o.samples / 1.25 ** i))
+        actions = draw(mean, std, low, high, samples, o.beta, generator)
         if i == 0 and carried is not None:
-            elite = draw(mean, std, low, high, 1 + carried.shape[1], beta, generator)[:, 1:]
-            elite[:, :, :carried.shape[2]] = carried
-        if elite is not None:
-            actions = torch.cat((actions, elite[:, :math.ceil(keep * elites)]), dim=1)
-        elite, found = best(actions, cost(actions, i), elites)
-        mean = momentum * mean + (1 - momentum) * elite.mean(dim=1)
-        std = (momentum * std + (1 - momentum) * elite.std(dim=1)).clamp(min=min_std)
-        costs.append(found[:, 0])
-        if late(begun, i + 1, deadline):
-            break
-    return elite[:, 0], torch.stack(costs), elite
+            elites = draw(mean, std, low, high, 1 + carried.shape[1], o.beta, generator)[:, 1:]
+            elites[:, :, :carried.shape[2]] = carried
+        if elites is not None:
+            actions = torch.cat((actions, elites[:, :math.ceil(o.keep * o.elites)]), dim=1)
+        elites, costs = best(actions, cost(actions, i), o.elites)
+        mean = elites.mean(dim=1)
+        std = elites.std(dim=1).clamp(min=o.min_std)
+        best_costs.append(costs[:, 0])
+    return elites[:, 0], torch.stack(best_costs), elites
 
 
-def mppi(cost, mean, std, low, high, samples=64, elites=8, iterations=5, min_std=0.05, beta=0.0, momentum=0.0, keep=0.3,
-         temperature=0.5, step_size=0.1, carried=None, generator=None, deadline=math.inf):
-    """MPPI as in TD-MPC2 (arXiv:2310.16828): mean and std of the elites, weighted by exp(-cost / temperature); the last
-    mean. Differences: costs are counted from the best in units of the elites' standard deviation, as a distance of
-    latents has no scale of its own; no policy is among the candidates; the mean is returned, not a drawn elite."""
-    costs, begun = [], time.perf_counter()
-    for i in range(iterations):
-        actions = draw(mean, std, low, high, samples, beta, generator)
-        elite, found = best(actions, cost(actions, i), elites)
-        weight = (found - found[:, :1]) / found.std(dim=1, keepdim=True).clamp(min=1e-12)
-        weight = torch.softmax(-weight / temperature, dim=1)[:, :, None, None]                # (E, elites, 1, 1)
-        mean = momentum * mean + (1 - momentum) * (weight * elite).sum(dim=1)
-        std = (weight * (elite - mean[:, None]).square()).sum(dim=1).sqrt().clamp(min=min_std)
-        costs.append(found[:, 0])
-        if late(begun, i + 1, deadline):
-            break
-    return mean.clamp(low, high), torch.stack(costs), elite
+def mppi(cost, mean, std, low, high, o, generator, deadline, carried):
+    """MPPI as in TD-MPC2 (arXiv:2310.16828): mean and std of the elites, weighted by exp(-cost /
+    temperature); the last mean. Differences: costs are counted from the best in units of the
+    elites' standard deviation, as a distance of latents has no scale of its own; no policy is among
+    the candidates; the mean is returned, not a drawn elite."""
+    best_costs = []
+    for i in in_time(o.iterations, deadline):
+        actions = draw(mean, std, low, high, o.samples, o.beta, generator)
+        elites, costs = best(actions, cost(actions, i), o.elites)
+        regret = (costs - costs[:, :1]) / costs.std(dim=1, keepdim=True).clamp(min=1e-12)
+        weight = torch.softmax(-regret / o.temperature, dim=1)[:, :, None, None]
+        mean = (weight * elites).sum(dim=1)
+        variance = (weight * (elites - mean[:, None]).square()).sum(dim=1)
+        std = variance.sqrt().clamp(min=o.min_std)
+        best_costs.append(costs[:, 0])
+    return mean.clamp(low, high), torch.stack(best_costs), elites
 
 
-def adam(cost, mean, std, low, high, samples=64, elites=8, iterations=5, min_std=0.05, beta=0.0, momentum=0.0, keep=0.3,
-         temperature=0.5, step_size=0.1, carried=None, generator=None, deadline=math.inf):
-    """Gradient descent on the actions through the model, by Adam (arXiv:1412.6980) from `samples` starts at once, with
-    steps back into the bounds (arXiv:2512.09929 finds Adam better than plain descent); the best ever seen."""
-    actions = draw(mean, std, low, high, samples, beta, generator).requires_grad_()
-    optimizer, begun = torch.optim.Adam([actions], lr=step_size), time.perf_counter()
-    costs, elite, found = [], actions.detach()[:, :0], None
-    for i in range(iterations + 1):
-        with torch.set_grad_enabled(i < iterations):
+def adam(cost, mean, std, low, high, o, generator, deadline, carried):
+    """Gradient descent on the actions through the model, by Adam (arXiv:1412.6980) from `samples`
+    starts at once, with steps back into the bounds (arXiv:2512.09929 finds Adam better than plain
+    descent); the best ever seen."""
+    actions = draw(mean, std, low, high, o.samples, o.beta, generator).requires_grad_()
+    optimizer = torch.optim.Adam([actions], lr=o.step_size)
+    best_costs = []
+    elites = actions.detach()[:, :0]
+    costs = actions.new_zeros(len(actions), 0)
+    for i in in_time(o.iterations + 1, deadline):       # the last sees where the last step led to
+        if i > 0:
+            actions.grad, = torch.autograd.grad(total, actions)
+            optimizer.step()
+            actions.data.clamp_(low, high)
+        with torch.set_grad_enabled(i < o.iterations):      # else a search has no gradients
             now = cost(actions, i)
-        seen = now.detach() if found is None else torch.cat((found, now.detach()), dim=1)
-        elite, found = best(torch.cat((elite, actions.detach()), dim=1), seen, elites)
-        costs.append(found[:, 0])
-        if i == iterations or late(begun, i + 1, deadline):
-            break
-        actions.grad, = torch.autograd.grad(now, actions, torch.ones_like(now))
-        optimizer.step()
-        actions.data.clamp_(low, high)
-    return elite[:, 0], torch.stack(costs), elite
+            total = now.sum()
+        seen = torch.cat((elites, actions.detach()), dim=1)
+        elites, costs = best(seen, torch.cat((costs, now.detach()), dim=1), o.elites)
+        best_costs.append(costs[:, 0])
+    return elites[:, 0], torch.stack(best_costs), elites
 
 
-def plan(model, z_ctx, a_ctx, z_goal, horizon=5, low=-5.0, high=5.0, a_mask=None, mean=None, carried=None, method='cem',
-         K=1, seeds=1, risk='mean', cost='all', discount=1.0, tokens=None, smooth=0.0, samples=64, elites=8,
-         iterations=5, init_std=1.0, min_std=0.05, beta=2.0, momentum=0.0, keep=0.3, temperature=0.5, step_size=0.1,
-         chunk=0, budget_ms=0.0, seed=0, rows=1, width=0):
-    """Normalised actions (E, horizon, A) that lead the model from its context to the goal, and info.
+# --------------------------------------------------------------------------------------------------
+# A plan: the model imagines every candidate, its distance to the goal is the cost. All candidates
+# of an iteration see the same denoising noise, and share the context's keys and values, which are
+# computed once. The noise of the search is coloured over all rows of a plan: drawn apart, those of
+# a step would cancel each other.
 
-    z_ctx (E, Tc, N, D), a_ctx (E, Tc, A) with a_ctx[:, t] what led to z_ctx[:, t] where a_mask (E, Tc) says that it is
-    known (by default all but the first), z_goal (E, N, D): normalised. mean (E, horizon, A) and carried (E, n, up to
-    horizon, A): where to begin, e.g. the last plan and its elites, shifted. The cost is the squared distance to the
-    goal in un-whitened latents, each channel counting by its variance in the data, over tokens (N,) by their weight.
-    An action is `rows` rows of the dataset with `width` numbers each (0: A / rows), and zeros up to A. The noise of the
-    search is coloured over all rows of a plan: drawn apart, those of a step would cancel each other.
-    All candidates of an iteration see the same denoising noise, and share the context's keys and values, which are
-    computed once. info: 'cost' (iterations, E), 'elites', 'imagine': actions (E, M, H, A) -> (E, M, H, N, D).
-    """
-    E, Tc, A = a_ctx.shape
-    device = z_ctx.device
-    deadline = time.perf_counter() + budget_ms / 1000 if budget_ms else math.inf
+def to_rows(a, rows, width):
+    """Actions of model steps (.., H, A) as rows of the dataset (.., H x rows, width), which the
+    search is over."""
+    return a[..., :rows * width].unflatten(-1, (rows, width)).flatten(-3, -2)
+
+
+def to_steps(a, rows, A):
+    """The inverse of to_rows, padded with zeros to A."""
+    a = a.unflatten(-2, (-1, rows)).flatten(-2)
+    return F.pad(a, (0, A - a.shape[-1]))
+
+
+def distance(z, z_goal, weight):
+    """Mean squared distance (..) of latents (.., N, D) to a goal's."""
+    return ((z - z_goal).square() * weight).mean(dim=(-2, -1))
+
+
+def channel_weights(model, tokens=None):
+    """What each channel counts in a distance, its variance in the data (D,); with weights of the
+    tokens (N,) also each token (N, D)."""
     weight = model.stats['z_std'] ** 2
     weight = weight / weight.mean()
     if tokens is not None:
-        weight = weight * (tokens / tokens.mean())[:, None]                               # (N, D)
-    chunk = chunk or (max(1, 1024 // z_goal.shape[1]) if device.type == 'cpu' else 4096)
-    low, high = (torch.as_tensor(v, dtype=z_ctx.dtype, device=device).expand(A) for v in (low, high))
+        weight = weight * (tokens / tokens.mean())[:, None]
+    return weight
+
+
+def goal_cost(imagine, z_goal, a_last, known, weight, o, seed):
+    """The cost of a plan, a function (actions (E, M, H, A), iteration) -> (E, M): distance to the
+    goal and smoothness, also from the last action a_last (E, A) where it is known (E,)."""
+    def cost(actions, i):
+        distances = []
+        for s in range(o.seeds):
+            noise = hash((seed, i, s)) % 2 ** 31
+            z = imagine(actions, noise)
+            if o.cost == 'last':
+                z = z[:, :, -1:]
+            distances.append(distance(z, z_goal[:, None, None], weight).mean(dim=2))
+        change = (actions[:, :, :1] - a_last[:, None, None]) * known[:, None, None, None]
+        change = torch.cat((change, actions.diff(dim=2)), dim=2)
+        return torch.stack(distances).mean(dim=0) + o.smooth * change.square().mean(dim=(2, 3))
+    return cost
+
+
+def plan(model, z_ctx, a_ctx, z_goal, o, seed=0, low=-5.0, high=5.0, a_mask=None, mean=None,
+         carried=None, tokens=None):
+    """Normalised actions (E, horizon, A) that lead the model from its context to the goal; info.
+
+    z_ctx (E, Tc, N, D), z_goal (E, N, D): normalised latents. a_ctx (E, Tc, A): a_ctx[:, t] is what
+    led to z_ctx[:, t], where a_mask (E, Tc) says that it is known (by default all but the first).
+    low, high: bounds, numbers or (rows, width): an action is so many rows of the dataset with so
+    many numbers each, and zeros up to A. mean (E, horizon, A) and carried (E, n, up to horizon, A):
+    where to begin, the last plan and its elites, shifted. tokens (N,): their weights.
+    info: 'cost' (iterations, E), 'elites', 'imagine': actions (E, M, H, A) -> (E, M, H, N, D).
+    """
+    deadline = time.perf_counter() + o.budget_ms / 1000 if o.budget_ms else math.inf
+    E, Tc, A = a_ctx.shape
+    rows, width = np.shape(low) or (1, A)
+    low, high = (torch.as_tensor(v).to(z_ctx).expand(rows, width).repeat(o.horizon, 1)
+                 for v in (low, high))
     if a_mask is None:
-        a_mask = torch.arange(Tc, device=device).expand(E, Tc) > 0
-    width = width or A // rows
-
-    def apart(v):       # (.., h, A) -> (.., h x rows, width), what the search is over
-        return v[..., :rows * width].unflatten(-1, (rows, width)).flatten(-3, -2)
-
-    def together(v):    # its inverse
-        return F.pad(v.unflatten(-2, (-1, rows)).flatten(-2), (0, A - rows * width))
-
-    counted = slice(0 if cost == 'all' else horizon - 1, horizon)
-    step_weight = (discount ** torch.arange(horizon, device=device))[counted]
-    step_weight = step_weight / step_weight.sum()
+        a_mask = torch.arange(Tc, device=z_ctx.device).expand(E, Tc) > 0
     with torch.no_grad():
-        rings = remember(model, z_ctx, a_ctx, a_mask, Tc + horizon, seed=seed)
+        cache = remember(model, z_ctx, a_ctx, a_mask, Tc + o.horizon, seed=seed)
 
-    def imagine(actions, seed, grad=False):     # (E, M, H, A) -> (E, M, H, N, D)
+    def imagine(actions, seed=seed):
         M = actions.shape[1]
         a = torch.cat((a_ctx[:, None].expand(-1, M, -1, -1), actions), dim=2)
-        known = torch.cat((a_mask, a_mask.new_ones(E, horizon)), dim=1).repeat_interleave(M, dim=0)
-        z = rollout(model, z_ctx, a.flatten(0, 1), known, K=K, seed=seed, rings=rings, grad=grad)
+        known = F.pad(a_mask, (0, o.horizon), value=True).repeat_interleave(M, dim=0)
+        grad = 'all' if torch.is_grad_enabled() else False
+        z = rollout(model, z_ctx, a.flatten(0, 1), known, o.K, seed=seed, cache=cache, grad=grad)
         return z.unflatten(0, (E, M))
 
-    def distance(part, i):
-        costs = []
-        for s in range(seeds):
-            z = imagine(part, hash((seed, i, s)) % 2 ** 31, 'all' if torch.is_grad_enabled() else False)
-            error = (z[:, :, counted] - z_goal[:, None, None]).square() * weight              # (E, M, counted, N, D)
-            costs.append((error.mean(dim=(3, 4)) * step_weight).sum(dim=2))
-        costs = torch.stack(costs)                                                        # (seeds, E, M)
-        total = costs.amax(dim=0) if risk == 'worst' else costs.mean(dim=0)
-        if risk == 'std' and seeds > 1:
-            total = total + costs.std(dim=0)
-        first = (part[:, :, :1] - a_ctx[:, None, -1:]) * a_mask[:, None, -1:, None]
-        return total + smooth * torch.cat((first, part.diff(dim=2)), dim=2).square().mean(dim=(2, 3))
+    chunk = o.chunk or (max(1, 1024 // z_goal.shape[1]) if z_ctx.device.type == 'cpu' else 4096)
+    weight = channel_weights(model, tokens)
+    step_cost = goal_cost(imagine, z_goal, a_ctx[:, -1], a_mask[:, -1], weight, o, seed)
 
-    def distances(actions, i):
-        parts = together(actions).split(max(1, chunk // E), dim=1)
-        if torch.is_grad_enabled() and len(parts) > 1:  # the graph of one chunk at a time: its activations come again
-            return torch.cat([checkpoint(distance, part, i, use_reentrant=False) for part in parts], dim=1)
-        return torch.cat([distance(part, i) for part in parts], dim=1)
+    def cost(actions, i):       # (E, M, H x rows, width) -> (E, M)
+        parts = to_steps(actions, rows, A).split(max(1, chunk // E), dim=1)
+        cost = step_cost
+        if torch.is_grad_enabled() and len(parts) > 1:      # keeps the graph of one chunk at a time
+            cost = functools.partial(checkpoint, step_cost, use_reentrant=False)
+        return torch.cat([cost(part, i) for part in parts], dim=1)
 
+    std = o.init_std if mean is None else o.warm_std or o.init_std
+    mean = to_rows(z_ctx.new_zeros(E, o.horizon, A) if mean is None else mean, rows, width)
+    carried = None if carried is None else to_rows(carried, rows, width)
+    search = dict(cem=cem, icem=icem, mppi=mppi, adam=adam)[o.method]
     generator = torch.Generator().manual_seed(seed)
-    mean = torch.zeros(E, horizon, A, device=device) if mean is None else mean
-    mean, low, high = (apart(v) for v in (mean, low.expand(horizon, A), high.expand(horizon, A)))
-    carried = None if carried is None else apart(carried)
-    search = dict(cem=cem, icem=icem, mppi=mppi, adam=adam)[method]
     with torch.no_grad():
-        actions, costs, elite = search(distances, mean, torch.full_like(mean, init_std), low, high, samples, elites,
-                                       iterations, min_std, beta, momentum, keep, temperature, step_size, carried,
-                                       generator, deadline)
-    return together(actions), {'cost': costs, 'elites': together(elite),
-                               'imagine': functools.partial(imagine, seed=seed)}
+        actions, costs, elites = search(cost, mean, torch.full_like(mean, std), low, high, o,
+                                        generator, deadline, carried)
+    elites = to_steps(elites, rows, A)
+    return to_steps(actions, rows, A), dict(cost=costs, elites=elites, imagine=imagine)
 
+
+# --------------------------------------------------------------------------------------------------
+# the controller of robots
 
 class Planner:
-    """A trained model as the controller of a robot, or of E robots at once: pictures in, the next action out.
+    """A trained model as the controller of a robot, or of E robots at once: pictures in, the next
+    action out.
 
-    It knows the pictures, the actions that were executed, and nothing else. options: this file's constants, for
-    example plan.config | {'samples': 128}. past: how many frames the first call wants. seconds, iterations: of every
-    search so far. tell: print a line about each.
+    It knows the pictures, the actions that were executed, and nothing else. options: this file's
+    constants, for example plan.config | {'samples': 128}. past: how many frames the first call
+    wants. seconds, iterations: of every search so far. tell: print a line about each.
     """
     def __init__(self, ckpt, options=config, tell=True):
-        o = self.options = options
-        for name, choices in (('method', ('cem', 'icem', 'mppi', 'adam')), ('cost', ('all', 'last')),
-                              ('risk', ('mean', 'worst', 'std')), ('dtype', ('auto', 'float32', 'bfloat16'))):
-            data.one_of(name, o[name], choices)
-        for name in ('horizon', 'samples', 'iterations', 'replan', 'seeds'):
-            if o[name] < 1:
-                sys.exit(f'--{name}: wants at least 1, got {o[name]}')
-        for name, low, high in (('init_std', 1e-6, 100), ('warm_std', 0, 100), ('min_std', 0, 100), ('keep', 0, 1),
-                                ('seed', 0, 2 ** 31), ('momentum', 0, 0.999), ('beta', 0, 10), ('chunk', 0, 1e9),
-                                ('temperature', 1e-6, 1e6), ('step_size', 1e-6, 100), ('discount', 1e-6, 1),
-                                ('smooth', 0, 1e9), ('budget_ms', 0, 1e9)):
-            if not low <= o[name] <= high:
-                sys.exit(f'--{name}: wants {low} to {high}, got {o[name]}')
-        if not 2 <= o['elites'] <= o['samples']:
-            sys.exit(f'--elites={o["elites"]}: wants 2 to samples={o["samples"]}, a std needs two')
-        if o['replan'] > o['horizon']:
-            sys.exit(f'--replan={o["replan"]}: a plan has only horizon={o["horizon"]} steps')
-        self.device, self.tell = data.pick_device(o['device']), tell
-        self.autocast = data.autocast(self.device, o['dtype'])
+        for name, value in options.items():
+            data.check(name, value)
+        o = self.o = types.SimpleNamespace(**options)
+        if o.elites > o.samples:
+            sys.exit(f'--elites={o.elites}: wants at most samples={o.samples}')
+        if o.replan > o.horizon:
+            sys.exit(f'--replan={o.replan}: a plan has only horizon={o.horizon} steps')
+        self.tell = tell
+        self.device = data.pick_device(o.device)
+        self.autocast = data.autocast(self.device, o.dtype)
         self.model, self.trained = load(ckpt, self.device)
-        c, stats = self.model.requires_grad_(False).config, {k: v.cpu() for k, v in self.model.stats.items()}
-        if not c['action_dim']:
+        self.model.requires_grad_(False)
+        k_max = self.model.config['k_max']
+        if not self.model.config['action_dim']:
             sys.exit(f'{ckpt}: was trained without actions, there is nothing to search')
-        if o['K'] < 1 or o['K'] & (o['K'] - 1) or o['K'] > c['k_max']:
-            sys.exit(f'--K={o["K"]}: wants a power of two up to {c["k_max"]}, the k_max that {ckpt} was trained with')
+        if o.K & (o.K - 1) or o.K > k_max:
+            sys.exit(f'--K={o.K}: wants a power of two up to {k_max}, the k_max that {ckpt} was '
+                     'trained with')
+        self.make_fast()
+        encoder = restore_encoder(self.trained, self.model.stats, o.encoder_path)
+        self.encoder = encoder.to(self.device)
+        self.frame_size = self.encoder.size, self.encoder.width
+        self.key = self.trained['action'] or 'action'       # the dataset's column
+        self.read_actions(ckpt)
+        self.tokens = self.read_mask(o.mask) if o.mask else None
+        self.past = (self.trained['eval_context'] - 1) * self.frameskip + 1
+        self.restart()
+
+    def make_fast(self):
         if self.autocast._enabled:
             half_weights(self.model, self.autocast.fast_dtype)
-        if o['compile']:
+        if self.o.compile:
             compile_layers(self.model)
-        self.encode = restore_encoder(self.trained, self.model.stats, o['encoder_path']).to(self.device)
-        self.frame_size = self.encode.size, self.encode.width
-        if not 0 <= o['robot'] < len(stats['a_mean']):
-            sys.exit(f'--robot={o["robot"]}: {ckpt} knows {len(stats["a_mean"])} labelled datasets, counted from 0')
-        self.a_mean, self.a_std, self.a_low, self.a_high = (stats[f'a_{k}'][o['robot']]
-                                                            for k in ('mean', 'std', 'low', 'high'))
-        self.used = int(stats['a_width'][o['robot']])           # of the padded width
-        self.frameskip = int(stats['a_rows'][o['robot']])       # dataset rows in a model step
-        self.width = self.used // self.frameskip                # numbers in a row
-        self.scale = torch.where(self.a_std > 1e-6, self.a_std, torch.inf)  # constant dimensions stay at their mean
-        bounds = [((v - self.a_mean) / self.scale).clamp(-5, 5).to(self.device) for v in (self.a_low, self.a_high)]
-        tokens = None
-        if o['mask']:
-            tokens = data.read_image(o['mask'], self.frame_size).float().mean(dim=0)[None]            # (1, H, W)
-            tokens = F.adaptive_avg_pool2d(tokens, self.encode.grid).flatten().to(self.device)        # (N,)
-            if not tokens.any():
-                sys.exit(f'--mask={o["mask"]}: is black, wants white where the goal counts')
-        self.search = dict(low=bounds[0], high=bounds[1], tokens=tokens, rows=self.frameskip, width=self.width) | {
-            k: o[k] for k in ('horizon', 'method', 'K', 'seeds', 'risk', 'cost', 'discount', 'smooth', 'samples',
-                              'elites', 'iterations', 'min_std', 'beta', 'momentum', 'keep', 'temperature',
-                              'step_size', 'chunk', 'budget_ms')}
-        self.past = (self.trained['eval_context'] - 1) * self.frameskip + 1
-        self.seconds, self.iterations = [], []
+
+    def read_mask(self, path):
+        """How white a picture is where the tokens are (N,)."""
+        white = data.read_image(path, self.frame_size).float().mean(dim=0)[None]       # (1, H, W)
+        white = F.adaptive_avg_pool2d(white, self.encoder.grid).flatten()
+        if not white.any():
+            sys.exit(f'--mask={path}: is black, wants white where the goal counts')
+        return white.to(self.device)
+
+    def read_actions(self, ckpt):
+        """What the checkpoint knows of the robot's actions."""
+        stats = self.model.stats
+        i = self.o.robot
+        if i >= len(stats['a_mean']):
+            sys.exit(f'--robot={i}: {ckpt} knows {len(stats["a_mean"])} labelled datasets, counted '
+                     'from 0')
+        self.used = int(stats['a_width'][i])            # of the padded width
+        self.frameskip = int(stats['a_rows'][i])        # dataset rows in a model step
+        self.width = self.used // self.frameskip        # numbers in a row
+
+        def rows(name):
+            return stats[name][i, :self.used].cpu().view(self.frameskip, self.width)
+        self.a_mean = rows('a_mean')
+        self.a_std = rows('a_std')
+        self.a_low = rows('a_low')
+        self.a_high = rows('a_high')
+        # constant dimensions stay at their mean
+        self.scale = torch.where(self.a_std > 1e-6, self.a_std, torch.inf)
+
+    def restart(self):
+        """As made: forget the times of searches, too."""
+        self.seconds = []
+        self.iterations = []
         self.reset()
 
     def reset(self):
         """Forget what was seen and planned: a new episode."""
-        self.z = self.goal = self.last = None
-        self.done, self.queue = [], []
+        self.z = None           # latents of the context (E, Tc, N, D); self.a, self.known: actions
+        self.goal = None
+        self.last_plan = None
+        self.last_elites = None
+        self.done = []          # rows executed since the context's last frame
+        self.queue = []         # rows planned and not yet executed
 
-    @torch.no_grad()
     def latents(self, x):
         """Normalised latents (.., N, D) of uint8 frames (.., H, W, 3)."""
         x = torch.as_tensor(x)
-        flat = data.resize(x.reshape(-1, *x.shape[-3:]).permute(0, 3, 1, 2), self.frame_size)
-        with self.autocast:
-            z = torch.cat([self.encode(part.to(self.device).float() / 255).float() for part in flat.split(64)])
+        flat = data.resize(x.flatten(0, -4).permute(0, 3, 1, 2), self.frame_size)
+        z = encode_frames(self.encoder, flat, self.autocast)
         return standard(z, self.model.stats).unflatten(0, x.shape[:-3])
 
     def physical(self, a):
         """(.., A) normalised -> (.., frameskip, width): rows of the dataset, in its units."""
-        std = torch.where(self.a_std > 1e-6, self.a_std, 0.0)
-        return (a.cpu() * std + self.a_mean)[..., :self.used].unflatten(-1, (self.frameskip, -1))
+        a = a[..., :self.used].unflatten(-1, (self.frameskip, self.width))
+        return a.cpu() * self.a_std + self.a_mean
 
     def normalised(self, rows):
-        """The inverse of physical, padded to the model's width."""
-        a = F.pad(torch.as_tensor(rows, dtype=torch.float32).flatten(-2), (0, len(self.a_mean) - self.used))
-        return ((a - self.a_mean) / self.scale).clamp(-5, 5).to(self.device)
+        """The inverse of physical, as rows (.., frameskip, width)."""
+        rows = torch.as_tensor(rows, dtype=torch.float32)
+        return ((rows - self.a_mean) / self.scale).clamp(-5, 5).to(self.device)
 
+    def begin(self, z):
+        """Latents (E, Tc, N, D) of the past, between which nobody knows the actions."""
+        self.z = z
+        A = self.model.config['action_dim']
+        self.a = z.new_zeros(*z.shape[:2], A)
+        self.known = z.new_zeros(z.shape[:2], dtype=torch.bool)
+
+    def see_past(self, frames, actions):
+        """The first frames (E, n, H, W, 3), and the rows between them where they are known."""
+        E, n = frames.shape[:2]
+        if n < self.past:
+            raise ValueError(f'{n} frames to begin with: the model was trained to see {self.past} '
+                             f'({self.trained["eval_context"]} of them, {self.frameskip} apart)')
+        self.begin(self.latents(frames[:, n - self.past::self.frameskip]))
+        if actions is not None and self.past > 1:
+            rows = np.asarray(actions)[:, 1 - self.past:].reshape(E, -1, self.frameskip, self.width)
+            self.a[:, 1:, :self.used] = self.normalised(rows).flatten(2)
+            self.known[:, 1:] = True
+
+    def see_next(self, frames, actions):
+        """One more frame (E, 1, H, W, 3), and the row that was executed where it is not the planned
+        one."""
+        assert frames.shape[1] == 1, f'{frames.shape[1]} frames after one action'
+        if actions is not None:
+            self.done[-1] = np.asarray(actions)
+        if len(self.done) < self.frameskip:
+            return
+        self.z = torch.cat((self.z[:, 1:], self.latents(frames)), dim=1)
+        self.a = self.a.roll(-1, dims=1)
+        self.a[:, -1, :self.used] = self.normalised(np.stack(self.done, axis=1)).flatten(1)
+        self.known = self.known.roll(-1, dims=1)
+        self.known[:, -1] = True
+        self.known[:, 0] = False        # what led to the first frame is out of sight
+        self.done = []
+
+    def search(self):
+        """Plan from what was seen to self.z_goal, and queue the rows of the plan's first `replan`
+        steps."""
+        o = self.o
+        begun = time.perf_counter()
+        mean = carried = None
+        if self.last_plan is not None and o.warm:
+            mean = F.pad(self.last_plan[:, o.replan:], (0, 0, 0, o.replan))
+            carried = self.last_elites[:, :, o.replan:]
+        seed = o.seed + 1000 * len(self.seconds)
+        with self.autocast:
+            self.last_plan, info = plan(self.model, self.z, self.a, self.z_goal, o, seed,
+                                        self.normalised(self.a_low), self.normalised(self.a_high),
+                                        self.known, mean, carried, self.tokens)
+        self.last_elites = info['elites']
+        rows = self.physical(self.last_plan[:, :o.replan]).flatten(1, 2).numpy()
+        self.queue = list(rows.swapaxes(0, 1))
+        self.seconds.append(time.perf_counter() - begun)
+        iterations = len(info['cost'])
+        if o.method == 'adam':
+            iterations -= 1             # it ends with a look at where the last step led to
+        self.iterations.append(iterations)
+        if self.tell:
+            print(f'plan {len(self.seconds)}: {1000 * self.seconds[-1]:.0f} ms, {iterations} '
+                  f'iterations, cost {info["cost"][0].mean():.4f} -> {info["cost"][-1].mean():.4f}',
+                  flush=True)
+        return info
+
+    @torch.no_grad()
     def act(self, frames, goal, actions=None):
         """The next action, a row of the dataset in its units: (width,).
 
-        frames (n, H, W, 3) uint8: those since the last call, oldest first, one per row; (H, W, 3) is one. The first
-        call wants `past` of them at least, as the model was trained to see: a robot at rest may repeat its picture.
-        goal (H, W, 3) uint8. actions: what was executed, where that is not what act returned: (width,), at the first
-        call the rows (n - 1, width) between its frames, which are else not known. For E robots at once everything has
-        E in front. A search happens every `replan` x frameskip calls; the calls between them return at once.
+        frames (n, H, W, 3) uint8: those since the last call, oldest first, one per row; (H, W, 3)
+        is one. The first call wants `past` of them at least, as the model was trained to see: a
+        robot at rest may repeat its picture. goal (H, W, 3) uint8. actions: what was executed,
+        where that is not what act returned: (width,), at the first call the rows (n - 1, width)
+        between its frames, which are else not known. For E robots at once everything has E in
+        front. A search happens every `replan` x frameskip calls; the calls between them return at
+        once.
         """
-        frames, goal = np.asarray(frames), np.asarray(goal)
-        one = goal.ndim == 3
-        if one:
-            frames, goal = frames.reshape(1, -1, *frames.shape[-3:]), goal[None]
+        frames = np.asarray(frames)
+        goal = np.asarray(goal)
+        if goal.ndim == 3:      # one robot
+            frames = frames.reshape(1, -1, *frames.shape[-3:])
             actions = None if actions is None else np.asarray(actions)[None]
-        E, n, H, W, _ = frames.shape
+            return self.act(frames, goal[None], actions)[0]
         if aspects_differ(frames.shape[2:], goal.shape[1:]):
-            raise ValueError(f'the goal picture is {goal.shape[2]} x {goal.shape[1]} pixels, the frames are {W} x {H}: '
-                             'wants the same aspect')
+            raise ValueError(
+                f'the goal picture is {goal.shape[2]} x {goal.shape[1]} pixels, the frames are '
+                f'{frames.shape[3]} x {frames.shape[2]}: wants the same aspect')
         if self.z is None:
-            if n < self.past:
-                raise ValueError(f'{n} frames to begin with: the model was trained to see {self.past} '
-                                 f'({self.trained["eval_context"]} of them, {self.frameskip} apart)')
-            self.z = self.latents(frames[:, n - self.past::self.frameskip])                   # (E, Tc, N, D)
-            self.a = torch.zeros(*self.z.shape[:2], len(self.a_mean), device=self.device)
-            self.known = torch.zeros(self.z.shape[:2], dtype=torch.bool, device=self.device)
-            if actions is not None and self.past > 1:
-                rows = np.asarray(actions)[:, 1 - self.past:].reshape(E, -1, self.frameskip, self.width)
-                self.a[:, 1:], self.known[:, 1:] = self.normalised(rows), True
+            self.see_past(frames, actions)
         else:
-            assert n == 1, f'{n} frames after one action'
-            if actions is not None:
-                self.done[-1] = np.asarray(actions)
-            if len(self.done) == self.frameskip:
-                self.z = torch.cat((self.z[:, 1:], self.latents(frames)), dim=1)
-                self.a = torch.cat((self.a[:, 1:], self.normalised(np.stack(self.done, axis=1))[:, None]), dim=1)
-                self.known = torch.cat((self.known[:, 1:], torch.ones_like(self.known[:, :1])), dim=1)
-                self.known[:, 0] = False        # what led to the first frame is out of sight
-                self.done = []
-        if self.goal is None or not np.array_equal(goal, self.goal):
-            self.goal, self.z_goal = goal, self.latents(goal)
+            self.see_next(frames, actions)
+        if not np.array_equal(goal, self.goal):
+            self.goal = goal
+            self.z_goal = self.latents(goal)
         if not self.queue:
-            begun, mean, carried, steps = time.perf_counter(), None, None, self.options['replan']
-            if self.last is not None and self.options['warm']:
-                plan_before, elite = self.last
-                mean = torch.cat((plan_before[:, steps:], torch.zeros_like(plan_before[:, :steps])), dim=1)
-                carried = elite[:, :, steps:]
-            std = mean is not None and self.options['warm_std'] or self.options['init_std']
-            with self.autocast:
-                found, info = plan(self.model, self.z, self.a, self.z_goal, a_mask=self.known, mean=mean, init_std=std,
-                                   carried=carried, seed=self.options['seed'] + 1000 * len(self.seconds), **self.search)
-            self.last = found, info['elites']
-            rows = self.physical(found[:, :steps]).flatten(1, 2).numpy()                      # (E, steps, width)
-            self.queue = [*rows.swapaxes(0, 1)]
-            self.seconds.append(time.perf_counter() - begun)
-            self.iterations.append(len(info['cost']) - (self.options['method'] == 'adam'))     # it ends with a look
-            if self.tell:
-                print(f'plan {len(self.seconds)}: {1000 * self.seconds[-1]:.0f} ms, {self.iterations[-1]} iterations, '
-                      f'cost {info["cost"][0].mean():.4f} -> {info["cost"][-1].mean():.4f}', flush=True)
+            self.search()
         self.done.append(self.queue.pop(0))
-        return self.done[-1][0] if one else self.done[-1]
+        return self.done[-1]
 
 
 def aspects_differ(a, b):
-    """Whether pictures of shapes (H, W, ..) are stretched differently when both are brought to the encoder's size."""
+    """Whether pictures of shapes (H, W, ..) are stretched differently when both are brought to the
+    encoder's size."""
     return abs(math.log(a[0] * b[1] / (a[1] * b[0]))) > 0.02
 
 
@@ -433,244 +533,671 @@ def random_weights(planner, seed):
     """The same planner with a model that has learned nothing."""
     other = copy.copy(planner)
     torch.manual_seed(seed)
-    net = WorldModel(planner.model.config).to(planner.device).requires_grad_(False)
-    for head in ([net.head.out] if planner.model.config['wide_layers'] else [net.head]):
-        torch.nn.init.normal_(head.weight, std=0.02)            # training begins with zeros, which imagine nothing
-    net.stats = planner.model.stats
-    other.model = half_weights(net, planner.autocast.fast_dtype) if planner.autocast._enabled else net
-    if planner.options['compile']:
-        compile_layers(net)
-    other.reset()
-    other.seconds, other.iterations = [], []
+    c = planner.model.config
+    other.model = WorldModel(c).to(planner.device).requires_grad_(False)
+    head = other.model.head.out if c['wide_layers'] else other.model.head
+    torch.nn.init.normal_(head.weight, std=0.02)    # it begins with zeros, which imagine nothing
+    other.model.stats = planner.model.stats
+    other.make_fast()
+    other.restart()
     return other
 
 
-def wilson(k, n, z=1.96):
-    """The 95 % interval of a share k / n (Wilson 1927): honest for small n and near 0 and 1."""
-    centre, half = (k + z * z / 2) / (n + z * z), z * math.sqrt(k * (n - k) / n + z * z / 4) / (n + z * z)
-    return [max(0.0, centre - half), min(1.0, centre + half)]
+# --------------------------------------------------------------------------------------------------
+# Simulators. One is a class of your own in a file of your own: --record=file.py:Name and
+# --env=file.py:Name call Name(size, shift, key). size: (height, width) of pictures, 0 = its own;
+# shift: '' or what is to look other than in training, light, background, object or camera; key: the
+# column of the dataset that step() takes. tests/simulators.py has four.
+#
+# Recording needs
+#   name, fps               what datasets call it; steps per second
+#   space                   of actions, as gymnasium's: shape, low, high, sample(), seed()
+#   reset(seed)             begin an episode
+#   step(action)            what is one row of the dataset
+#   frame()                 uint8 (H, W, 3)
+#   state()                 a vector, of all that restore() needs
+#   columns(action)         {column: vector} of an action about to be done: 'action', or more
+#   observation, over       what policies of one's own see, too; whether the episode has ended
+# and for --policy=script, as for the questions of an evaluation,
+#   script(rng)             a function () -> action: noisy behaviour that gets about
+# Evaluation needs in addition
+#   restore(state)          be in a state() of before
+#   exact                   whether restore leaves no trace: one simulator then serves all episodes
+#   pose()                  a vector of what goals are about; policies never see it
+#   far(pose, goal, begin)  how far a pose is from the goal's, and whether it counts as reached
+#   unit                    of that distance
+#   rest()                  the action that holds still
+#   elsewhere(i, rng)       go to another state, at rest: the random goal of episode i
+#   asks(i, begin, goal)    whether going from one pose to another is worth asking
+
+def scaled(x, size):
+    """uint8 (H, W, 3) in a size, resampled as a video's frames are."""
+    x = torch.from_numpy(np.array(x)).permute(2, 0, 1)
+    return data.resize(x[None], size)[0].permute(1, 2, 0).numpy()
+
+
+class Gym:
+    """Any gymnasium environment, as far as recording needs it, and what of evaluation robots at
+    rest share. options: gymnasium.make's."""
+    exact = False
+    observation = None
+    over = False
+
+    def __init__(self, env, size, options={}):
+        try:
+            import gymnasium
+            package = re.split('[/:]', env)[:-1] or ['gymnasium']
+            importlib.import_module(package[0])         # makes env known
+            self.world = gymnasium.make(env, render_mode='rgb_array', **options)
+            self.world.reset()
+            self.world.render()         # a missing package for drawing is noticed only here
+        except ModuleNotFoundError as error:
+            sys.exit(f'{env} needs: pip install {error.name.partition(".")[0].replace("_", "-")}')
+        except gymnasium.error.Error as error:
+            sys.exit(f'{env}: {" ".join(str(error).split())}')
+        self.name = env
+        self.size = size
+        self.space = self.world.action_space
+        self.fps = self.world.metadata.get('render_fps')
+
+    def reset(self, seed):
+        self.observation, _ = self.world.reset(seed=seed)
+        self.over = False
+
+    def step(self, action):
+        self.observation, _, terminated, truncated, _ = self.world.step(action)
+        self.over = terminated or truncated
+
+    def frame(self):
+        return scaled(self.world.render(), self.size)
+
+    def state(self):        # all vectors of the observation, as one
+        parts = [self.observation]
+        if isinstance(self.observation, dict):
+            parts = self.observation.values()
+        return np.hstack([x for x in parts if np.ndim(x) == 1] or [()])
+
+    def columns(self, action):      # discrete ones become one-hot
+        import gymnasium
+        return {'action': gymnasium.spaces.flatten(self.space, action)}
+
+    def rest(self):
+        return np.zeros(self.space.shape)
+
+    def elsewhere(self, i, rng):
+        self.reset(int(rng.integers(2 ** 31)))
+        for _ in range(10):
+            self.step(self.rest())
+
+    def asks(self, i, begin, goal):     # not if it is reached already
+        return not self.far(begin, goal, begin)[1]
+
+
+class Box:
+    """Actions between low and high, as gymnasium.spaces.Box has them."""
+    def __init__(self, low, high):
+        self.low = np.float32(low)
+        self.high = np.float32(high)
+        self.shape = self.low.shape
+
+    def seed(self, seed):
+        self.rng = np.random.default_rng(seed)
+
+    def sample(self):
+        return self.rng.uniform(self.low, self.high)
+
+
+class Demo:
+    """A robot in the demo world. pose: x, y of tip and disc. Reached: the disc, where the goal has
+    it elsewhere than the start, or else the tip, within DEMO_NEAR. Every other goal asks for a
+    push."""
+    name = 'demo'
+    fps = 10
+    unit = 'table widths'
+    exact = True
+    over = False
+    space = Box([-data.DEMO_STEP] * 2, [data.DEMO_STEP] * 2)
+
+    def __init__(self, size=(0, 0), shift='', key='action'):
+        self.size = size
+        self.shift = shift
+        self.reset(0)
+
+    def reset(self, seed):
+        self.now = data.demo_start(1, np.random.default_rng(seed))[0]
+
+    def step(self, action):
+        self.now = data.demo_step(self.now[None], np.asarray(action)[None])[0]
+
+    def frame(self):
+        x = data.demo_draw(self.now[None], 64)[0]
+        if self.shift == 'light':
+            x = np.uint8(x * np.linspace(.55, 1, 64)[:, None])
+        if self.shift == 'camera':      # 3 px to the left, 2 up
+            x = np.pad(x, ((0, 2), (0, 3), (0, 0)), 'edge')[2:, 3:]
+        if self.shift in ('background', 'object'):      # less red in what is grey, or coloured
+            grey = np.ptp(x.astype(int), axis=2) < 40
+            x[..., 0] = np.where(grey == (self.shift == 'background'), x[..., 0] * .7, x[..., 0])
+        return scaled(x, self.size)
+
+    def state(self):
+        return self.now.copy()
+
+    pose = state
+    observation = property(state)
+
+    def restore(self, state):
+        self.now = np.array(state)
+
+    def columns(self, action):
+        return {'action': action}
+
+    def script(self, rng):
+        act = data.demo_script(1, rng)
+        return lambda: act(self.now[None])[0]
+
+    def rest(self):
+        return np.zeros(2)
+
+    def elsewhere(self, i, rng):
+        disc = self.now[2:]
+        self.now = data.demo_start(1, rng)[0]
+        if i % 2 == 0:      # reaching: the disc stays where it is
+            self.now[2:] = disc
+
+    def far(self, pose, goal, begin):
+        which = slice(2, 4) if np.linalg.norm(goal[2:] - begin[2:]) > .02 else slice(0, 2)
+        gap = np.linalg.norm((pose - goal)[which])
+        return gap, gap < data.DEMO_NEAR
+
+    def asks(self, i, begin, goal):
+        tip = np.linalg.norm((goal - begin)[:2])
+        disc = np.linalg.norm((goal - begin)[2:])
+        clear = np.linalg.norm(goal[:2] - goal[2:]) > data.TIP + data.DISC - 1e-6
+        return clear and (disc > .15 if i % 2 else tip > .2 and disc < .02)
+
+
+@functools.cache
+def from_file(text):
+    """What file.py:name names; None where there is no such thing."""
+    file, _, name = text.rpartition(':')
+    return runpy.run_path(file).get(name) if os.path.isfile(file) else None
+
+
+def simulator(env, size, shift='', key='action'):
+    """A new simulator of an --env or --record."""
+    if env == 'demo':
+        return Demo(size, shift, key)
+    if '.py:' not in env:
+        return Gym(env, size)
+    simulator_class = from_file(env)
+    if simulator_class is None:
+        sys.exit(f'{env}: no such file, or nothing of that name in it')
+    sim = simulator_class(size, shift, key)
+    demand(env, sim, 'name fps space reset step frame state columns observation over')
+    return sim
+
+
+def demand(env, sim, names):
+    """End with one line where a simulator lacks some of the names of the interface."""
+    missing = [name for name in names.split() if not hasattr(sim, name)]
+    if missing:
+        sys.exit(f'{env}: lacks {", ".join(missing)}, which this wants (simulators, in plan.py)')
+
+
+# --------------------------------------------------------------------------------------------------
+# recording
+
+def noise_policy(space):
+    """Uniform actions with a memory of 10 steps; where there are no bounds, from -2 to 2."""
+    low = np.nan_to_num(space.low, neginf=-2)
+    high = np.nan_to_num(space.high, posinf=2)
+    z = 0
+    def noise(observation, frame, step, rng):
+        nonlocal z
+        # AR(1) of variance 1; its ndtr is uniform
+        z = .9 * z + .19 ** .5 * rng.standard_normal(space.shape)
+        uniform = torch.special.ndtr(torch.as_tensor(z)).numpy()
+        return (low + (high - low) * uniform).astype(low.dtype)
+    return noise
+
+
+def script_policy(sim):
+    """What the simulator's own script does, anew in every episode."""
+    act = None
+    def script(observation, frame, step, rng):
+        nonlocal act
+        if step == 0:
+            act = sim.script(rng)
+        return act()
+    return script
+
+
+def find_policy(policy, sim):
+    """The function (observation, frame, step, rng) -> action that --policy names."""
+    if policy == 'random':
+        return lambda *_: sim.space.sample()
+    if policy == 'noise' and hasattr(sim.space, 'low'):
+        return noise_policy(sim.space)
+    if policy == 'script' and hasattr(sim, 'script'):
+        return script_policy(sim)
+    choose = from_file(policy)
+    if choose is None:
+        sys.exit(f'--policy={policy}: wants random, noise (not of discrete actions), file.py:name '
+                 'or script (of a simulator that has one)')
+    return choose
+
+
+def record_dataset(o):
+    """Write a LeRobot dataset of a simulator.
+
+    Row i's action is what was done after frame i, flattened (discrete: one-hot); its state what
+    restores a simulator that can be restored, else all vectors of the observation. Ctrl-C ends the
+    recording and keeps it, a second one the program.
+    """
+    if not o.out:
+        sys.exit('--out: wants the folder that is to be written')
+    sim = simulator(o.record, (o.frame_height, o.frame_width or o.frame_height))
+    fps = o.fps or sim.fps
+    if not fps:
+        sys.exit(f'--fps: {o.record} does not say its frames per second')
+    choose = find_policy(o.policy, sim)
+    sim.space.seed(o.seed)
+    sim.space.sample()          # which nobody does: a seed records what it has always recorded
+    rng = np.random.default_rng(o.seed)
+    stop = False
+
+    def interrupt(*_):
+        nonlocal stop
+        stop = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, interrupt)
+    gop = max(2, o.draw_every)      # what is read of them begins at a key frame
+    with data.Writer(o.out, fps, robot_type=sim.name, gop=gop) as writer:
+        for i in tqdm(range(o.episodes), f'recording {o.out}', disable=None):
+            sim.reset(seed=int(rng.integers(2 ** 31)))
+            for step in range(o.steps or sys.maxsize):
+                if step % o.draw_every == 0:
+                    frame = sim.frame()
+                action = choose(sim.observation, frame, step, rng)
+                columns = sim.columns(action)
+                writer.add(frame, columns.pop('action'), sim.state(), columns)
+                sim.step(action)
+                if sim.over or stop:
+                    break
+            writer.end_episode(sim.name)
+            if stop:
+                break
+    print(f'wrote {o.out}: {i + 1} episodes at {fps:g} frames per second')
+
+
+# --------------------------------------------------------------------------------------------------
+# The closed loop. A policy is a function (frames, goals, past) -> actions (E, width), as a planner's
+# act: frames (E, n, H, W, 3) since its last call, pictures of the goals, at first the actions
+# between the first frames. A planner is never handed a simulator; baselines may know theirs.
+
+@dataclasses.dataclass
+class Question:
+    """An episode to be played."""
+    states: list            # of the frames of the past, the last is the start
+    actions: np.ndarray     # (past - 1, width) between them
+    begin: np.ndarray       # pose at the start
+    goal: np.ndarray        # state
+    pose: np.ndarray        # pose of the goal
+    expert: list            # the script's own actions from start to goal; [] for random goals
 
 
 def question(sim, i, rng, goals, goal_steps, past):
-    """An episode to be played: states of the `past` frames before its start, the actions between them, the goal's state
-    and pose, and for expert goals the script's own actions."""
+    """Episode i's question, with `past` frames before its start."""
     while True:
         sim.reset(int(rng.integers(2 ** 31)))
-        script, states, actions = sim.script(rng), [sim.state()], []
-        play = script if goals == 'expert' else sim.rest
-        for _ in range(past - 1 + (rng.integers(20) if goals == 'expert' else 0)):
-            actions.append(play())
+        script = sim.script(rng)
+        lead = past - 1
+        if goals == 'expert':
+            lead += rng.integers(20)
+        states = [sim.state()]
+        actions = []
+        for _ in range(lead):
+            actions.append(script() if goals == 'expert' else sim.rest())
             sim.step(actions[-1])
             states.append(sim.state())
-        states, actions, begin, expert = states[-past:], actions[len(actions) - past + 1:], sim.pose(), []
+        begin = sim.pose()
+        expert = []
         if goals == 'random':
             sim.elsewhere(i, rng)
-        for _ in range(goal_steps if goals == 'expert' else 0):
-            expert.append(script())
-            sim.step(expert[-1])
+        else:
+            for _ in range(goal_steps):
+                expert.append(script())
+                sim.step(expert[-1])
         if sim.asks(i, begin, sim.pose()):
-            return dict(states=states, actions=np.array(actions).reshape(past - 1, -1), begin=begin,
-                        goal=sim.state(), pose=sim.pose(), expert=expert)
+            between = np.array(actions[lead - past + 1:]).reshape(past - 1, len(sim.rest()))
+            return Question(states[-past:], between, begin, sim.state(), sim.pose(), expert)
 
 
 def play(policy, sims, questions, budget, see):
-    """A fixed budget of steps under policy(frames, goals, actions, t), all episodes abreast: poses (budget + 1, E, ..),
-    actions (budget, E, width), and where see is set frames (budget + 1, E, H, W, 3) and goals. The simulator is here;
-    a policy gets the frames since its last call, and at first the actions between them."""
-    def look(sim, state):
-        sim.restore(state)
-        return sim.frame()
+    """A fixed budget of steps under a policy, all episodes abreast: poses (budget + 1, E, ..),
+    actions (budget, E, width), and where see is set the frames (budget + 1, E, H, W, 3) and goals
+    (E, H, W, 3)."""
+    def look(sim, states):
+        shown = []
+        for state in states:
+            sim.restore(state)
+            shown.append(sim.frame())
+        return shown
 
-    own = len(set(map(id, sims))) == len(sims)          # else one simulator plays all episodes in turn
-    goals = np.stack([look(s, q['goal']) for s, q in zip(sims, questions)]) if see else None
-    given = np.stack([[look(s, x) for x in q['states']] for s, q in zip(sims, questions)]) if see else None
-    states, poses, actions, shown = [q['states'][-1] for q in questions], [], [], []
-    for sim, state in zip(sims, states):
-        sim.restore(state)
+    frames = goals = None
+    if see:
+        goals = np.array([look(sim, [q.goal])[0] for sim, q in zip(sims, questions)])
+        frames = np.array([look(sim, q.states) for sim, q in zip(sims, questions)])
+    past = np.stack([q.actions for q in questions])
+    states = [q.states[-1] for q in questions]
+    poses = []
+    executed = []
+    shown = []
     for t in range(budget + 1):
         poses.append([])
+        now = []
         for e, sim in enumerate(sims):
-            if not own:
+            if t == 0 or sim.exact:         # such a one plays all episodes in turn
                 sim.restore(states[e])
-            if t:
-                sim.step(actions[-1][e])
+            if t > 0:
+                sim.step(executed[-1][e])
                 states[e] = sim.state()
             poses[-1].append(sim.pose())
-            if t and see:
-                given[e, :1] = sim.frame()
-        given = given if t == 0 or not see else given[:, :1]
-        shown.append(given[:, -1].copy() if see else None)
+            if t > 0 and see:
+                now.append(sim.frame())
+        if now:
+            frames = np.stack(now)[:, None]             # (E, 1, H, W, 3)
+        if see:
+            shown.append(frames[:, -1])
         if t < budget:
-            past = np.stack([q['actions'] for q in questions]) if t == 0 else None
-            actions.append(np.asarray(policy(given, goals, past, t)))
-    return np.array(poses), np.array(actions), shown, goals
+            executed.append(np.asarray(policy(frames, goals, past if t == 0 else None)))
+    return np.array(poses), np.array(executed), shown, goals
+
+
+# baselines
+
+def replay(sims, questions):    # the script's own actions, then rest
+    experts = [iter(q.expert) for q in questions]
+    return lambda *_: [next(actions, sim.rest()) for sim, actions in zip(sims, experts)]
+
+
+def baselines(planner, sims, questions, rng):
+    """What planning has to beat: {name: policy}; an expert where goals are of one."""
+    bounds = planner.a_low[0], planner.a_high[0]
+    mean = itertools.cycle(planner.a_mean.numpy())          # frameskip rows
+    policies = {
+        'random': lambda *_: rng.uniform(*bounds, (len(sims), planner.width)),
+        'zero': lambda *_: [sim.rest() for sim in sims],
+        'mean': lambda *_: [next(mean)] * len(sims),
+    }
+    if questions[0].expert:
+        policies['expert'] = replay(sims, questions)
+    return policies
+
+
+# the report
+
+def wilson(k, n, z=1.96):
+    """The 95 % interval of a share k / n (Wilson 1927): honest for small n and near 0 and 1."""
+    centre = (k + z * z / 2) / (n + z * z)
+    half = z * math.sqrt(k * (n - k) / n + z * z / 4) / (n + z * z)
+    return [max(0.0, centre - half), min(1.0, centre + half)]
+
+
+def score(sims, questions, poses, executed):
+    """What the report says of play's poses and actions, and whether the goal was reached (budget +
+    1, E)."""
+    gap = np.zeros(poses.shape[:2])
+    reached = np.zeros_like(gap, bool)
+    for t, e in np.ndindex(gap.shape):
+        q = questions[e]
+        gap[t, e], reached[t, e] = sims[e].far(poses[t, e], q.pose, q.begin)
+    end = reached[-1]
+    ever = reached.any(axis=0)
+    row = dict.fromkeys(('steps', 'jerk', 'seconds_per_plan', 'plans_per_second', 'iterations'))
+    row |= dict(success_end=end.mean().item(), success_ever=ever.mean().item(),
+                ci95=wilson(int(end.sum()), len(end)), distance_end=gap[-1].mean().item())
+    if ever.any():
+        row['steps'] = reached.argmax(axis=0)[ever].mean().item()
+    if len(executed) > 2:
+        jerk = np.diff(executed, 2, axis=0) * sims[0].fps ** 2
+        row['jerk'] = np.square(jerk).sum(axis=2).mean().item()
+    return row, reached
+
+
+def tell(name, row, unit, E):
+    low, high = row['ci95']
+    line = (f'{name:17s} success at the end {row["success_end"]:.2f} (95 % interval {low:.2f} to '
+            f'{high:.2f}), ever {row["success_ever"]:.2f}')
+    if row['steps'] is not None:
+        line += f' after {row["steps"]:.0f} steps'
+    line += f', distance {row["distance_end"]:.3g} {unit}, jerk {row["jerk"] or 0:.3g}'
+    if row['seconds_per_plan'] is not None:
+        line += f', {row["seconds_per_plan"]:.3f} s per plan ({E} at once)'
+    print(line, flush=True)
+
+
+def film(shown, goals, reached):
+    """A video (frames, 3, H, W) of up to eight episodes, each now | goal; the line below turns
+    green while the goal is reached."""
+    n = min(8, len(goals))
+    columns = min(2, n)
+    n -= n % columns
+    colours = torch.tensor([[200, 200, 200], [40, 170, 70]], dtype=torch.uint8)
+    video = []
+    for frames, good in zip(shown, reached):
+        tiles = torch.from_numpy(np.concatenate((frames[:n], goals[:n]), axis=2))
+        tiles = data.enlarge(tiles.permute(0, 3, 1, 2), 96)
+        bar = colours[good[:n].astype(int)][:, :, None, None]           # (n, 3, 1, 1)
+        tiles = torch.cat((tiles, bar.expand(-1, -1, 6, tiles.shape[3])), dim=2)
+        tiles = F.pad(tiles, (3, 3, 3, 3), value=255)
+        rows = [torch.cat([*row], dim=2) for row in tiles.split(columns)]
+        video.append(torch.cat(rows, dim=1))
+    return torch.stack(video + video[-1:] * 5)
+
+
+def robots(o, planner, shift=''):
+    """A simulator for every episode; one that can be put into any state exactly serves them all."""
+    size = planner.frame_size
+    if o.frame_height or o.env == 'demo':
+        size = o.frame_height, o.frame_width or o.frame_height
+    arguments = o.env, size, shift, planner.key
+    first = simulator(*arguments)
+    demand(o.env, first, 'exact restore pose far unit rest elsewhere asks script')
+    if first.exact:
+        return [first] * o.episodes
+    return [first] + [simulator(*arguments) for _ in range(o.episodes - 1)]
+
+
+def check_robot(o, planner, sim):
+    """Whether the checkpoint was trained on this robot's actions."""
+    if sim.space.shape != (planner.width,):
+        sys.exit(f'--env={o.env}: takes {sim.space.shape[0]} numbers as {planner.key}, {o.ckpt} '
+                 f'was trained with {planner.width}')
+    if planner.key not in sim.columns(sim.rest()):
+        sys.exit(f'--env={o.env}: has no {planner.key}, the actions that {o.ckpt} was trained with')
+    if o.env == 'demo' and (planner.a_high - data.DEMO_STEP).abs().max() > 0.1 * data.DEMO_STEP:
+        sys.exit(f'{o.ckpt}: was trained on another robot, not on the demo world: give --env, or '
+                 '--start and --goal')
+
+
+def check_loop(o):
+    """Settle the lengths of the closed loop; returns the names in --shift."""
+    o.goal_steps = o.goal_steps or (10 if o.env == 'demo' else 25)
+    o.budget = o.budget or 2 * o.goal_steps
+    if o.goals == 'expert' and o.goal_steps < 5:
+        sys.exit(f'--goal_steps={o.goal_steps}: nothing gets far enough for a goal, wants at least '
+                 '5')
+    shifts = [name for name in o.shift.split(',') if name]
+    for name in shifts:
+        if name not in ('light', 'background', 'object', 'camera'):
+            sys.exit(f'--shift: wants some of light, background, object, camera, got {name!r}')
+    return shifts
+
+
+# --------------------------------------------------------------------------------------------------
+# the programs
+
+def speed(planner, E):
+    """What the report says of the searches of a planner."""
+    seconds = np.mean(planner.seconds).item() / E
+    return dict(seconds_per_plan=seconds, plans_per_second=1 / seconds,
+                iterations=float(np.mean(planner.iterations)))
+
+
+def evaluate(o):
+    """The closed loop: questions, the planner beside baselines, plan.json and plan.mp4. Returns the
+    report."""
+    shifts = check_loop(o)
+    planner = Planner(o.ckpt, vars(o), tell=False)
+    sims = robots(o, planner)
+    sim = sims[0]
+    check_robot(o, planner, sim)
+    rng = np.random.default_rng(o.seed + 1_000_000)               # of no dataset
+    questions = [question(world, i, rng, o.goals, o.goal_steps, planner.past)
+                 for i, world in enumerate(sims)]
+    ahead = f' {o.goal_steps} steps ahead' if o.goals == 'expert' else ''
+    print(f'{o.env}: {o.episodes} episodes, {o.goals} goals{ahead}; budget {o.budget} environment '
+          f'steps ({o.budget / sim.fps:.3g} s); {o.method}, {o.samples} candidates x '
+          f'{o.iterations} iterations x {o.horizon} steps of {planner.frameskip}', flush=True)
+
+    methods = {}
+    contestants = [('model', planner, sims),
+                   *[(f'model, {s}', planner, robots(o, planner, s)) for s in shifts],
+                   ('random weights', random_weights(planner, o.seed), sims)]
+    for name, who, worlds in contestants:
+        who.restart()
+        poses, executed, shown, goals = play(who.act, worlds, questions, o.budget, True)
+        row, reached = score(worlds, questions, poses, executed)
+        methods[name] = row | speed(who, o.episodes)
+        if name == 'model':
+            video = film(shown, goals, reached)
+        if worlds is not sims:
+            methods[name]['drop'] = methods['model']['success_end'] - row['success_end']
+        tell(name, methods[name], sim.unit, o.episodes)
+    for name, policy in baselines(planner, sims, questions, rng).items():
+        poses, executed, _, _ = play(policy, sims, questions, o.budget, False)
+        methods[name], _ = score(sims, questions, poses, executed)
+        tell(name, methods[name], sim.unit, o.episodes)
+
+    report = dict(env=o.env, episodes=o.episodes, budget_steps=o.budget, goals=o.goals,
+                  goal_steps=o.goal_steps, seed=o.seed, methods=methods)
+    print(json.dumps(report))
+    folder = folder_of(o)
+    with open(f'{folder}/plan.json', 'w') as f:
+        json.dump(report, f, indent=1)
+    data.write_video(f'{folder}/plan.mp4', video, min(sim.fps, 10))
+    print(f'wrote {folder}/plan.json and {folder}/plan.mp4')
+    return report
+
+
+def picture(path):
+    """uint8 (H, W, 3)."""
+    return data.read_image(path).permute(1, 2, 0).numpy()
+
+
+def folder_of(o):
+    """Where results go, made where it is not there."""
+    folder = o.out_dir or os.path.dirname(o.ckpt) or '.'
+    os.makedirs(folder, exist_ok=True)
+    return folder
+
+
+def plan_once(o):
+    """One plan from the pictures of --start to --goal: plan.npy, and the imagined way as
+    plan.mp4."""
+    planner = Planner(o.ckpt, vars(o), tell=False)
+    goal = picture(o.goal)
+    frames = [picture(path) for path in o.start.split(',')]
+    context = planner.trained['eval_context']
+    if len(frames) == 1:
+        frames = frames * context
+    if len(frames) < context:
+        sys.exit(f'--start: {len(frames)} pictures, {o.ckpt} was trained to see {context}: give as '
+                 'many, or one of a robot at rest')
+    for x in frames:
+        if aspects_differ(x.shape, goal.shape):
+            sys.exit(f'--goal={o.goal}: is {goal.shape[1]} x {goal.shape[0]} pixels, '
+                     f'--start={o.start} {x.shape[1]} x {x.shape[0]}: wants the same aspect')
+    with torch.no_grad():
+        planner.begin(torch.cat([planner.latents(x[None]) for x in frames])[None])
+        planner.z_goal = planner.latents(goal[None])
+        info = planner.search()
+        with planner.autocast:
+            z = info['imagine'](planner.last_plan[:, None])[0, 0]           # (horizon, N, D)
+    rows = planner.physical(planner.last_plan[0]).flatten(0, 1).numpy()
+    for i, row in enumerate(rows):
+        print(f'{i:3d}  ' + ' '.join(f'{v:9.4f}' for v in row))
+    z_now = planner.z[:, -1]
+    now, then = distance(torch.cat((z_now, z[-1:])), planner.z_goal,
+                         channel_weights(planner.model)).tolist()
+    print(f'{len(rows)} actions in {planner.seconds[0]:.2f} s, {planner.iterations[0]} iterations; '
+          f'latent distance to the goal {now:.4f} now, {then:.4f} imagined at the end')
+    folder = folder_of(o)
+    np.save(f'{folder}/plan.npy', rows)
+    z = unstandard(torch.cat((z_now, z, planner.z_goal)), planner.model.stats)
+    shown = pictures(z, planner.encoder)
+    goals = shown[-1:].expand_as(shown[:-1])
+    video = data.enlarge(torch.cat((shown[:-1], goals), dim=3))         # imagined | goal
+    data.write_video(f'{folder}/plan.mp4', video, 2)
+    print(f'wrote {folder}/plan.npy and {folder}/plan.mp4')
+
+
+def arriving(folder):
+    """The paths of a folder's pictures in order of their names, also of those that are still to
+    come."""
+    seen = set()
+    while True:
+        for path in sorted(glob.glob(os.path.join(glob.escape(folder), '*.[pj][np]g'))):
+            if path in seen:
+                continue
+            if time.time() - os.path.getmtime(path) < 0.1:      # perhaps still being written
+                break
+            seen.add(path)
+            yield path
+        time.sleep(0.02)
+
+
+def watch_folder(o):
+    """A line of actions for every picture in a folder, from the first moment with enough of
+    them."""
+    if not os.path.isdir(o.watch):
+        sys.exit(f'--watch={o.watch}: no such folder')
+    planner = Planner(o.ckpt, vars(o), tell=False)
+    goal = picture(o.goal)
+    print(f'watching {o.watch}: the first {planner.past} pictures are the past, Ctrl-C ends it',
+          flush=True)
+    frames = []
+    wanted = planner.past
+    for path in arriving(o.watch):
+        frames.append(picture(path))
+        if len(frames) < wanted:
+            continue
+        begun = time.perf_counter()
+        row = planner.act(np.stack(frames), goal)
+        frames = []
+        wanted = 1
+        print(f'{os.path.basename(path)}  {" ".join(f"{v:.6g}" for v in row)}  '
+              f'({1000 * (time.perf_counter() - begun):.0f} ms)', flush=True)
 
 
 if __name__ == '__main__':
-    data.one_of('goals', goals, ('expert', 'random'))
-    shifts = [s for s in shift.split(',') if s]
-    for s in shifts:
-        data.one_of('shift', s, ('light', 'background', 'object', 'camera'))
-    goal_steps = goal_steps or (10 if env == 'demo' else 25)
-    budget = budget or 2 * goal_steps
-    for name, value in (('episodes', episodes), ('goal_steps', goal_steps), ('budget', budget)):
-        if value < 1:
-            sys.exit(f'--{name}: wants at least 1, got {value}')
-    if goals == 'expert' and goal_steps < 5:
-        sys.exit(f'--goal_steps={goal_steps}: nothing gets far enough for a goal, wants at least 5')
-    if start and watch or bool(start or watch) != bool(goal):
-        sys.exit('--goal comes with --start (one plan for two pictures) or with --watch (a folder of pictures)')
-    if watch and not os.path.isdir(watch):
-        sys.exit(f'--watch={watch}: no such folder')
-    planner = Planner(ckpt, config, tell=False)
-    out_dir = out_dir or os.path.dirname(ckpt) or '.'
-    wanted = goal and data.read_image(goal).permute(1, 2, 0).numpy()
-
-    if start:
-        given = [data.read_image(path).permute(1, 2, 0).numpy() for path in start.split(',')]
-        context = planner.trained['eval_context']
-        given = given * context if len(given) == 1 else given
-        if len(given) < context:
-            sys.exit(f'--start: {len(given)} pictures, {ckpt} was trained to see {context}: give as many, or one of a '
-                     'robot at rest')
-        for x in given:
-            if aspects_differ(x.shape, wanted.shape):
-                sys.exit(f'--goal={goal}: is {wanted.shape[1]} x {wanted.shape[0]} pixels, --start={start} '
-                         f'{x.shape[1]} x {x.shape[0]}: wants the same aspect')
-        z_ctx, z_goal = torch.cat([planner.latents(x[None]) for x in given])[None], planner.latents(wanted[None])
-        begun = time.perf_counter()
-        with planner.autocast, torch.no_grad():
-            nothing = torch.zeros(1, len(given), len(planner.a_mean), device=planner.device)
-            actions, info = plan(planner.model, z_ctx, nothing, z_goal, a_mask=nothing[..., 0] > 0, seed=seed,
-                                 init_std=init_std, **planner.search)
-            rows = planner.physical(actions[0]).flatten(0, 1).numpy()                     # (horizon x frameskip, width)
-            seconds = time.perf_counter() - begun
-            z = info['imagine'](actions[:, None])[0, 0]                                   # (horizon, N, D)
-        z_now = z_ctx[:, -1]
-        for i, row in enumerate(rows):
-            print(f'{i:3d}  ' + ' '.join(f'{v:9.4f}' for v in row))
-        stats = planner.model.stats
-        weight = (stats['z_std'] ** 2 / (stats['z_std'] ** 2).mean())
-        far = [((x - z_goal[0]).square() * weight).mean().item() for x in (z_now[0], z[-1])]
-        print(f'{len(rows)} actions in {seconds:.2f} s, {len(info["cost"])} iterations; latent distance to the goal '
-              f'{far[0]:.4f} now, {far[1]:.4f} imagined at the end')
-        os.makedirs(out_dir, exist_ok=True)
-        np.save(os.path.join(out_dir, 'plan.npy'), rows)
-        shown = pictures(unstandard(torch.cat((z_now, z, z_goal)), stats), planner.encode)
-        video = torch.cat((shown[:-1], shown[-1:].expand(len(shown) - 1, -1, -1, -1)), dim=3)     # imagined | goal
-        data.write_video(os.path.join(out_dir, 'plan.mp4'), data.enlarge(video), 2)
-        print('wrote', os.path.join(out_dir, 'plan.npy'), 'and', os.path.join(out_dir, 'plan.mp4'))
-        sys.exit()
-
-    if watch:       # one line of actions per picture, from the first moment with enough of them
-        seen, first = set(), []
-        print(f'watching {watch}: the first {planner.past} pictures are the past, Ctrl-C ends it', flush=True)
+    o = types.SimpleNamespace(**config)
+    if bool(record) + bool(start) + bool(watch) > 1 or bool(start or watch) != bool(goal):
+        sys.exit('--goal comes with --start (one plan for two pictures) or with --watch (a folder '
+                 'of pictures), and --record with neither')
+    if record:
+        record_dataset(o)
+    elif start:
+        plan_once(o)
+    elif watch:
         try:
-            while True:
-                names = sorted(set(glob.glob(os.path.join(glob.escape(watch), '*.[pj][np]g'))) - seen)
-                for name in names:
-                    if time.time() - os.path.getmtime(name) < 0.1:      # perhaps still being written
-                        break
-                    seen.add(name)
-                    x = data.read_image(name).permute(1, 2, 0).numpy()
-                    first.append(x)
-                    if planner.z is None and len(first) < planner.past:
-                        continue
-                    begun = time.perf_counter()
-                    row = planner.act(np.stack(first) if planner.z is None else x, wanted)
-                    print(f'{os.path.basename(name)}  ' + ' '.join(f'{v:.6g}' for v in row)
-                          + f'  ({1000 * (time.perf_counter() - begun):.0f} ms)', flush=True)
-                time.sleep(0.02)
+            watch_folder(o)
         except ValueError as error:
             sys.exit(f'--watch={watch}: {error}')
         except KeyboardInterrupt:
             sys.exit()
-
-    # closed loop
-    size = (frame_height, frame_width or frame_height) if frame_height or env == 'demo' else planner.frame_size
-    key = planner.trained['action'] or 'action'
-    sim = data.simulator(env, size, '--env', '', key)
-    if sim is None:
-        sys.exit(f'--env={env}: closed loop wants demo, gym_pusht/PushT-v0, PointMaze_*, FetchReach-* or FetchPush-*')
-    if sim.space.shape != (planner.width,):
-        sys.exit(f'--env={env}: takes {sim.space.shape[0]} numbers as {key}, {ckpt} was trained with {planner.width}')
-    if key not in ('action', *sim.columns(sim.rest())):
-        sys.exit(f'--env={env}: has no {key}, the actions that {ckpt} was trained with')
-    if env == 'demo' and (planner.a_high[:planner.used] - data.DEMO_STEP).abs().max() > 0.1 * data.DEMO_STEP:
-        sys.exit(f'{ckpt}: was trained on another robot, not on the demo world: give --env, or --start and --goal')
-
-    def robots(shift=''):       # one that can be put into any state exactly serves all episodes
-        first = data.simulator(env, size, '--env', shift, key)
-        return [first] * episodes if first.exact else [first] + [data.simulator(env, size, '--env', shift, key)
-                                                                 for _ in range(episodes - 1)]
-
-    rng = np.random.default_rng(seed + 1_000_000)               # of no dataset
-    sims = robots()
-    questions = [question(s, i, rng, goals, goal_steps, planner.past) for i, s in enumerate(sims)]
-
-    def replay(frames, wanted, past, t):        # the script's own actions, then rest
-        return [q['expert'][t] if t < goal_steps else s.rest() for s, q in zip(sims, questions)]
-
-    def random(frames, wanted, past, t):
-        low, high = (v[:planner.width].numpy() for v in (planner.a_low, planner.a_high))
-        return rng.uniform(low, high, (episodes, planner.width))
-
-    mean_rows = planner.physical(torch.zeros(len(planner.a_mean))).numpy()                    # (frameskip, width)
-    blind = random_weights(planner, seed)
-    policies = {'model': (planner, sims)} | {f'model, {s}': (planner, robots(s)) for s in shifts} | {
-        'random weights': (blind, sims), 'random': (random, sims),
-        'zero': (lambda frames, wanted, past, t: [s.rest() for s in sims], sims),
-        'mean': (lambda frames, wanted, past, t: [mean_rows[t % planner.frameskip]] * episodes, sims)}
-    if goals == 'expert':
-        policies['expert'] = replay, sims
-    print(f'{env}: {episodes} episodes, {goals} goals' + (f' {goal_steps} steps ahead' if goals == 'expert' else '')
-          + f'; budget {budget} environment steps ({budget / sim.fps:.3g} s); {method}, {samples} candidates x '
-          f'{iterations} iterations x {horizon} steps of {planner.frameskip}', flush=True)
-    methods, shown = {}, None
-    for name, (policy, robots_of) in tqdm(policies.items(), disable=not sys.stderr.isatty()):
-        plans = isinstance(policy, Planner)
-        if plans:
-            policy.reset()
-            policy.seconds, policy.iterations = [], []
-        step = (lambda frames, wanted, past, t: policy.act(frames, wanted, past)) if plans else policy
-        poses, executed, frames, targets = play(step, robots_of, questions, budget, plans)
-        far = [[sim.far(p, q['pose'], q['begin']) for p, q in zip(row, questions)] for row in poses]
-        gap, ok = (np.array([[f[k] for f in row] for row in far]) for k in (0, 1))            # (budget + 1, E)
-        end, ever = ok[-1], ok.any(axis=0)
-        jerk = np.diff(executed, 2, axis=0) * sim.fps ** 2
-        r = methods[name] = dict(
-            success_end=end.mean().item(), success_ever=ever.mean().item(), ci95=wilson(int(end.sum()), episodes),
-            steps=ok.argmax(axis=0)[ever].mean().item() if ever.any() else None, distance_end=gap[-1].mean().item(),
-            seconds_per_plan=sum(policy.seconds) / len(policy.seconds) / episodes if plans else None,
-            plans_per_second=episodes * len(policy.seconds) / sum(policy.seconds) if plans else None,
-            iterations=float(np.mean(policy.iterations)) if plans else None,
-            jerk=np.square(jerk).sum(axis=2).mean().item() if budget > 2 else None)
-        if ',' in name:
-            r['drop'] = methods['model']['success_end'] - r['success_end']
-        tqdm.write(f'{name:17s} success at the end {r["success_end"]:.2f} (95 % interval {r["ci95"][0]:.2f} to '
-                   f'{r["ci95"][1]:.2f}), ever {r["success_ever"]:.2f}'
-                   + (f' after {r["steps"]:.0f} steps' if ever.any() else '')
-                   + f', distance {r["distance_end"]:.3g} {sim.unit}, jerk {r["jerk"] or 0:.3g}'
-                   + (f', {r["seconds_per_plan"]:.3f} s per plan ({episodes} at once)' if plans else ''),
-                   file=sys.stdout)
-        sys.stdout.flush()
-        if name == 'model':
-            shown = frames, targets, ok
-    os.makedirs(out_dir, exist_ok=True)
-    report = dict(env=env, episodes=episodes, budget_steps=budget, goals=goals, goal_steps=goal_steps, seed=seed,
-                  methods=methods)
-    print(json.dumps(report))
-    with open(os.path.join(out_dir, 'plan.json'), 'w') as f:
-        json.dump(report, f, indent=1)
-    # up to eight episodes, each: now | goal; the line below turns green while the goal is reached
-    n, video = min(8, episodes), []
-    for frames, good in zip(shown[0], shown[2]):
-        tiles = torch.from_numpy(np.concatenate((frames[:n], shown[1][:n]), axis=2)).permute(0, 3, 1, 2)
-        bar = torch.where(torch.from_numpy(good[:n])[:, None, None, None], torch.tensor([40, 170, 70])[:, None, None],
-                          torch.tensor([200, 200, 200])[:, None, None]).to(torch.uint8)
-        tiles = data.enlarge(tiles, 96)
-        tiles = F.pad(torch.cat((tiles, bar.expand(-1, -1, 6, tiles.shape[3])), dim=2), (3, 3, 3, 3), value=255)
-        rows = [torch.cat(list(tiles[i:i + 2]), dim=2) for i in range(0, n - n % 2, 2)] or [tiles[0]]
-        video.append(torch.cat(rows, dim=1))
-    data.write_video(os.path.join(out_dir, 'plan.mp4'), torch.stack(video + video[-1:] * 5), min(sim.fps, 10))
-    print('wrote', os.path.join(out_dir, 'plan.json'), 'and', os.path.join(out_dir, 'plan.mp4'))
+    else:
+        evaluate(o)

@@ -8,15 +8,17 @@ Seconds per plan: ours, beside the same search without a cache and with a predic
 A plan is plan.plan with cem: 300 candidates x 10 iterations x 5 steps, 2 frames of context, K = 1. All contestants run
 that function and take turns in every round; they differ in how the candidates are imagined:
   ours    the context once for all candidates, then its cache
-  naive   the same model, all frames so far anew for every new one: model.rollout(cache=False), its costs are ours
+  naive   the same model without a cache, all frames so far anew for every new one; its costs are ours
   dots    DINO-WM's predictor (arXiv:2411.04983): a ViT over the tokens of the last 3 frames, no cache; logits in memory
   sdpa    the same with torch's scaled_dot_product_attention
 On a CPU ratios are of CPU time, which other processes disturb less.
 """
+import itertools
 import os
 import statistics
 import sys
 import time
+import types
 
 import torch
 import torch.nn as nn
@@ -45,15 +47,24 @@ seed = 0
 config = data.override(globals(), sys.argv[1:])
 # --------------------------------------------------------------------------------------------------------------------
 
-D, A, Tc, WINDOW, EMBED = 384, 10, 2, 3, 10     # DINOv2-S; Push-T with a frameskip of 5; context; DINO-WM's two
+D = 384             # DINOv2-S
+A = 10              # Push-T with a frameskip of 5
+Tc = 2              # frames of context
+WINDOW = 3          # DINO-WM's
+EMBED = 10          # DINO-WM's, of an action
 device = data.pick_device(device)
-cuda, autocast = device.type == 'cuda', data.autocast(device, dtype)
+cuda = device.type == 'cuda'
+autocast = data.autocast(device, dtype)
 run = iterations if cuda and not samples else 1         # iterations that are really measured
 samples = samples or (candidates if cuda else 32)
 chunks = [int(c) for c in (chunks or (str(candidates) if cuda else '4,16')).split(',')]
 factor = candidates * iterations / (samples * run)
 if not cuda:
     torch.set_num_threads(threads)
+
+
+def parameters(net):
+    return sum(p.numel() for p in net.parameters())
 
 
 def line(*cells):
@@ -130,19 +141,49 @@ def peer_rollout(net, z, a, *_, **__):
 
 
 def naive_rollout(net, z, a, a_mask, K, seed, **_):
-    return model.rollout(net, z, a, a_mask, K, seed=seed, cache=False)
+    """What model.rollout computes at K = 1."""
+    direct = net.config['objective'] == 'direct'
+    level, d_past = model.context_levels(net.config, 0.9)
+    M = len(a) // len(z)
+    generator = torch.Generator(z.device).manual_seed(hash((seed, 1)) % 2 ** 32)
+    eps = torch.randn(z.shape, generator=generator, device=z.device)
+    past = z if direct else level * z + (1 - level) * eps
+    past = past.repeat_interleave(M, dim=0)
+    generator.manual_seed(seed)
+    out = []
+    for t in range(Tc, a.shape[1]):
+        noise = torch.randn(2, *z[:, :1].shape, generator=generator, device=z.device)
+        begin, eps = noise.repeat_interleave(M, dim=1)
+        tau = torch.full((len(a), t + 1), level, device=z.device)
+        d = torch.full_like(tau, d_past)
+        if direct:          # sees the frame before in the place of each
+            seen = torch.cat((torch.zeros_like(begin), past), dim=1)
+            tau[:, 0] = 0
+            tau[:, 1:] = 1
+        else:
+            seen = torch.cat((past, begin), dim=1)
+            tau[:, -1] = 0
+            d[:, -1] = 1
+        new = net(seen, tau, d, a[:, :t + 1], a_mask[:, :t + 1])[:, -1:].type_as(past)
+        out.append(new)
+        past = torch.cat((past, new if direct else level * new + (1 - level) * eps), dim=1)
+    return torch.cat(out, dim=1)
 
 
 ROLLOUT = dict(ours=model.rollout, naive=naive_rollout, dots=peer_rollout, sdpa=peer_rollout)
 
 
-def search(who, net, world, fast, method='cem', samples=samples, iterations=run, elites=0, chunk=candidates, **warm):
+def search(who, net, world, fast, method='cem', samples=samples, iterations=run, elites=0, chunk=candidates,
+           mean=None, carried=None):
     """plan.plan in the dtype of this run, or fast=False in float32."""
     plan.remember = model.remember if who == 'ours' else lambda *_, **__: None
-    plan.rollout, net.sdpa = ROLLOUT[who], who == 'sdpa'
+    plan.rollout = ROLLOUT[who]
+    net.sdpa = who == 'sdpa'
+    o = types.SimpleNamespace(**plan.config | dict(
+        horizon=horizon, method=method, K=1, cost='last', samples=samples, iterations=iterations, chunk=chunk,
+        elites=elites or max(2, samples // 10)))
     with autocast if fast else data.autocast(device, 'float32'):
-        return plan.plan(net, *world, horizon=horizon, method=method, K=1, cost='last', samples=samples, chunk=chunk,
-                         iterations=iterations, elites=elites or max(2, samples // 10), seed=seed, **warm)
+        return plan.plan(net, *world, o, seed=seed, mean=mean, carried=carried)
 
 
 @torch.no_grad()
@@ -193,13 +234,17 @@ name = torch.cuda.get_device_name() if cuda else f'CPU ({torch.backends.cpu.get_
 text = (f'{name}, torch {torch.__version__}, {"bfloat16" if autocast._enabled else "float32"}\nA plan: {candidates} '
         f'candidates x {iterations} iterations x {horizon} steps; measured: {samples} x {run}, so times {factor:g}')
 print(text)
-rows, small, totals, basis = [], [], [], 0 if cuda else 1       # ratios are of wall or of CPU time
+rows = []
+small = []
+totals = []
+basis = 0 if cuda else 1        # ratios are of wall or of CPU time
 for N in map(int, tokens.split(',')):
     torch.manual_seed(seed)
     ours = build(N).eval().requires_grad_(False)
-    peer = Peer(N, sum(p.numel() for p in ours.parameters())).eval().requires_grad_(False)
+    peer = Peer(N, parameters(ours)).eval().requires_grad_(False)
     nets = dict(ours=ours, naive=ours, dots=peer, sdpa=peer)
-    counts, attn = [sum(p.numel() for p in net.parameters()) for net in (ours, peer)], [x.attn for x in ours.layers]
+    counts = parameters(ours), parameters(peer)
+    attn = [x.attn for x in ours.layers]
     print(f'\n{N} tokens. Parameters: ours {counts[0]:,}, {ours.config["layers"]} layers of width '
           f'{ours.config["width"]}; the peer {counts[1]:,}, {len(peer.blocks)} of width {D + EMBED} with '
           f'{64 * peer.blocks[0].heads} in attention and {peer.blocks[0].mlp[1].out_features} in the MLP')
@@ -209,7 +254,8 @@ for N in map(int, tokens.split(',')):
     work = {who: flops(who, nets[who], world) for who in ('ours', 'naive', 'dots')}
     work['sdpa'] = work['dots']         # which the counter does not see on a CPU
     ours.stats = peer.stats = {'z_std': torch.ones(N, D, device=device)}
-    ours.to(device), peer.to(device)
+    ours.to(device)
+    peer.to(device)
     world = [x.to(device) for x in world]
     for x in attn:
         x.kernel = 'plain'              # on CUDA the other would be compiled for every shape of this check
@@ -229,14 +275,14 @@ for N in map(int, tokens.split(',')):
     def case(who, chunk, times=1):
         return lambda: search(who, nets[who], world, True, samples=samples * times, iterations=run * times, chunk=chunk)
 
-    cases = {(who, chunk): case(who, chunk) for chunk in chunks for who in nets}
+    cases = {(who, chunk): case(who, chunk) for chunk, who in itertools.product(chunks, nets)}
     for who, chunk in cases:        # compiles, captures, warms up
         search(who, nets[who], world, True, samples=samples if cuda else 4, iterations=1, chunk=chunk)
     got = {key: [] for key in cases}
     for _ in range(rounds):
         for key, f in cases.items():
             got[key].append(measured(f))
-    middle = {key: statistics.median(t[basis] for t in times) for key, times in got.items()}
+    middle = {key: statistics.median(list(zip(*times))[basis]) for key, times in got.items()}
     if not rows and not cuda:       # at the first number of tokens
         four = {who: measured(case(who, chunks[-1], 2))[1] / middle[who, chunks[-1]] for who in nets}
         print('Twice the candidates and twice the iterations take so many times as long (4 wanted):',
@@ -247,7 +293,9 @@ for N in map(int, tokens.split(',')):
                      f'{middle[who, chunk] / middle["ours", chunk]:.2f}', f'{work[who] / 1e12:.1f}',
                      f'{work[who] / work["ours"]:.2f}', f'{work[who] / factor / middle[who, chunk] / 1e9:,.0f}',
                      f'{max(peak):.1f}' if cuda else '-'])
-    best = {who: min(middle[who, chunk] for chunk in chunks) for who in nets}
+    best = {}
+    for who in nets:
+        best[who] = min(middle[who, chunk] for chunk in chunks)
     faster = min(best['dots'], best['sdpa'])
     totals.append([N, f'{best["ours"] * factor:.4g}', f'{best["naive"] / best["ours"]:.2f}',
                    f'{faster / best["ours"]:.2f} ({"dots" if faster == best["dots"] else "sdpa"})'])

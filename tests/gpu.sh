@@ -36,7 +36,7 @@ within() {      # within SECONDS COMMAND ..: SIGINT at the limit, and SIGKILL 15
 
 kernels() {
     $PYTHON -c "import torch; print('torch', torch.__version__, torch.cuda.get_device_name() if torch.cuda.is_available() else 'no CUDA device')"
-    within 80 $PYTHON -m pytest -q -p no:cacheprovider --durations=5 tests/test_model.py -k cuda
+    within 120 $PYTHON -m pytest -q -p no:cacheprovider --durations=5 tests/test_model.py -k cuda
 }
 
 imagining() {
@@ -61,7 +61,7 @@ pusht() {
     local model=${MODEL:---size=small --width=384 --heads=6 --layers=8} samples=${SAMPLES:-100} iterations=${ITERATIONS:-6}
     local episodes=${EVAL:-50} encoder=dinov2_vits14 layer=8 channels=64 compile=${COMPILE:-True} most=100000
     if [ "$SMALL" ]; then
-        record=10 size=28 train=12 batch=8 model=--size=nano samples=8 iterations=2 episodes=2 CORES=2 most=6 seconds=60
+        record=60 size=28 train=12 batch=8 model=--size=nano samples=8 iterations=2 episodes=2 CORES=2 most=6 seconds=60
         compile=${COMPILE:-False}
         if [ ! "$WEIGHTS" ]; then
             encoder=pixels layer=-1 channels=0
@@ -71,7 +71,7 @@ pusht() {
     mkdir -p "$OUT"
     local begin=$SECONDS i sets=()
     for i in $(seq "$CORES"); do
-        OMP_NUM_THREADS=1 timeout -k 15 -s INT "$record" $PYTHON data.py --record=gym_pusht/PushT-v0 --policy=script \
+        OMP_NUM_THREADS=1 timeout -k 15 -s INT "$record" $PYTHON plan.py --record=tests/simulators.py:PushT --policy=script \
             --seed="$i" --steps=60 --episodes=$most --frame_height="$size" --draw_every=5 --out="$OUT/data$i" \
             > "$OUT/record$i.log" 2>&1 &
         sets+=("$OUT/data$i")
@@ -104,7 +104,7 @@ pusht() {
     echo "trained in $((SECONDS - begin)) s"
 
     begin=$SECONDS
-    within ${SECONDS_EVAL:-130} $PYTHON plan.py --ckpt="$OUT/run/ckpt.safetensors" --env=gym_pusht/PushT-v0 --episodes="$episodes" \
+    within ${SECONDS_EVAL:-130} $PYTHON plan.py --ckpt="$OUT/run/ckpt.safetensors" --env=tests/simulators.py:PushT --episodes="$episodes" \
         --samples="$samples" --elites=$((samples / 8 + 1)) --iterations="$iterations" --warm_std=0.3 --seed=${SEED:-1} \
         --chunk=$((samples * episodes)) --out_dir="$OUT"
     echo "evaluated in $((SECONDS - begin)) s, $SECONDS s in all"
