@@ -10,9 +10,12 @@ from conftest import ends, script
 
 
 def test_rollout_pictures(trained, tmp_path, capsys):
-    script('decode.py', f'--ckpt={trained}/ckpt.safetensors', f'--out_dir={tmp_path}', '--rows=2', '--steps=5', '--K=1')
+    g = script('decode.py', f'--ckpt={trained}/ckpt.safetensors', f'--out_dir={tmp_path}', '--rows=2', '--steps=5',
+               '--K=1')
     said = capsys.readouterr().out
     assert 'PSNR through the inverse of pixels' in said
+    still = g['psnr'](g['x'][:, 2:], g['x'][:, 1:2].expand(-1, 5, -1, -1, -1))
+    assert f'of repeating the last frame {still:.2f} dB' in said
     with av.open(str(tmp_path / 'rollout.mp4')) as video:
         stream = video.streams.video[0]
         assert (stream.frames, stream.width, stream.height) == (7, 3 * 140, 2 * 140) and stream.average_rate == 5

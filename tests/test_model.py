@@ -467,6 +467,14 @@ def test_what_comes_out_is_what_went_in_at_the_same_place(wide_layers):
         assert ((net(z, *rest) - base).abs().amax(dim=(0, 1, 3)) > 1e-6).tolist() == [i == 2 for i in range(6)]
 
 
+def test_levels_and_step_sizes_are_told_apart():
+    net, (z, _, _, a, a_mask) = world(), inputs()
+    pairs = [(0, 1 / 2 ** i) for i in range(4)] + [(i / 8, 1 / 8) for i in range(1, 9)]
+    answers = [net(z, torch.full(z.shape[:2], tau), torch.full(z.shape[:2], d), a, a_mask) for tau, d in pairs]
+    same = [(pairs[i], pairs[j]) for i in range(12) for j in range(i) if torch.allclose(answers[i], answers[j])]
+    assert same == [((1.0, 1 / 8), (7 / 8, 1 / 8))], 'the cleanest level stands for clean frames'
+
+
 def test_frames_alone_see_only_themselves(path):
     net, (z, *rest) = path(), inputs()
     other = z.clone()
@@ -588,6 +596,7 @@ def test_a_wide_head_written_out(double):
 def test_sizes_and_a_new_model_predicts_the_mean():
     net = model.WorldModel(model.model_config('nano', 3, (2, 3), 2))
     assert net(*inputs(k_max=64)).abs().max() == 0
+    assert [layer.time for layer in net.layers] == [False, True, False, False]
     with torch.device('meta'):      # shapes without memory
         sizes = {name: sum(p.numel() for p in model.WorldModel(model.model_config(name, 384, (16, 16), 7)).parameters())
                  for name in model.SIZES}
@@ -1143,6 +1152,39 @@ def test_save_then_load(tmp_path, capsys):
     safetensors.torch.save_file({'x': torch.ones(1)}, path)
     with pytest.raises(SystemExit, match='not a checkpoint of train.py'):
         model.load(path)
+
+
+def test_frames_are_encoded_whatever_their_shape_and_number():
+    encoder, x = model.load_encoder('pixels'), torch.arange(150 * 3 * 28 * 28).byte().view(-1, 3, 28, 28)
+    z = model.encode_frames(encoder, x.view(2, 75, 3, 28, 28), torch.autocast('cpu', enabled=False))
+    assert z.shape == (2, 75, 16, 24) and torch.allclose(z.flatten(0, 1), encoder(x / 255), atol=1e-5)
+
+
+@pytest.mark.parametrize('channels', [0, 2])
+def test_latents_are_normalised_and_back(channels):
+    stats = dict(z_mean=torch.tensor([1.0, 2.0, 3.0]), z_std=torch.tensor([0.5, 2.0, 4.0]))
+    if channels:        # of the first and the last
+        stats |= dict(z_basis=torch.eye(3)[:, [0, 2]], z_std=stats['z_std'][[0, 2]])
+    z = torch.tensor([[2.0, 2.0, -1.0]])
+    latents = model.standard(z, stats)
+    assert latents.tolist() == [[2.0, -1.0] if channels else [2.0, 0.0, -1.0]]
+    assert model.unstandard(latents, stats).tolist() == z.tolist()
+
+
+def test_a_save_that_is_killed_leaves_the_last_one(tmp_path, monkeypatch):
+    path = tmp_path / 'ckpt.safetensors'
+    model.save(path, world(), {})
+    whole = path.read_bytes()
+
+    def killed(tensors, file, *metadata):
+        with open(file, 'w') as f:
+            f.write('half')
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(safetensors.torch, 'save_file', killed)
+    with pytest.raises(KeyboardInterrupt):
+        model.save(path, world(), {})
+    assert path.read_bytes() == whole
 
 
 def test_pixels_keep_what_matters():

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import data
 import model
@@ -333,6 +334,37 @@ def test_rate_warms_up_stays_and_falls(demo, tmp_path):
     lr = [e['lr'] for e in entries(tmp_path / 'o')[0]]
     assert lr[:4] == pytest.approx([0.00025, 0.0005, 0.00075, 0.001]) and lr[4:11] == [0.001] * 7
     assert lr[11:] == pytest.approx([0.0001 + 0.0009 * (20 - s) / 10 for s in range(11, 20)])
+
+
+def test_what_the_optimizer_is_given(demo, tmp_path):
+    """Gradients of a norm of at most grad_clip, which bootstrap rows have a part in from bootstrap_start on; and the
+    matrices of linear layers are all that decays."""
+    norms = []
+
+    def look(optimizer, *_):
+        params = [p for group in optimizer.param_groups for p in group['params']]
+        norms.append(torch.nn.utils.get_total_norm([p.grad for p in params]).item())
+
+    hook = register_optimizer_step_pre_hook(look)
+    g = script('train.py', *demo, *SMALL, '--max_steps=4', '--log_interval=1', '--grad_clip=0.01', '--weight_decay=0.1',
+               '--bootstrap_start=0.5', '--eval_interval=100', f'--out_dir={tmp_path / "o"}')
+    hook.remove()
+    assert norms == pytest.approx([0.01] * 4, rel=1e-3)
+    assert [e['bootstrap'] is None for e in entries(tmp_path / 'o')[0]] == [True, True, False, False]
+    names = {p: name for name, p in g['model'].named_parameters()}
+    decay = {names[p]: group['weight_decay'] for group in g['optimizer'].param_groups for p in group['params']}
+    assert decay['layers.0.mlp.down.weight'] == decay['a_in.weight'] == 0.1
+    assert decay['z_in.bias'] == decay['registers'] == decay['tau_embed.weight'] == 0.0
+
+
+def test_padded_frames_do_not_count_in_an_evaluation(demo, tmp_path):
+    horizon_errors = script('train.py', *demo, *SMALL, '--max_steps=1', f'--out_dir={tmp_path / "o"}')['horizon_errors']
+    z, z_mask = torch.randn(3, 22, 4, 2), torch.ones(3, 22, dtype=bool)
+    z_mask[0, 11:] = z_mask[:, 20:] = False         # two frames are given, so 11 is step 10
+    imagined = torch.zeros(3, 20, 4, 2).masked_fill(~z_mask[:, 2:, None, None], torch.nan)
+    want = {'1': z[:, 2], '5': z[:, 6], '10': z[1:, 11]}
+    want = {h: v.square().mean().item() for h, v in want.items()}
+    assert horizon_errors(imagined, z, z_mask) == pytest.approx(want | {'20': None})
 
 
 def test_long_clips_cost_the_same_tokens_and_nothing_is_compiled_twice(demo, tmp_path, monkeypatch):

@@ -1,0 +1,463 @@
+"""
+Puts faults into the code, one at a time, and tells which of them no test finds.
+
+    python tests/mutate.py                          # all, a quarter of an hour
+    python tests/mutate.py --only=plan.py --jobs=2
+
+Each is tried on a copy of the project, by the few tests that should find it, and only if these pass
+without it. A survivor is a test that is missing: exit code 1.
+"""
+import itertools
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+# what the tests import, once for all: every mutation is tried in a fork of this process
+import av  # noqa: F401
+import pyarrow.parquet  # noqa: F401
+import pytest
+import torch.nn.attention.flex_attention  # noqa: F401
+
+ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), '..')
+sys.path.insert(0, ROOT)
+import data  # noqa: E402, from the root
+
+# --------------------------------------------------------------------------------------------------
+only = ''       # mutations of which the text or the tests hold this; '' = all
+jobs = 1        # mutations tried at once, with one thread each
+limit = 300     # seconds; what has not ended by then is found
+config = data.override(globals(), sys.argv[1:])
+# --------------------------------------------------------------------------------------------------
+
+# a file, a text that is in it once, what takes its place, tests: a file and a part of their names
+MUTATIONS = [
+
+    # attention and the model
+    ('model.py', 'x.roll(x.shape[-1] // 2, dims=-1)', 'x.roll(1, dims=-1)',
+     'test_model.py rope_of_space'),
+    ('model.py', 'torch.cat((-sin, sin), dim=-1)', 'torch.cat((sin, -sin), dim=-1)',
+     'test_model.py library_that_made'),
+    ('model.py', '.reshape(B, n, h // n * S, d)',
+     '.unflatten(1, (-1, n)).transpose(1, 2).reshape(B, n, h // n * S, d)',
+     'test_model.py attention_written_out'),
+    ('model.py', 'logits = cap * torch.tanh(', 'logits = cap * (',
+     'test_model.py attention_written_out'),
+    ('model.py', 'ago < context', 'ago <= context',
+     'test_model.py beyond_the_window[plain'),
+    ('model.py', 'i - j < context', 'i - j <= context',
+     'test_model.py flex_attention_and_remat'),
+    ('model.py', 'slots = (start + ', 'slots = (start + 1 + ',
+     'test_model.py the_cache_changes_nothing'),
+    ('model.py', 'torch.arange(max(0, S - L), S,', 'torch.arange(0, min(S, L),',
+     'test_model.py the_cache_changes_nothing'),
+    ('model.py', 'torch.arange(k.shape[2], device=x.device) <= start',
+     'torch.arange(k.shape[2], device=x.device) < start',
+     'test_model.py frame_number_in_a_tensor'),
+    ('model.py', 't = torch.arange(T, device=z.device) + start',
+     't = torch.arange(T, device=z.device)',
+     'test_model.py the_cache_changes_nothing'),
+    ('model.py', "return i % c['time_every'] == 1", "return i % c['time_every'] == 0",
+     'test_model.py sizes_and_a_new_model'),
+    ('model.py', 'self.a_in(torch.where(a_mask[..., None], a, 0.0))', 'self.a_in(a)',
+     'test_model.py do_not_leak[plain'),
+    ('model.py', "slice(c['registers'], c['registers'] +",
+     "slice(c['registers'] + 1, c['registers'] + 1 +",
+     'test_model.py what_went_in'),
+    ('model.py', 'd_i = (-torch.log2(d)).round().long()',
+     'd_i = 0 * (-torch.log2(d)).round().long()',
+     'test_model.py told_apart'),
+    ('model.py', '.float() / 255).float())', '.float() / 256).float())',
+     'test_model.py frames_are_encoded'),
+    ('model.py', 'self.blocks[:layer % len(self.blocks) + 1]',
+     'self.blocks[:layer % len(self.blocks)]',
+     'test_model.py layer_is_that_blocks'),
+
+    # the objective
+    ('model.py', 'torch.sigmoid(x - math.log(shift))', 'torch.sigmoid(x + math.log(shift))',
+     'test_model.py signal_levels'),
+    ('model.py', 'n = (first + B) * share // 1000 - first * share // 1000', 'n = B * share // 1000',
+     'test_model.py share_of_bootstrap'),
+    ('model.py', 'now = 1 + (noise.now * (T - 1)).floor()', 'now = (noise.now * T).floor()',
+     'test_model.py past_of_a_share'),
+    ('model.py', 'past = (noise.past < o.p_past)', 'past = (noise.past > o.p_past)',
+     'test_model.py past_of_a_share'),
+    ('model.py', 'e = 1 + (noise.d *', 'e = (noise.d *',
+     'test_model.py step_sizes_are_equally'),
+    ('model.py', '(tau / d).floor() * d', '(tau / d).round() * d',
+     'test_model.py step_sizes_are_equally'),
+    ('model.py', '(1 - level) * noise.eps + level * z', 'level * noise.eps + (1 - level) * z',
+     'test_model.py equation_7'),
+    ('model.py', 'middle = z_tau + first * half', 'middle = z_tau + first * d',
+     'test_model.py equation_7'),
+    ('model.py', 'velocity(model, middle, tau + half,', 'velocity(model, middle, tau,',
+     'test_model.py equation_7'),
+    ('model.py', '(first + second) / 2', '(first + second)',
+     'test_model.py equation_7'),
+    ('model.py', '@torch.no_grad()\ndef bootstrap_target', 'def bootstrap_target',
+     'test_model.py teacher'),
+    ('model.py', '0.9 * tau + 0.1', '0.1 * tau + 0.9',
+     'test_model.py equation_7'),
+    ('model.py', 'weight / (1 - tau) ** 2', 'weight / (1 - tau)',
+     'test_model.py equation_7'),
+    ('model.py', 'a_mask & ~alone[:, None], alone', 'a_mask, alone',
+     'test_model.py shares_are_kept'),
+    ('model.py', 'noise.null >= o.p_null', 'noise.null < o.p_null',
+     'test_model.py shares_are_kept'),
+    ('model.py', '(error * mask).sum()', 'error.sum()',
+     'test_model.py padded_frames'),
+    ('model.py', 'tau[:, 0] = 0', 'tau[:, -1] = 0',
+     'test_model.py direct_is_one_step'),
+    ('model.py', '[rms[name] for name in names]).amax()', '[rms[name] for name in names]).amin()',
+     'test_model.py equation_7'),
+
+    # imagination
+    ('model.py', "min(round(tau_ctx * c['k_max']), c['k_max'] - 1)", "round(tau_ctx * c['k_max'])",
+     'test_model.py noised_and_labelled'),
+    ('model.py', 'past = s.tau_ctx * z + (1 - s.tau_ctx) * eps', 'past = z + 0 * eps',
+     'test_model.py noised_and_labelled'),
+    ('model.py', 'level * z_ctx + (1 - level) * eps', '(1 - level) * z_ctx + level * eps',
+     'test_model.py noised_and_labelled'),
+    ('model.py', '(z_hat - z) / (s.K - k)', '(z_hat - z) / s.K',
+     'test_model.py the_cache_changes_nothing'),
+    ('model.py', 'level(k / s.K), level(s.d)', 'level(k / s.K), level(s.d_ctx)',
+     'test_model.py the_cache_changes_nothing'),
+    ('model.py', 'a[::M, :Tc]', 'a[:B, :Tc]',
+     'test_model.py candidates_share'),
+    ('model.py', 'noise = noise.repeat_interleave(M, dim=1)', 'noise = noise.repeat(1, M, 1, 1, 1)',
+     'test_model.py candidates_share'),
+    ('model.py', "s.grad == 'all' or s.grad and k == s.K - 1", 'bool(s.grad)',
+     'test_model.py gradient_of_a_rollout'),
+
+    # the checkpoint
+    ('model.py', 'tensors | averages if ema else tensors', 'averages | tensors if ema else tensors',
+     'test_model.py save_then_load'),
+    ('model.py', ".save_file(tensors, f'{path}.tmp', metadata)\n"
+     "    os.replace(f'{path}.tmp', path)",
+     '.save_file(tensors, path, metadata)',
+     'test_model.py save_that_is_killed'),
+    ('model.py', "return z + stats['z_mean']", "return z - stats['z_mean']",
+     'test_model.py normalised_and_back'),
+
+    # videos and tables
+    ('data.py', "array.array('q', sorted(times))", "array.array('q', times)",
+     'test_data.py frame_i_is'),
+    ('data.py', 'any(i < number and i not in self.fed for i in wanted)', 'False',
+     'test_data.py frames_equal_sequential'),
+    ('data.py', "chunk = i // (self.info.get('chunks_size') or 1000)", 'chunk = 0',
+     'test_data.py as_many_episodes'),
+    ('data.py', 'round(start[key] * self.native)', 'int(start[key] * self.native)',
+     'test_data.py to_timestamp_is_not'),
+    ('data.py', " + (parts['mean'] - out['mean']) ** 2)", ')',
+     'test_data.py test_stats'),
+    ('data.py', 'rows = np.flatnonzero(index[:, 0] == e.index)',
+     'rows = e.index * e.stated + np.arange(e.stated)',
+     'test_data.py many_shards'),
+    ('data.py', '(2 * np.asarray(j) * over + under) // (2 * under)',
+     'np.asarray(j) * over // under',
+     'test_data.py lower_rate'),
+    ('data.py', "i = at if key.startswith('observation') else at - 1", 'i = at',
+     'test_data.py deltas_of_a_dataset'),
+    ('data.py', 'R1 @ R0.swapaxes(1, 2)', 'R0.swapaxes(1, 2) @ R1',
+     'test_data.py the_delta_leads'),
+    ('data.py', 'return z @ y @ x', 'return x @ y @ z',
+     'test_data.py the_delta_leads'),
+    ('data.py', 'r = np.roll(r, 1, axis=1)', 'r = np.roll(r, -1, axis=1)',
+     'test_data.py the_delta_leads'),
+    ('data.py', "from_timestamp': self.first / self.fps", "from_timestamp': self.total / self.fps",
+     'test_data.py frames_and_rows_of_several'),
+    ('data.py', ".rstrip('/') + '.tmp'", ".rstrip('/')",
+     'test_data.py bad_episode_leaves_nothing'),
+    ('data.py', 'resume_size=f.tell()', 'resume_size=0',
+     'test_data.py killed_download'),
+
+    # clips and batches
+    ('data.py', 'self.rows(episode)[start:f[real - 1]]',
+     'self.rows(episode)[start + 1:f[real - 1] + 1]',
+     'test_data.py pins_actions'),
+    ('data.py', 'a_mask[1:real] = np.isfinite(a[1:real])', 'a_mask[:real] = np.isfinite(a[:real])',
+     'test_data.py pins_actions'),
+    ('data.py', 'np.isfinite(a[1:real]).all(1) & (self.action_dim > 0)', 'self.action_dim > 0',
+     'test_data.py not_numbers_are_masked'),
+    ('data.py', 'z_mask = f < e.length', 'z_mask = f <= e.length',
+     'test_data.py pins_actions'),
+    ('data.py', "torch.from_numpy(ds.stats['mean'])",
+     "torch.from_numpy(self.labelled[0].stats['mean'][:ds.action_dim])",
+     'test_data.py normalised_padded'),
+    ('data.py', "((clip['a'] - mean) / std).clamp(-5, 5)", "((clip['a'] - mean) / std)",
+     'test_data.py normalised_padded'),
+    ('data.py', 'sum(weights[s:kind.stop])', 'sum(weights[kind.start:kind.stop])',
+     'test_data.py ranks_together'),
+    ('data.py', 'order.count / exact_rate(ds.fps)', 'order.count',
+     'test_data.py by_duration_or_weight'),
+    ('data.py', 'p=weights / weights.sum()', 'p=None',
+     'test_data.py drawn_by_weight'),
+    ('data.py', '[i for i in range(n) if i not in self.val[s]]', '[*range(n)]',
+     'test_data.py in_both_splits'),
+    ('data.py', 'n = before * self.world + self.rank', 'n = before',
+     'test_data.py ranks_together'),
+    ('data.py', 'windows = max(1, ds.episodes[e].length - (T - 1) * frameskip)',
+     'windows = max(1, ds.episodes[e].length - T * frameskip)',
+     'test_data.py ranks_together'),
+    ('data.py', 'np.random.default_rng((*self.seed, epoch, block)).shuffle(i)', 'pass',
+     'test_data.py well_mixed'),
+    ('data.py', 'return self.short, step - number', 'return self.short, step',
+     'test_data.py long_clips_come'),
+    ('data.py', "('low', 'min'), ('high', 'max')", "('low', 'max'), ('high', 'min')",
+     'test_data.py normalised_padded'),
+
+    # latents on disk
+    ('data.py', 'v.abs().amax(1, keepdim=True)', 'v.abs().mean(1, keepdim=True)',
+     'test_data.py cached_latents_are'),
+    ('data.py', "z = z * rows['scale'][:, None]", "z = z * rows['scale'][:1, None]",
+     'test_data.py cached_latents_are'),
+    ('data.py', 'weights=weights.hexdigest()', "weights=''",
+     'test_data.py cache_of_other_frames'),
+    ('data.py', 'status.st_size, status.st_mtime_ns', 'status.st_size',
+     'test_data.py cache_of_other_frames'),
+    ('data.py', 'np.minimum(np.arange(T), real - 1) * self.frameskip',
+     'np.minimum(np.arange(T), real - 1)',
+     'test_data.py cached_latents_are'),
+    ('data.py', "temp = f'.{os.getpid()}'", "temp = ''",
+     'test_data.py goes_on_where_it_was_killed'),
+    ('data.py', 'not least <= value <= most', '(value < least or value > most)',
+     'test_data.py override_refuses'),
+
+    # training
+    ('train.py', "rms = dict(zip(rms, state['rms']))", 'rms = dict(rms)',
+     'test_train.py resume_is_bitwise[True]'),
+    ('train.py', 'ema_model.load_state_dict(load(ckpt)[0].state_dict())', 'pass',
+     'test_train.py resume_is_bitwise[True]'),
+    ('train.py', "    step = state['step']\n", '    step = 0\n',
+     'test_train.py resume_is_bitwise[True]'),
+    ('train.py', "optimizer.load_state_dict(state['optimizer'])", 'pass',
+     'test_train.py resume_is_bitwise[True]'),
+    ('train.py', 'sampler=range(step, max_steps)', 'sampler=range(max_steps - step)',
+     'test_train.py resume_is_bitwise[True]'),
+    ('train.py', "and os.path.isfile(optim + '.new')", 'and False',
+     'test_train.py between_two_renames'),
+    ('train.py', 'learning_rate * (step + 1) / warmup', 'learning_rate * step / warmup',
+     'test_train.py rate_warms_up'),
+    ('train.py', 'min(decay * max_steps, max_steps - warmup)', 'max_steps - warmup',
+     'test_train.py rate_warms_up'),
+    ('train.py', "        group['lr'] = lr\n", '        pass\n',
+     'test_train.py rate_warms_up'),
+    ('train.py', '1 - min(ema, (step + 1) / (step + 10))', 'min(ema, (step + 1) / (step + 10))',
+     'test_train.py leaves_behind'),
+    ('train.py', 'noise=clip_noise(z[rows], seeds), count=count)',
+     'noise=clip_noise(z[rows], seeds))',
+     'test_train.py how_a_batch_is_split'),
+    ('train.py', 'first=first + i', 'first=first',
+     'test_train.py how_a_batch_is_split'),
+    ('train.py', 'hash((seed, step, row + j))', 'hash((seed, step, j))',
+     'test_train.py how_a_batch_is_split'),
+    ('train.py', 'clip_grad_norm_(params, grad_clip or math.inf)',
+     'clip_grad_norm_(params, math.inf)',
+     'test_train.py optimizer_is_given'),
+    ('train.py', 'if p not in matrices], weight_decay=0.0',
+     'if p not in matrices], weight_decay=0.1',
+     'test_train.py optimizer_is_given'),
+    ('train.py', 'if step >= bootstrap_start * max_steps else 0.0', 'if True else 0.0',
+     'test_train.py optimizer_is_given'),
+    ('train.py', 'a.roll(len(a) // 2, 0), a_mask', 'a, a_mask',
+     'test_train.py leaves_behind'),
+    ('train.py', 'error[real, h - 1].mean()', 'error[:, h - 1].mean()',
+     'test_train.py in_an_evaluation'),
+    ('train.py', '2 << int(', '4 << int(',
+     'test_train.py clips_grow'),
+    ('train.py', '        dist.all_reduce(total)\n', '        pass\n',
+     'test_train.py two_processes'),
+
+    # the search
+    ('plan.py', 'largest=False', 'largest=True',
+     'test_plan.py optimum_of_each'),
+    ('plan.py', 'return actions.clamp(low, high)', 'return actions',
+     'test_plan.py bounds_hold'),
+    ('plan.py', 'actions.data.clamp_(low, high)', 'pass',
+     'test_plan.py bounds_hold'),
+    ('plan.py', ' / kernel.norm()', '',
+     'test_plan.py unit_variance'),
+    ('plan.py', 'f ** (-beta / 2)', 'f ** -beta',
+     'test_plan.py unit_variance'),
+    ('plan.py', 'int(o.samples / 1.25 ** i)', 'int(o.samples / 1.25)',
+     'test_plan.py update_rule'),
+    ('plan.py', 'elites[:, :math.ceil(o.keep * o.elites)]', 'elites',
+     'test_plan.py update_rule'),
+    ('plan.py', '-regret / o.temperature', '-regret * o.temperature',
+     'test_plan.py update_rule'),
+    ('plan.py', 'if now + (now - begun) / (i + 1) > deadline', 'if now > deadline',
+     'test_plan.py time_budget'),
+    ('plan.py', 'z = z[:, :, -1:]', 'z = z[:, :, :1]',
+     'test_plan.py cost_of_a_plan'),
+    ('plan.py', ' * known[:, None, None, None]', '',
+     'test_plan.py cost_of_a_plan'),
+    ('plan.py', 'noise = hash((seed, i, s)) % 2 ** 31', 'noise = hash((seed, i)) % 2 ** 31',
+     'test_plan.py candidates_of_an_iteration'),
+    ('plan.py', 'weight = weight / weight.mean()', 'weight = 1 / weight',
+     'test_plan.py cost_of_a_plan'),
+
+    # the controller
+    ('plan.py', 'a.cpu() * self.a_std + self.a_mean', 'a.cpu() * self.a_std',
+     'test_plan.py what_the_search_is_given'),
+    ('plan.py', '(rows - self.a_mean) / self.scale', 'rows / self.scale',
+     'test_plan.py what_the_search_is_given'),
+    ('plan.py', 'F.pad(self.last_plan[:, o.replan:], (0, 0, 0, o.replan))', 'self.last_plan',
+     'test_plan.py begins_from_the_last'),
+    ('plan.py', 'self.last_elites[:, :, o.replan:]', 'self.last_elites',
+     'test_plan.py begins_from_the_last'),
+    ('plan.py', 'frames[:, n - self.past::self.frameskip]', 'frames[:, ::self.frameskip]',
+     'test_plan.py what_the_search_is_given'),
+    ('plan.py', 'self.known[:, 0] = False', 'self.known[:, 0] = True',
+     'test_plan.py what_the_search_is_given'),
+    ('plan.py', 'self.done[-1] = np.asarray(actions)', 'pass',
+     'test_plan.py what_the_search_is_given'),
+
+    # the closed loop
+    ('plan.py', 'end = reached[-1]', 'end = reached.any(axis=0)',
+     'test_plan.py score_of_what'),
+    ('plan.py', 'reached.argmax(axis=0)[ever]', 'reached.argmax(axis=0)',
+     'test_plan.py score_of_what'),
+    ('plan.py', 'k * (n - k) / n + z * z / 4', 'k * (n - k) / n',
+     'test_plan.py wilson'),
+    ('plan.py', 'for t in range(budget + 1):', 'for t in range(budget + 2):',
+     'test_plan.py what_a_policy_sees'),
+    ('plan.py', 'o.budget or 2 * o.goal_steps', '2 * o.goal_steps',
+     'test_plan.py leaves_its_report'),
+    ('plan.py', 'states[-past:], between', 'states[:past], between',
+     'test_plan.py test_questions'),
+    ('plan.py', 'actions[lead - past + 1:]', 'actions[:past - 1]',
+     'test_plan.py test_questions'),
+    ('plan.py', "writer.add(frame, columns.pop('action'), sim.state(), columns)\n"
+     '                sim.step(action)',
+     'sim.step(action)\n'
+     "                writer.add(frame, columns.pop('action'), sim.state(), columns)",
+     'test_simulators.py frame_before_them'),
+
+    # pictures of latents
+    ('decode.py', 'optimizer.zero_grad(set_to_none=True)', 'pass',
+     'test_decode.py decoder_is_trained'),
+    ('decode.py', 'loss.backward()', 'pass',
+     'test_decode.py decoder_is_trained'),
+    ('decode.py', 'standard(z_raw, model.stats)[:, :context]',
+     'standard(z_raw, model.stats)[:, 1:context + 1]',
+     'test_decode.py rollout_pictures'),
+    ('decode.py', 'still = x[:, context - 1:context]', 'still = x[:, context:context + 1]',
+     'test_decode.py rollout_pictures'),
+]
+
+
+def copy_project(folder):
+    names = subprocess.check_output(['git', 'ls-files'], cwd=ROOT, text=True)
+    for name in names.splitlines():
+        os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
+        shutil.copy(os.path.join(ROOT, name), os.path.join(folder, name))
+
+
+def mutate(folder, file, old, new):
+    path = os.path.join(folder, file)
+    with open(path) as f:
+        text = f.read().replace(old, new)
+    compile(text, path, 'exec')         # a mutation is a fault of meaning, not of syntax
+    with open(path, 'w') as f:
+        f.write(text)
+
+
+def start_tests(folder, file, names):
+    """The process that runs the tests of a file whose names have one of these parts; it leaves
+    output.txt."""
+    pid = os.fork()
+    if pid:
+        return pid
+    signal.alarm(limit * len(names))     # ends it
+    os.chdir(folder)
+    output = os.open('output.txt', os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    del sys.modules['data']     # the folder has one of its own
+    torch.set_num_threads(1)
+    code = pytest.main([f'tests/{file}', '-k', ' or '.join(names), '-x', '-q', '-rA', '--tb=line',
+                        '--show-capture=no', '-p', 'no:cacheprovider'])
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def ended(folder):
+    """Of a run of tests: whether it passed, and the names of those that did or did not."""
+    with open(os.path.join(folder, 'output.txt'), errors='replace') as f:
+        text = f.read()
+    names = {kind: re.findall(rf'^{kind} tests/(.*?)(?: - .*)?$', text, re.M)
+             for kind in ('PASSED', 'FAILED', 'ERROR')}
+    return names['PASSED'], names['FAILED'] + names['ERROR']
+
+
+def in_parallel(tasks):
+    """Runs tests, `jobs` at once; yields (task, names that passed, that did not, seconds). A task
+    is a tuple: file of tests, parts of names, and where there is one the mutation."""
+    running = {}        # {process: (task, folder, when it began)}
+    tasks = iter(tasks)
+    while True:
+        for task in itertools.islice(tasks, jobs - len(running)):
+            folder = tempfile.mkdtemp()
+            copy_project(folder)
+            file, names, *mutation = task
+            if mutation:
+                mutate(folder, *mutation)
+            running[start_tests(folder, file, names)] = task, folder, time.monotonic()
+        if not running:
+            return
+        pid, code = os.wait()
+        task, folder, begun = running.pop(pid)
+        passed, failed = ended(folder)
+        if code and not failed:
+            failed = [f'the end of the process ({code})']
+        shutil.rmtree(folder)
+        yield task, passed, failed, time.monotonic() - begun
+
+
+def one_line(file, old, new):
+    return f'{file}: {" ".join(old.split())} -> {" ".join(new.split()) or "nothing"}'
+
+
+texts = {}
+for name in ('model.py', 'data.py', 'train.py', 'plan.py', 'decode.py'):
+    with open(os.path.join(ROOT, name)) as f:
+        texts[name] = f.read()
+unfit = [one_line(*m[:3]) for m in MUTATIONS if texts[m[0]].count(m[1]) != 1]
+if unfit:
+    sys.exit('\n'.join(['not exactly once in its file:', *unfit]))
+chosen = [m for m in MUTATIONS if only in ' '.join(m)]
+if not chosen:
+    sys.exit(f'--only={only}: no such mutation')
+
+begun = time.monotonic()
+names = {}      # {file of tests: parts of their names}
+for *_, selection in chosen:
+    file, part = selection.split()
+    names.setdefault(file, []).append(part)
+for (file, parts), passed, failed, seconds in in_parallel(names.items()):
+    for part in parts:
+        if not any(part in name for name in passed):
+            failed.append(f'none of {part}')
+    if failed:
+        sys.exit(f'without a mutation, tests/{file} wants to pass: {", ".join(failed)}')
+    print(f'{file}: {len(passed)} tests pass without a mutation, {seconds:.0f} s', flush=True)
+
+survivors = []
+tasks = []
+for file, old, new, selection in chosen:
+    of, part = selection.split()
+    tasks.append((of, [part], file, old, new))
+for (of, (part,), *mutation), passed, failed, seconds in in_parallel(tasks):
+    if failed:
+        print(f'found, {seconds:.0f} s, by {failed[0]}: {one_line(*mutation)}', flush=True)
+    else:
+        survivors.append(f'{one_line(*mutation)}   (tests/{of} -k {part})')
+        print(f'SURVIVED, {seconds:.0f} s: {survivors[-1]}', flush=True)
+print(f'{len(survivors)} of {len(chosen)} survive, {(time.monotonic() - begun) / 60:.1f} min')
+for line in survivors:
+    print(f'  {line}')
+sys.exit(bool(survivors))
