@@ -389,8 +389,9 @@ def load_encoder(name, path='', layer=-1, height=0, width=0, pool=1):
             sys.exit(f'--layer={layer} --pool={pool}: pixels has no layers and does not pool')
         return Pixels(height, width, patch=7)
     if name not in ENCODERS:
-        close = difflib.get_close_matches(name, [*ENCODERS, 'pixels'], 1)
-        hint = f'did you mean {close[0]}?' if close else f'there are pixels, {", ".join(ENCODERS)}'
+        names = ['pixels', *ENCODERS]
+        close = difflib.get_close_matches(name, names, 1)
+        hint = f'did you mean {close[0]}?' if close else f'there are {", ".join(names)}'
         sys.exit(f'--encoder={name}: no such encoder, {hint}')
     repo, *arguments = ENCODERS[name]
     with torch.device('meta'):      # the file's tensors become the parameters: not allocated twice
@@ -441,7 +442,7 @@ def load_vit(vit, name, path):
 def encode_frames(encoder, x, autocast):
     """Raw latents (.., N, D), float32 on the encoder's device, of uint8 frames x (.., 3, H, W), 64
     at a time."""
-    device = next(encoder.buffers()).device
+    device = next(iter(encoder.state_dict().values())).device
     z = []
     for frames in x.flatten(0, -4).split(64):
         with autocast:
@@ -1019,14 +1020,13 @@ def shortcut_loss(model, z, a, a_mask, z_mask, options={}, rms=None, first=0, no
         terms[name] = total / count[name].clamp(min=1e-6)
         metrics[name] = total.detach() / count[name]
     metrics['tau'] = (inputs[1] * counted['flow']).sum() / count['flow']
-    flow, bootstrap = terms.values()
     if rms is None:
-        return flow + bootstrap, metrics
+        return sum(terms.values()), metrics
     # Divided by its own RMS alone, a bootstrap term that falls gains weight without end, and
     # weights that merely agree with themselves make it fall to 0: training then leaves the data
     # (seen). So it never weighs more than the flow.
-    bootstrap = bootstrap / term_scale(rms, 'flow', 'bootstrap')
-    return flow / term_scale(rms, 'flow') + bootstrap, metrics
+    bootstrap = terms['bootstrap'] / term_scale(rms, 'flow', 'bootstrap')
+    return terms['flow'] / term_scale(rms, 'flow') + bootstrap, metrics
 
 
 def term_scale(rms, *names):
