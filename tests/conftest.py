@@ -24,6 +24,7 @@ def shared():
 def script(name, *options):
     """Run a script of the project in this process, with its command line; returns its globals."""
     argv, sys.argv = sys.argv, [name, *options]
+    data._warned.clear()        # as in a process of its own
     handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
         return runpy.run_path(str(ROOT / name), run_name='__main__')

@@ -880,6 +880,7 @@ def test_actions_are_normalised_padded_and_masked(world, monkeypatch):
                 assert s == 1 or (np.abs(want) == 5).any()
     stats = c.action_stats()
     assert stats['width'].tolist() == [4, 8] and stats['std'][0, 4:].tolist() == [0] * 4
+    assert (stats['low'] <= stats['mean']).all() and (stats['low'] < stats['high'])[1].all()
 
 
 def test_no_episode_is_in_both_splits(world):
@@ -1152,7 +1153,7 @@ def test_nothing_readable_is_an_end_not_a_hang(tmp_path):
 # cached latents -------------------------------------------------------------------------------------------------------
 
 class Mean(torch.nn.Module):
-    """An encoder of two tokens: the means of a frame's left and right half, in 4 channels, times a weight."""
+    """An encoder of two tokens of 4 channels from the means of a frame's halves, which tell similar frames apart."""
     name, layer, pool, size, width, grid, dim, fit = 'mean', -1, 1, 16, 16, (1, 2), 4, None
 
     def __init__(self, weight=1.0):
@@ -1161,7 +1162,7 @@ class Mean(torch.nn.Module):
 
     def forward(self, x):
         self.seen += len(x)
-        z = x.mean(1).unflatten(2, (2, 8)).mean((1, 3))
+        z = torch.sin(200 * x.mean(1).unflatten(2, (2, 8)).mean((1, 3))) * torch.tensor([1.0, 0.5])
         return self.weight * torch.stack([z, -z, z ** 2, torch.ones_like(z)], -1)
 
 
@@ -1190,6 +1191,16 @@ def test_cached_latents_are_those_of_the_frames(mixture, tmp_path, capfd, store,
         assert (batch['z'].float() - want).abs().max() < (1e-3 if store == 'float16' else 5e-3)
         assert all(torch.equal(batch[k], plain[k]) for k in ('a', 'a_mask', 'z_mask'))
     assert all(map(same, loaded(c, range(4), 2), loaded(c, range(4), 0)))
+
+
+@pytest.mark.parametrize('store', ['float16', 'int8'])
+def test_every_frame_has_latents_of_its_own(tmp_path, store):
+    ramp = np.zeros((40, 16, 16, 3), np.uint8) + 6 * np.arange(40, dtype=np.uint8)[:, None, None, None]
+    write_lerobot(tmp_path / 'd', [{'observation.images.top': ramp, 'task': 't'}] * 4, 10)
+    c = data.Clips([], [data.LeRobot(tmp_path / 'd')], 3, 2, 16, 6, 0.5, 0.25)
+    want = [Mean()(x.float() / 255) for x in c[0]['x']]
+    c.tokens = cache(c, store=store)
+    assert (c[0]['z'].float() - torch.stack(want)).abs().max() < (1e-3 if store == 'float16' else 6e-3)
 
 
 def test_a_cache_goes_on_where_it_was_killed(mixture, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import sys
+import threading
 import time
 import types
 
@@ -937,6 +938,8 @@ def test_watching_a_folder(trained, tmp_path, monkeypatch, capsys):
     (folder / 'notes.txt').write_text('no picture')
 
     def sleep(seconds):     # meanwhile: a new picture every second time, which is perhaps still being written at first
+        if threading.current_thread() is not threading.main_thread():       # of an earlier test
+            return really_sleep(seconds)
         i, old = divmod(next(waits), 2)
         if i == 6:
             raise KeyboardInterrupt
@@ -946,6 +949,7 @@ def test_watching_a_folder(trained, tmp_path, monkeypatch, capsys):
         else:
             (folder / f'frame{i}.png').write_bytes((tmp_path / f'{i}.png').read_bytes())
             os.utime(folder / f'frame{i}.png', (1, 1))
+    really_sleep = time.sleep
     monkeypatch.setattr(time, 'sleep', sleep)
     with pytest.raises(SystemExit) as end:
         script('plan.py', f'--ckpt={trained}/ckpt.safetensors', f'--watch={folder}', f'--goal={goal}', *QUICK)
