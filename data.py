@@ -55,12 +55,12 @@ LIMITS = (
     dict.fromkeys('labelled_share long_share val_share grow max_bad whiten bootstrap '
                   'bootstrap_start p_past p_image p_null self_forcing decay ema beta1 beta2 '
                   'keep'.split(), (0, 1))
-    | dict.fromkeys('fps long_frames cache_gb workers frame_height frame_width channels width '
+    | dict.fromkeys('fps frameskip long_frames cache_gb workers frame_height frame_width channels width '
                     'layers heads kv_heads registers context time_every wide_layers k_max '
                     'soft_cap tau_shift micro_batch learning_rate min_lr warmup weight_decay '
                     'grad_clip robot budget_ms chunk smooth goal_steps budget steps'.split(),
                     (0, math.inf))
-    | dict.fromkeys('frameskip pool batch_size max_steps eval_interval eval_context save_interval '
+    | dict.fromkeys('pool batch_size max_steps eval_interval eval_context save_interval '
                     'log_interval K horizon samples iterations seeds replan episodes draw_every '
                     'rows train_frames train_steps'.split(), (1, math.inf))
     | dict.fromkeys('frames eval_clips elites'.split(), (2, math.inf))
@@ -70,6 +70,7 @@ LIMITS = (
 # columns of a rotation
 ROTATIONS = {'euler': 3, 'rotvec': 3, 'quat_xyzw': 4, 'quat_wxyz': 4, 'rot6d': 6, 'rot6d_rows': 6}
 CHOICES = {
+    'preset': ('robot', 'thesis'),
     'action_mode': ('absolute', 'delta', 'delta_tool'),
     'rotation': tuple(ROTATIONS),
     'store': ('float16', 'int8'),
@@ -95,14 +96,20 @@ def check(name, value):
         sys.exit(f'--{name}: wants one of {", ".join(CHOICES[name])}, got {value!r}')
 
 
-def override(g, argv):
+def override(g, argv, presets={}):
     """Set a script's constants, all bool, int, float and str in its globals() g, by argv, a list of
-    --name=value. Returns them all, {name: value}, to print and to save. What cannot be set, or is
-    out of LIMITS or CHOICES, ends the script with one line."""
+    --name=value, after those of the preset that it names, {preset: {name: value}}. Returns them
+    all, {name: value}, to print and to save. What cannot be set, or is out of LIMITS or CHOICES,
+    ends the script with one line."""
     config = {k: v for k, v in g.items() if k[0] != '_' and type(v) in (bool, int, float, str)}
     if '-h' in argv or '--help' in argv:
         print(g['__doc__'], *(f'  --{k}={v}' for k, v in config.items()), sep='\n')
         sys.exit()
+    for arg in argv:
+        if arg.startswith('--preset=') and presets:
+            check('preset', arg.partition('=')[2])
+            preset = presets[arg.partition('=')[2]]
+            argv = [f'--{name}={value}' for name, value in preset.items()] + argv
     for arg in argv:
         name, equals, text = arg.removeprefix('--').partition('=')
         if not arg.startswith('--') or not equals:

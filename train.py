@@ -2,7 +2,7 @@
 Train a world model on LeRobot datasets.
 
     python train.py                     # the demo world: minutes on a laptop, no download
-    python train.py --labelled=path/to/dataset --encoder=dinov2_vits14 --size=tiny
+    python train.py --preset=robot --labelled=path/to/dataset
     torchrun --nproc_per_node=8 train.py --batch_size=64 ...    # the total of all processes
     python train.py --resume=True ...   # goes on where out_dir stopped, bit for bit
 
@@ -29,6 +29,7 @@ from model import (MODEL_DEFAULTS, OBJECTIVE, WorldModel, clip_noise, compile_la
                    restore_stored, rollout, save, shortcut_loss, standard, term_scale, which_rows)
 
 # --------------------------------------------------------------------------------------------------
+preset = ''                     # robot or thesis, see PRESETS; other options go before it
 # data
 labelled = 'demo/labelled'      # LeRobot datasets: folders or names on the hub; 'a:2,b:1' weighs
 unlabelled = 'demo/unlabelled'  # used without actions; demo/... is written if it is not there
@@ -38,7 +39,7 @@ action = ''                     # keys, with commas; '' = action, else actions, 
 action_mode = 'absolute'        # delta, delta_tool: motions of poses in the base's, tool's frame
 rotation = 'euler'              # of poses: euler, quat_xyzw, quat_wxyz, rotvec, rot6d or rot6d_rows
 fps = 0.0                       # frames per second that are taken from every dataset; 0 = all
-frameskip = 2                   # dataset frames per model step
+frameskip = 2                   # dataset frames per model step; 0 = five steps a second
 frames = 4                      # model steps of a training clip
 long_frames = 0                 # of the clips of some steps, which hold fewer clips: as many tokens
 long_share = 0.0                # share of the steps that see long clips
@@ -113,7 +114,20 @@ dtype = 'auto'                  # float32 or bfloat16 (autocast); auto = bfloat1
 compile = False                 # torch.compile: half a minute at first, then up to twice as fast
 remat = False                   # a third more time, less memory: computes insides of layers again
 fsdp = False                    # shards weights and optimizer (FSDP2) where DDP copies them
-config = data.override(globals(), sys.argv[1:])
+PRESETS = {
+    'robot': dict(              # one robot, hours of data, one GPU
+        encoder='dinov2_vits14', frame_height=224, pool=2, whiten=1.0, size='small', registers=4,
+        frames=16, context=16, frameskip=0, k_max=64, tau_shift=0.0, batch_size=16,
+        learning_rate=1e-3, max_steps=20000, warmup=500, decay=0.3, eval_interval=1000,
+        save_interval=1000),
+    'thesis': dict(             # Dreamer 4 on DINOv3, nearly all video without actions; many GPUs
+        encoder='dinov3_vitb16', frame_height=224, whiten=1.0, size='base', registers=4,
+        frames=64, context=64, frameskip=0, k_max=64, K=4, tau_shift=0.0, labelled_share=0.05,
+        bootstrap_start=0.2, p_image=0.3, p_null=0.1, batch_size=64, micro_batch=2,
+        learning_rate=3e-4, max_steps=100000, warmup=2000, decay=0.2, ema=0.999, store='int8',
+        eval_interval=2000, save_interval=2000, compile=True, remat=True),
+}
+config = data.override(globals(), sys.argv[1:], PRESETS)
 if (labelled == 'demo/labelled') != (unlabelled == 'demo/unlabelled'):     # is all or nothing
     labelled, unlabelled = ('' if v.startswith('demo/') else v for v in (labelled, unlabelled))
     config |= dict(labelled=labelled, unlabelled=unlabelled)
@@ -195,6 +209,11 @@ for ds in sets['labelled']:
                  'name them by --action=..., or give it as --unlabelled')
 if not sets['labelled'] + sets['unlabelled']:
     sys.exit('--labelled and --unlabelled are both empty: there is nothing to learn from')
+if not frameskip:
+    rates = {ds.fps for ds in sets['labelled'] + sets['unlabelled']}
+    if len(rates) > 1:
+        sys.exit(f'--frameskip=0: the datasets have {rates} frames per second: give --fps as well')
+    frameskip = config['frameskip'] = max(1, round(rates.pop() / 5))
 clips, long_clips = (
     data.Clips(sets['labelled'], sets['unlabelled'], T, frameskip, (encode.size, encode.width),
                batch_size * frames // T // world, labelled_share, val_share, seed, rank, world)
