@@ -508,3 +508,29 @@ def test_a_dataset_of_the_hub_is_pinned_in_the_checkpoint(demo, tmp_path, monkey
         (tmp_path / 'hub/me/robot/README.md').write_text('a new revision')
         g = script('train.py', *options, '--max_steps=4', '--resume=True')
         assert g['clips'].sets[0].name == pinned and model.load(tmp_path / 'o' / 'ckpt.safetensors')[0].step == 4
+
+
+def random_weights(name, path):
+    """A file of an encoder that has learned nothing."""
+    torch.manual_seed(0)
+    vit = model.ViT(*model.ENCODERS[name][1:])
+    for p in vit.parameters():
+        torch.nn.init.normal_(p, std=0.02)
+    safetensors.torch.save_file({k: v.half() for k, v in vit.state_dict().items()}, path)
+    return path
+
+
+@pytest.mark.parametrize('preset, encoder', [('robot', 'dinov2_vits14'), ('thesis', 'dinov3_vitb16')])
+def test_presets(tmp_path, demo, preset, encoder):
+    """Off the shelf but for size: the preset first, what the command line says after it."""
+    weights = random_weights(encoder, tmp_path / 'weights.safetensors')
+    side = 28 if preset == 'robot' else 32
+    small = ('--width=32', '--layers=2', '--heads=2', '--kv_heads=1', '--batch_size=2', '--eval_clips=2', '--device=cpu',
+             '--micro_batch=0', '--compile=False', '--max_steps=2', '--dtype=float32', f'--frame_height={side}')
+    g = script('train.py', *demo, *small, f'--preset={preset}', f'--encoder_path={weights}', f'--out_dir={tmp_path / "o"}')
+    net, config = model.load(tmp_path / 'o' / 'ckpt.safetensors')
+    wanted = g['PRESETS'][preset]
+    assert config['preset'] == preset and config['encoder'] == wanted['encoder'] == encoder
+    assert config['max_steps'] == 2 and config['frames'] == wanted['frames'] and config['k_max'] == 64
+    assert config['frameskip'] == 2         # of 10 frames a second
+    assert net.config['grid'] == ([1, 1] if preset == 'robot' else [2, 2])
