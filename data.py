@@ -34,7 +34,11 @@ from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
 
-import av
+# Before torch is loaded: OpenMP's threads wait for each other by spinning, for up to a tenth of a
+# second, and beside another busy process that takes away the core of the one they wait for.
+os.environ.setdefault('GOMP_SPINCOUNT', '20000')
+
+import av  # noqa: E402
 import huggingface_hub.constants
 import huggingface_hub.errors
 import huggingface_hub.utils
@@ -504,7 +508,7 @@ def read_frames(path, numbers, size=0):
 # --------------------------------------------------------------------------------------------------
 # LeRobot in: files of the hub
 
-HUB_HOME = f'{huggingface_hub.constants.HF_HOME}/nanowm'    # one folder a revision
+HUB_HOME = f'{huggingface_hub.constants.HF_HOME}/goaldream'    # one folder a revision
 HUB_NAME = re.compile(r'[\w.-]+/[\w.-]+(@[\w./-]+)?')
 PATIENCE = 300      # seconds for which a hub that is busy or out of reach is asked again
 huggingface_hub.utils.disable_progress_bars()       # of several processes at once

@@ -12,13 +12,14 @@ import math
 import os
 import sys
 
+import data     # before torch: it sets how threads wait
+
 import safetensors.torch
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import data
 from model import (encode_frames, load, pictures, read_tensors, restore_encoder, rollout, standard,
                    unstandard)
 

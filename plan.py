@@ -28,13 +28,14 @@ import sys
 import time
 import types
 
+import data     # before torch: it sets how threads wait
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-import data
 from model import (WorldModel, compile_layers, encode_frames, half_weights, load, pictures,
                    remember, restore_encoder, rollout, standard, unstandard)
 

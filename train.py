@@ -19,11 +19,12 @@ import signal
 import sys
 import time
 
+import data     # before torch: it sets how threads wait
+
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import data
 from model import (MODEL_DEFAULTS, OBJECTIVE, WorldModel, clip_noise, compile_layers, encode_frames,
                    flops_per_frame, frame_tokens, half_weights, load, load_encoder, model_config,
                    restore_stored, rollout, save, shortcut_loss, standard, term_scale, which_rows)

@@ -15,9 +15,9 @@ import data  # noqa: E402, from the root
 @pytest.fixture
 def shared():
     """The folder of real weights and datasets; tests that need it are skipped where it is not there."""
-    folder = Path(os.environ.get('NANOWM_SHARED') or ROOT.parent / 'shared')
+    folder = Path(os.environ.get('GOALDREAM_SHARED') or ROOT.parent / 'shared')
     if not folder.is_dir():
-        pytest.skip(f'no real data: {folder} does not exist (NANOWM_SHARED names another)')
+        pytest.skip(f'no real data: {folder} does not exist (GOALDREAM_SHARED names another)')
     return folder
 
 
