@@ -74,7 +74,6 @@ LIMITS = (
 # columns of a rotation
 ROTATIONS = {'euler': 3, 'rotvec': 3, 'quat_xyzw': 4, 'quat_wxyz': 4, 'rot6d': 6, 'rot6d_rows': 6}
 CHOICES = {
-    'preset': ('robot', 'thesis'),
     'action_mode': ('absolute', 'delta', 'delta_tool'),
     'rotation': tuple(ROTATIONS),
     'store': ('float16', 'int8'),
@@ -110,10 +109,11 @@ def override(g, argv, presets={}):
         print(g['__doc__'], *(f'  --{k}={v}' for k, v in config.items()), sep='\n')
         sys.exit()
     for arg in argv:
-        if arg.startswith('--preset=') and presets:
-            check('preset', arg.partition('=')[2])
-            preset = presets[arg.partition('=')[2]]
-            argv = [f'--{name}={value}' for name, value in preset.items()] + argv
+        if presets and arg.startswith('--preset='):
+            preset = arg.partition('=')[2]
+            if preset not in presets:
+                sys.exit(f'--preset: wants one of {", ".join(presets)}, got {preset!r}')
+            argv = [f'--{name}={value}' for name, value in presets[preset].items()] + argv
     for arg in argv:
         name, equals, text = arg.removeprefix('--').partition('=')
         if not arg.startswith('--') or not equals:
