@@ -59,10 +59,10 @@ LIMITS = (
     dict.fromkeys('labelled_share long_share val_share grow max_bad whiten bootstrap '
                   'bootstrap_start p_past p_image p_null self_forcing decay ema beta1 beta2 '
                   'keep'.split(), (0, 1))
-    | dict.fromkeys('fps frameskip long_frames cache_gb workers frame_height frame_width channels width '
-                    'layers heads kv_heads registers context time_every wide_layers k_max '
-                    'soft_cap tau_shift micro_batch learning_rate min_lr warmup weight_decay '
-                    'grad_clip robot budget_ms chunk smooth goal_steps budget steps'.split(),
+    | dict.fromkeys('fps frameskip long_frames cache_gb workers frame_height frame_width '
+                    'channels width layers heads kv_heads registers context time_every wide_layers '
+                    'k_max blind_episodes soft_cap tau_shift micro_batch learning_rate min_lr '
+                    'warmup weight_decay grad_clip robot budget_ms chunk smooth goal_steps budget steps'.split(),
                     (0, math.inf))
     | dict.fromkeys('pool batch_size max_steps eval_interval eval_context save_interval '
                     'log_interval K horizon samples iterations seeds replan episodes draw_every '

@@ -73,6 +73,7 @@ smooth = 0.0            # weight of squared changes of the action, in normalised
 # closed loop
 env = 'demo'            # or a class of a file: tests/simulators.py:PushT, ...:PointMaze
 episodes = 20           # also of a recording
+blind_episodes = 5      # of these a model of random weights plays, as it takes long; 0 = all
 goals = 'expert'        # expert: where a script is goal_steps later; random: anywhere, at rest
 goal_steps = 0          # environment steps; 0 = 10 in the demo world, else 25
 budget = 0              # environment steps, fixed in advance; 0 = twice goal_steps
@@ -958,8 +959,9 @@ def score(sims, questions, poses, executed):
     end = reached[-1]
     ever = reached.any(axis=0)
     row = dict.fromkeys(('steps', 'jerk', 'seconds_per_plan', 'plans_per_second', 'iterations'))
-    row |= dict(success_end=end.mean().item(), success_ever=ever.mean().item(),
-                ci95=wilson(int(end.sum()), len(end)), distance_end=gap[-1].mean().item())
+    row |= dict(episodes=len(end), success_end=end.mean().item(),
+                success_ever=ever.mean().item(), ci95=wilson(int(end.sum()), len(end)),
+                distance_end=gap[-1].mean().item())
     if ever.any():
         row['steps'] = reached.argmax(axis=0)[ever].mean().item()
     if len(executed) > 2:
@@ -1067,17 +1069,19 @@ def evaluate(o):
     methods = {}
     contestants = [('model', planner, sims),
                    *[(f'model, {s}', planner, robots(o, planner, s)) for s in shifts],
-                   ('random weights', random_weights(planner, o.seed), sims)]
+                   ('random weights', random_weights(planner, o.seed),
+                    sims[:o.blind_episodes or None])]
     for name, who, worlds in contestants:
         who.restart()
-        poses, executed, shown, goals = play(who.act, worlds, questions, o.budget, True)
-        row, reached = score(worlds, questions, poses, executed)
-        methods[name] = row | speed(who, o.episodes)
+        asked = questions[:len(worlds)]
+        poses, executed, shown, goals = play(who.act, worlds, asked, o.budget, True)
+        row, reached = score(worlds, asked, poses, executed)
+        methods[name] = row | speed(who, len(worlds))
         if name == 'model':
             video = film(shown, goals, reached)
-        if worlds is not sims:
+        if name.startswith('model, '):
             methods[name]['drop'] = methods['model']['success_end'] - row['success_end']
-        tell(name, methods[name], sim.unit, o.episodes)
+        tell(name, methods[name], sim.unit, len(worlds))
     for name, policy in baselines(planner, sims, questions, rng).items():
         poses, executed, _, _ = play(policy, sims, questions, o.budget, False)
         methods[name], _ = score(sims, questions, poses, executed)

@@ -739,6 +739,14 @@ def evaluated(trained, out, **changes):
 METHODS = ['model', 'model, light', 'model, camera', 'random weights', 'random', 'zero', 'mean', 'expert']
 
 
+def test_random_weights_play_fewer_episodes(trained, tmp_path):
+    methods = evaluated(trained, tmp_path, episodes=3, budget=2, blind_episodes=2)['methods']
+    assert [m['episodes'] for m in methods.values()] == [3, 2, 3, 3, 3, 3]
+    everything = evaluated(trained, tmp_path, episodes=3, budget=2, blind_episodes=0)['methods']
+    assert everything['random weights']['episodes'] == 3 and everything['model'].items() >= {
+        k: v for k, v in methods['model'].items() if 'second' not in k}.items()
+
+
 def test_closed_loop_leaves_its_report(trained, tmp_path, guarded):
     out = tmp_path / 'out'
     evaluated(trained, out, episodes=4, budget=6, shift='light,camera')
