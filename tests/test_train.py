@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import data
 import model
@@ -337,19 +337,32 @@ def test_rate_warms_up_stays_and_falls(demo, tmp_path):
 
 
 def test_what_the_optimizer_is_given(demo, tmp_path):
-    """Gradients of a norm of at most grad_clip, which bootstrap rows have a part in from bootstrap_start on; and the
-    matrices of linear layers are all that decays."""
-    norms = []
+    """Gradients of a norm of at most grad_clip, which bootstrap rows have a part in from bootstrap_start on; the rate
+    of the schedule; the matrices of linear layers are all that decays; and its weights are averaged."""
+    norms, rates, average = [], [], {}
 
-    def look(optimizer, *_):
-        params = [p for group in optimizer.param_groups for p in group['params']]
-        norms.append(torch.nn.utils.get_total_norm([p.grad for p in params]).item())
+    def params(optimizer):
+        return [p for group in optimizer.param_groups for p in group['params']]
 
-    hook = register_optimizer_step_pre_hook(look)
+    def before(optimizer, *_):
+        norms.append(torch.nn.utils.get_total_norm([p.grad for p in params(optimizer)]).item())
+        rates.append([group['lr'] for group in optimizer.param_groups])
+        if len(norms) == 1:
+            average.update({p: p.detach().clone() for p in params(optimizer)})
+
+    def after(optimizer, *_):       # of n steps the last has the weight 9 / (n + 9)
+        for p in params(optimizer):
+            average[p].lerp_(p.detach(), 9 / (len(norms) + 9))
+
+    hooks = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
     g = script('train.py', *demo, *SMALL, '--max_steps=4', '--log_interval=1', '--grad_clip=0.01', '--weight_decay=0.1',
                '--bootstrap_start=0.5', '--eval_interval=100', f'--out_dir={tmp_path / "o"}')
-    hook.remove()
+    for hook in hooks:
+        hook.remove()
     assert norms == pytest.approx([0.01] * 4, rel=1e-3)
+    assert rates == [[e['lr']] * 2 for e in entries(tmp_path / 'o')[0]]
+    for p, mean in zip(g['params'], g['ema_params']):
+        torch.testing.assert_close(mean, average[p])
     assert [e['bootstrap'] is None for e in entries(tmp_path / 'o')[0]] == [True, True, False, False]
     names = {p: name for name, p in g['model'].named_parameters()}
     decay = {names[p]: group['weight_decay'] for group in g['optimizer'].param_groups for p in group['params']}
