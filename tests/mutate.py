@@ -270,7 +270,7 @@ MUTATIONS = [
     ('train.py', '2 << int(', '4 << int(',
      'test_train.py clips_grow'),
     ('train.py', '        dist.all_reduce(total)\n', '        pass\n',
-     'test_train.py two_processes'),
+     'test_train.py how_a_batch_is_split'),
 
     # the search
     ('plan.py', 'largest=False', 'largest=True',

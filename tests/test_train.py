@@ -33,6 +33,7 @@ def test_what_a_run_leaves_behind(trained):
     val = vals[-1]['val']
     assert set(val['labelled']) == {'model', 'repeat', 'shuffled', 'hidden'}
     assert set(val['unlabelled']) == {'model', 'repeat'}
+    assert val['labelled']['shuffled'] != val['labelled']['model'] != val['labelled']['hidden']
     for errors in (*val['labelled'].values(), *val['unlabelled'].values()):
         assert list(errors) == ['1', '5', '10', '20'] and all(v > 0 for v in errors.values())
     with safetensors.safe_open(trained / 'ckpt.safetensors', 'pt') as f:
