@@ -44,6 +44,7 @@ import huggingface_hub.errors
 import huggingface_hub.utils
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from huggingface_hub.file_download import http_get
@@ -351,7 +352,7 @@ def frame_times(container):
     evenly spaced, so is what is shown. Of any other file, all packets are read (20 us each).
     """
     stream = container.streams.video[0]
-    decoded = [entry.timestamp for entry in stream.index_entries]
+    decoded = [entry.timestamp for entry in stream.index_entries if not entry.is_discard]
     gaps = set(np.diff(decoded).tolist())
     if len(decoded) == stream.frames and len(gaps) == 1:
         gap = gaps.pop()
@@ -360,12 +361,6 @@ def frame_times(container):
     packets = (packet for packet in container.demux(stream) if packet.size)
     times = [packet.pts for packet in packets if packet.pts is not None and not packet.is_discard]
     return array.array('q', sorted(times))
-
-
-def count_frames(path):
-    """By the file's header, which every mp4 has, or by its packets."""
-    with reading(path), av.open(path) as container:
-        return video_stream(container).frames or len(frame_times(container))
 
 
 _times = {}     # {(path, when it was changed): frame_times}, of all videos that were open
@@ -480,6 +475,14 @@ def open_video(path):
             _videos.popitem(last=False)[1].container.close()
     _videos.move_to_end(key)
     return _videos[key]
+
+
+def video_times(path):
+    """When the frames of a video are shown, in seconds after the first one."""
+    with reading(path), av.open(path) as container:
+        clock = video_stream(container).time_base
+        times = np.array(frame_times(container), float)
+        return (times - times[:1]) * float(clock)
 
 
 def close_video(path):
@@ -652,7 +655,9 @@ def inside(root, template, **values):
 # --------------------------------------------------------------------------------------------------
 # LeRobot in: tables and statistics
 
+TEXT = '(large_)?(str|utf|text|binary)|bytes|image|video|audio|lang'  # what is no number
 STATS = 'mean', 'std', 'min', 'max'
+PROBE = 1 << 12     # bytes of a file that are looked at in three places, to know it again
 QUANTILES = {'q01': .01, 'q10': .1, 'q50': .5, 'q90': .9, 'q99': .99}
 
 
@@ -685,28 +690,49 @@ def _table(path, names=(), needed=()):
     there = file.schema_arrow.names
     for name in set(needed) - set(there):
         raise Bad(f'no column {name}')
-    return file.read([name for name in names or there if name in there])
+    # threads cost more than small files take
+    return file.read([name for name in names or there if name in there], use_threads=False)
 
 
 @lru_cache(maxsize=32)
 def _columns(path, names):
-    """{name: array (rows, width)} of numeric columns; float32, but float64 for indices; null: NaN.
-    """
-    out = {}
+    """{name: float32 (rows, width)} of columns of numbers, see _numbers."""
     with reading(path):
-        table = _table(path, names)
+        table = _table(path, names, names)
+        return {name: np.float32(_numbers(name, table[name])) for name in names}
+
+
+@lru_cache(maxsize=32)
+def _indices(path):
+    """{name: float64 (rows,)} of what numbers the rows of a table, as far as it is there."""
+    with reading(path):
+        table = _table(path, ('episode_index', 'frame_index', 'timestamp'))
+        rows = table.num_rows
+        out = dict(row=np.arange(rows), frame_index=np.arange(rows), timestamp=np.full(rows, np.nan))
         for name in table.column_names:
-            valid = table[name].is_valid().to_numpy()
-            column = table[name].combine_chunks().drop_null()
-            while isinstance(column.type, (pa.ListType, pa.LargeListType, pa.FixedSizeListType)):
-                column = column.flatten()
-            width, over = divmod(len(column), max(1, valid.sum()))
-            if over or not pa.types.is_primitive(column.type):
-                raise Bad(f'{name} is {table[name].type}, not the same count of numbers in every '
-                          'row')
-            kind = np.float64 if name.endswith('_index') else np.float32
-            out[name] = np.full((len(valid), width), np.nan, kind)
-            out[name][valid] = column.to_numpy(zero_copy_only=False).reshape(valid.sum(), width)
+            with suppress(Bad):
+                values = _numbers(name, table[name])
+                if np.isfinite(values).all():
+                    out[name] = values[:, 0]
+    return out
+
+
+def _numbers(name, column):
+    """float64 (rows, width) of a column of numbers, or of lists of them. NaN: null, or a row of
+    another width than most."""
+    row = np.flatnonzero(column.is_valid())     # of each number
+    values = column.combine_chunks().drop_null()
+    while isinstance(values.type, (pa.ListType, pa.LargeListType, pa.FixedSizeListType)):
+        row = row[pc.list_parent_indices(values)]
+        values = values.flatten()
+    try:
+        values = values.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+    except pa.ArrowException:
+        raise Bad(f'{name} is {column.type}, not numbers') from None
+    widths = np.bincount(row, minlength=len(column))
+    width = np.bincount(widths[widths > 0], minlength=1).argmax() or 1
+    out = np.full((len(column), width), np.nan)
+    out[widths == width] = values[widths[row] == width].reshape(-1, width)
     return out
 
 
@@ -736,7 +762,9 @@ class Episode:
     tasks: list     # what is done, in words
     data: dict      # what its table's path is made of
     video: dict     # {camera: what its video's path is made of}; pictures in the table have none
-    base: dict      # {camera: number of its first frame in that video}
+    start: dict     # {camera: when it begins in that video, in seconds}
+    base: dict      # {camera: number of its first frame in that video}, see _locate
+    room: dict      # {camera: frames from there until the next episode's}
     length: int = 0     # frames at the rate asked for, as all else counts them
     fault: Bad = None   # what makes it shorter than stated
 
@@ -759,6 +787,7 @@ class LeRobot:
         self.weight = 0.0       # among other datasets, see open_sets
         self.action_mode = action_mode
         self.rotation = rotation
+        self.told = set()       # causes of oddities
         self.hub = None
         try:
             if HUB_NAME.fullmatch(self.name) and not os.path.isdir(root):
@@ -770,11 +799,11 @@ class LeRobot:
                 self._read_info(fps)
                 self._choose_cameras(camera)
                 self._choose_actions(action)
-                self.episodes = sorted(self._read_episodes(), key=lambda e: e.index)
+                self._read_episodes()
                 self.tasks = self._read_tasks()
             except Bad:
                 raise
-            except (TypeError, ValueError, LookupError, AttributeError, StopIteration) as error:
+            except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
                 raise Bad(f'odd metadata ({error!r})', self.root) from None
             self._compare()
             self.stats = self._read_stats() if self.action_dim else None
@@ -853,8 +882,9 @@ class LeRobot:
                     self.features[key] = dict(dtype=kind, shape=shape, info=videos.get(key))
         self.paths = {kind: path or PATHS[version[:2]][kind] for kind, path in paths.items()}
         self.native = info.get('fps')
-        if self.features is None or not self.native or self.native < 0:
-            sys.exit(f'{where}: wants features and fps, has only {", ".join(info)}')
+        if self.features is None or type(self.native) is str or not 0 < self.native < math.inf:
+            sys.exit(f'{where}: wants features and fps, a number above 0, has fps {self.native!r} '
+                     f'and {", ".join(info)}')
         self.fps = fps or self.native
         self.ratio = exact_rate(self.native) / exact_rate(self.fps)     # of the files' rate to ours
         if self.ratio < 1:
@@ -881,7 +911,7 @@ class LeRobot:
     def _choose_actions(self, action):
         # an action of text exists as well
         numeric = [key for key, feature in self.features.items()
-                   if re.match('float|u?int|bool', str(feature.get('dtype')))]
+                   if not re.match(TEXT, str(feature.get('dtype')))]
         keys = [key for key in ('action', 'actions') if key in numeric][:1]
         if not keys:
             keys = [key for key in numeric if key.startswith('action.')]
@@ -905,23 +935,33 @@ class LeRobot:
 
     def _read_episodes(self):
         videos = [key for key in self.chosen if self.features[key]['dtype'] == 'video']
-        rows = self._read_shards(videos) if self.v3 else self.load('meta/episodes.jsonl')
+        source = 'meta/episodes/*/*.parquet' if self.v3 else 'meta/episodes.jsonl'
+        rows = self._read_shards(videos) if self.v3 else self.load(source)
+        if not rows:
+            raise Bad(f'has no episodes: nothing in {source}, where {self.info["codebase_version"]} '
+                      f'has them; there is {os.listdir(self.root + "/meta")}', self.root)
+        episodes = {}
         for row in rows:
             if 'episode_index' not in row or 'length' not in row:
                 raise Bad('episodes.jsonl: a line without episode_index and length', self.root)
-            i = row['episode_index']
+            i = int(row['episode_index'])
             length = int(row['length'])
+            start = dict.fromkeys(videos, 0)
             if self.v3:
                 place = numbers_of_file(row, 'data')
                 video = {key: numbers_of_file(row, f'videos/{key}') for key in videos}
                 start = {key: row[f'videos/{key}/from_timestamp'] or 0 for key in videos}
-                base = {key: round(start[key] * self.native) for key in videos}
             else:
                 chunk = i // (self.info.get('chunks_size') or 1000)
-                place = dict(episode_index=i, episode_chunk=chunk, total_episodes=len(rows))
+                place = dict(episode_index=i, episode_chunk=chunk, total_episodes=len(rows),
+                             chunk_index=chunk, file_index=i)
                 video = dict.fromkeys(videos, place)
-                base = dict.fromkeys(videos, 0)
-            yield Episode(i, length, length, row.get('tasks') or [], place, video, base)
+            tasks = row.get('tasks') or []
+            episodes[i] = Episode(i, length, length, tasks, place, video, start, {}, {})
+        if len(episodes) < len(rows):
+            warn(f'{self.root}: its metadata list {len(rows) - len(episodes)} episodes again: the '
+                 'last entry of each counts')
+        self.listed = self.episodes = [episodes[i] for i in sorted(episodes)]
 
     def _read_shards(self, videos):
         """The rows of meta/episodes."""
@@ -946,67 +986,84 @@ class LeRobot:
     def _compare(self):
         """Find how much of every episode is there, name once what differs, drop what has nothing.
         """
-        faults = []
         if not self.hub:
             frames = sum(e.stated for e in self.episodes)
             for name, count in ('total_episodes', len(self.episodes)), ('total_frames', frames):
                 if self.info.get(name, count) != count:
                     warn(f'{self.root}: info.json says {name} {self.info[name]}, its episodes make '
                          f'{count}')
-            for (path, camera), episodes in self._users().items():
-                try:
-                    faults += self._measure(path, camera, episodes)
-                except Bad as error:
-                    for e in episodes:
-                        e.usable = 0
-                        e.fault = error
+            told = time.monotonic() + 2
+            for unit in 'rows', 'frames':   # rows first: places in a video go by their number
+                for e in self.episodes:
+                    self._measure(e, unit)
+                    if time.monotonic() > told:
+                        told = time.monotonic() + TELL
+                        print(f'{self.name}: comparing {unit} of episode {e.index:,} of '
+                              f'{len(self.episodes):,}', flush=True)
         empty = Bad('an episode is empty', self.root)
-        dropped = [e.fault or empty for e in self.episodes if e.usable < 1]
-        for line in one_line_a_cause(faults + dropped):
-            warn(line)
-        self.dropped = [str(fault) for fault in dropped]
-        self.episodes = [e for e in self.episodes if e.usable > 0]
-        if not self.episodes:
-            sys.exit(': '.join([f'{self.root}: has no episodes', *self.dropped[:1]]))
-        self.total = 0
+        dropped = [e.fault or empty for e in self.listed if e.usable < 1]
+        self.episodes = [e for e in self.listed if e.usable > 0]
         for e in self.episodes:     # frame j is the files' frame round(j ratio)
             e.length = math.ceil((e.usable - Fraction(1, 2)) / self.ratio)
-            self.total += e.length
-
-    def _users(self):
-        """{(file, camera): the episodes in it}."""
-        users = defaultdict(list)
-        for e in self.episodes:
+        # what all have in common is told now, not clip by clip
+        while self.episodes and not self.hub:
             try:
-                for use in self.files(e).items():
-                    users[use].append(e)
-            except Outside:
-                raise
+                self.rows(0)
+                for camera in self.chosen:
+                    self.frames(0, [0], 0, camera)
+                break
             except Bad as error:
-                e.usable = 0
-                e.fault = error
-        return users
+                dropped.append(error)
+                del self.episodes[0]
+        faults = [e.fault for e in self.listed if e.fault]
+        for line in one_line_a_cause(faults + dropped):
+            if not self.episodes:
+                sys.exit(f'{self.root}: has no episodes: {line}')
+            warn(line)
+        self.dropped = [str(fault) for fault in dropped]
+        self.total = sum(e.length for e in self.episodes)
 
-    def _measure(self, path, camera, episodes):
-        """Compare a file's length with the metadata, and set what its episodes have of it."""
-        if camera:
-            unit = 'frames'
-            count = count_frames(path)
-            stated = max(e.base[camera] + e.stated for e in episodes)
-        else:
-            unit = 'rows'
-            with reading(path):
-                count = pq.read_metadata(path).num_rows
-            stated = sum(e.stated for e in episodes)
-        if count == stated:
-            return []
-        for e in episodes:
-            begin, rows = (e.base[camera], e.stated) if camera else self._span(path, e)
-            usable = max(0, min(rows, count - begin))
-            if usable < e.usable:
-                e.usable = usable
-                e.fault = Bad(f'lacks episode {e.index}', path)
-        return [Bad(f'has {count} {unit}, the metadata say {stated}', path)]
+    def _measure(self, e, unit):
+        """Compare an episode's rows, or frames, with the metadata, and set what is usable."""
+        try:
+            for path, camera in self.files(e).items():
+                if e.usable < 1 or (unit == 'frames') != (camera > ''):
+                    continue
+                if camera:
+                    self._locate(e, camera)
+                n = e.room[camera] if camera else len(self._rows_of(e)['row'])
+                if n != e.stated:
+                    e.fault = Bad(f'has {n} {unit} of episode {e.index}, the metadata say '
+                                  f'{e.stated}', path)
+                e.usable = min(e.usable, n)
+        except Outside:
+            raise
+        except Bad as error:
+            e.usable = 0
+            e.fault = error
+
+    def _locate(self, e, camera):
+        """Set base and room of an episode, and of all that share its video."""
+        if camera in e.base:
+            return
+        path = self.place(e, camera)
+        times = self.read(video_times, path)
+        users = [e]
+        if self.v3:
+            users = [o for o in self.listed if o.video.get(camera) == e.video[camera]]
+        users.sort(key=lambda o: o.start[camera])
+        start = np.array([o.start[camera] for o in users])
+        length = np.array([o.usable or o.stated for o in users])
+        first = np.searchsorted(times, start - 0.5 / self.native)
+        room = np.diff(first, append=len(times))
+        # no episode lacks more, or has more to spare, than the whole file
+        worst = np.abs(length - room).argmax()
+        if abs(length[worst] - room[worst]) > abs(length.sum() - len(times)):
+            raise Bad(f'episode {users[worst].index} of length {length[worst]} has {room[worst]} '
+                      'frames until the next from_timestamp: meta/episodes is wrong', path)
+        for o, base, n in zip(users, first.tolist(), room.tolist()):
+            o.base[camera] = base
+            o.room[camera] = n
 
     def _read_stats(self):
         """{mean, std, min and max: (action_dim,) float32}; measured if the dataset has none that
@@ -1018,7 +1075,7 @@ class LeRobot:
         # files of the hub are fetched for this: 16 episodes do
         stride = math.ceil(len(self.episodes) / 16) if self.hub else 1
         for i in range(0, len(self.episodes), stride):
-            with suppress(Bad):  # is counted where it is drawn
+            with suppress(Bad):  # is counted where it is drawn; 0 can be read
                 rows = self.rows(i)
                 rows = rows[np.isfinite(rows).all(1)]
                 if len(rows):
@@ -1045,19 +1102,51 @@ class LeRobot:
 
     # rows and frames
 
-    def _span(self, path, e):
-        """(first row, number of rows) of an episode in its table."""
+    def _rows_of(self, e):
+        """{name: values} of an episode's rows, see _indices, in the order of their frames."""
         # dataset_from_index is scrambled in some converted datasets; the column in the file is not
-        if not self.v3:
-            return 0, e.stated
-        index = self.read(_columns, path, ('episode_index',)).get('episode_index')
-        if index is None:
-            before = [o.stated for o in self.episodes if o.data == e.data and o.index < e.index]
-            return sum(before), e.stated
-        rows = np.flatnonzero(index[:, 0] == e.index)
-        if len(rows) == 0 or rows[-1] - rows[0] != len(rows) - 1:      # none, or scattered
-            return 0, 0
-        return int(rows[0]), len(rows)
+        columns = self.read(_indices, self.place(e))
+        rows = columns['row']
+        if self.v3 and 'episode_index' in columns:
+            rows = np.flatnonzero(columns['episode_index'] == e.index)
+        elif self.v3:
+            before = sum(o.stated for o in self.listed if o.data == e.data and o.index < e.index)
+            rows = rows[before:before + e.stated]
+        # of two rows for one frame the first
+        rows = rows[np.unique(columns['frame_index'][rows], return_index=True)[1]]
+        out = {name: values[rows] for name, values in columns.items()}
+        late = np.abs(out['timestamp'] - out['frame_index'] / self.native).max(initial=0)
+        out['odd'] = late > 0.5 / self.native
+        if out['odd']:
+            self._tell(e, f'timestamps are up to {late:.3g} s off the grid of {self.native} frames '
+                       'a second')
+        return out
+
+    def _where(self, episode, camera):
+        """Where an episode's rows have their pictures: numbers of frames of a video, or of rows of
+        its table.
+
+        As many frames as rows are taken in their order, whatever clocks say. Of more, a row has
+        that of its frame_index or, if its timestamp says another, that of the latter, as lerobot.
+        """
+        e = self.episodes[episode]
+        if camera not in e.video:
+            return self._rows_of(e)['row']
+        path = self.place(e, camera)
+        self._locate(e, camera)
+        frames = e.base[camera] + np.arange(e.room[camera])
+        if not self.action_keys or len(frames) <= e.usable:
+            return frames
+        rows = self._rows_of(e)
+        ways = [rows['frame_index'].astype(int)]
+        if rows['odd']:
+            shown = self.read(video_times, path)[frames]
+            time = shown[0] + rows['timestamp'] - 0.5 / self.native
+            ways = [np.searchsorted(shown, time), *ways]
+        for way in ways:
+            if np.diff(way, prepend=-1, append=len(frames)).min() > 0:
+                return frames[way]
+        return frames
 
     def _at(self, j):
         """Frame numbers of the files for frames j: round(j ratio)."""
@@ -1102,26 +1191,25 @@ class LeRobot:
     def _action_columns(self, e):
         """{key: (usable, width)} of an episode; what is odd in them is named."""
         path = self.place(e)
-        keys = (*self.action_keys, 'timestamp', 'frame_index')
-        columns = self.read(_columns, path, keys)
-        begin, count = self._span(path, e)
-        columns = {k: v[begin:begin + min(e.usable, count)] for k, v in columns.items()}
+        columns = self.read(_columns, path, tuple(self.action_keys))
+        rows = self._rows_of(e)['row'][:e.usable]
+        columns = {k: v[rows] for k, v in columns.items()}
         for key, width in zip(self.action_keys, self.widths):
-            shape = columns[key].shape if key in columns else None
-            if shape != (e.usable, width):
-                raise Bad(f'{key} has shape {shape} in episode {e.index}, expected '
+            if columns[key].shape != (e.usable, width):
+                raise Bad(f'{key} has shape {columns[key].shape} in episode {e.index}, expected '
                           f'{e.usable, width}', path)
-        if 'timestamp' in columns and 'frame_index' in columns:
-            late = np.abs(columns['timestamp'] - columns['frame_index'] / self.native).max()
-            if not late <= 0.5 / self.native:
-                warn(f'{path}: timestamps of episode {e.index} are up to {late:.3g} s off the grid '
-                     f'of {self.native} frames a second: frames are taken by their number')
-        columns = {key: columns[key] for key in self.action_keys}
         wrong = ~np.isfinite(np.concatenate(list(columns.values()), 1)).all(1)
         if wrong.any():
-            warn(f'{path}: {wrong.sum()} rows of {", ".join(self.action_keys)} in episode '
-                 f'{e.index} are not finite: masked')
+            self._tell(e, f'{wrong.sum()} rows of {", ".join(self.action_keys)} are not as many '
+                       'finite numbers as most: masked')
         return columns
+
+    def _tell(self, e, line):
+        """What is odd in an episode, unless another with the same cause was named."""
+        cause = re.sub(r'\d+', '#', line)
+        if cause not in self.told:
+            self.told.add(cause)
+            warn(f'{self.name}, episode {e.index}: {line} (others like it are not named)')
 
     def frames(self, episode, numbers, size=0, camera=''):
         """uint8 (n, 3, H, W) of a camera, the first chosen if none is named, at numbers of frames.
@@ -1133,12 +1221,12 @@ class LeRobot:
                              f'{[*map(int, numbers)]}')
         path = self.place(e, camera)
         at = self._at(numbers)
+        there = self._where(episode, camera)
+        if max(at) >= len(there):
+            raise Bad(f'has {len(there)} frames of episode {e.index}, not {max(at) + 1}', path)
         if camera in e.video:
-            return self.read(read_frames, path, e.base[camera] + at, size)
-        begin, count = self._span(path, e)
-        if max(at) >= count:
-            raise Bad(f'has {count} rows of episode {e.index}, not {max(at) + 1}', path)
-        return self.read(self._pictures, path, begin + at, size, camera)
+            return self.read(read_frames, path, there[at], size)
+        return self.read(self._pictures, path, there[at], size, camera)
 
     def _pictures(self, path, rows, size, camera):
         """uint8 (n, 3, H, W) of rows of an image column."""
@@ -1151,14 +1239,16 @@ class LeRobot:
             ends = np.cumsum([meta.row_group(group).num_rows for group in groups])
             for row in rows:
                 group = int(np.searchsorted(ends, row, 'right'))
-                cell = _row_group(path, group, camera)[int(row - ends[group])].as_py()
-                cell = cell if isinstance(cell, dict) else {}
+                column = _row_group(path, group, camera)
+                cell = column[int(row - ends[group])].as_py()
+                if not isinstance(cell, dict):
+                    cell = {'path' if isinstance(cell, str) else 'bytes': cell}
                 content = cell.get('bytes')
                 if not content and cell.get('path'):        # a file beside the table
                     beside = inside(self.root, '{path}', path=cell['path'])
                     content = self.read(Path.read_bytes, Path(beside))
-                if not content:
-                    raise Bad(f'{camera} is empty in row {row}')
+                if not isinstance(content, bytes):
+                    raise Bad(f'{camera}, {column.type}, has no picture in row {row}')
                 out.append(_picture(content, size))
         return torch.from_numpy(np.stack(out)).permute(0, 3, 1, 2)
 
@@ -1189,20 +1279,29 @@ class LeRobot:
             clip['x'] = self.frames(episode, np.minimum(f, f[real - 1]), size, camera)
         return clip
 
-    def fingerprint(self, camera):
-        """What tells whether a camera's frames are as before: the hub's revision, or sizes and
-        times."""
+    def fingerprint(self, camera=''):
+        """What tells a camera's frames, or all frames and actions, from others, wherever they lie:
+        the hub's revision, or a hash of some of each file and of which frame is where."""
         if self.hub:
             return self.hub.revision
-        found = [(e.index, e.base, e.length) for e in self.episodes]
-        for path in dict.fromkeys(self.place(e, camera) for e in self.episodes):
-            status = os.stat(path)
-            found.append((os.path.relpath(path, self.root), status.st_size, status.st_mtime_ns))
-        return hashlib.sha256(repr(found).encode()).hexdigest()
+        found = hashlib.sha256()
+        paths = []
+        for i, e in enumerate(self.episodes):
+            for key in [camera] if camera else self.chosen:
+                found.update(self._where(i, key)[:e.usable].tobytes())
+            paths += [self.place(e, camera)] if camera else self.files(e)
+        for path in dict.fromkeys(paths):
+            size = os.path.getsize(path)
+            with open(path, 'rb') as f:
+                for at in 0, size // 2, size - PROBE:
+                    f.seek(max(0, at))
+                    found.update(f.read(PROBE))
+            found.update(b'%d' % size)
+        return found.hexdigest()
 
 
 def numbers_of_file(row, prefix):
-    return {name: row[f'{prefix}/{name}'] for name in ('chunk_index', 'file_index')}
+    return {name: int(row[f'{prefix}/{name}']) for name in ('chunk_index', 'file_index')}
 
 
 def weighted(text):

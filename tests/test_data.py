@@ -126,6 +126,13 @@ def forked(function, *calls, meanwhile=lambda: None):
         assert child.exitcode == 0
 
 
+def forget():
+    """What a process has read or has open."""
+    data._videos.clear()
+    for function in data._columns, data._indices, data._row_group, data.LeRobot.rows:
+        function.cache_clear()
+
+
 def says(call, *words, error=SystemExit):
     """call() ends with an error of one line, which has these words."""
     with pytest.raises(error) as raised:
@@ -441,6 +448,35 @@ def test_actions_that_are_not_numbers_are_masked(tmp_path):
     assert np.allclose(d.stats['std'], good.std(0)) and np.allclose(d.stats['max'], good.max(0))
 
 
+@pytest.mark.parametrize('kind', [pa.list_(pa.float32()), pa.large_list(pa.int64())])
+def test_rows_of_another_width_are_masked(tmp_path, capfd, kind):
+    """Also where their numbers are as many in all."""
+    a = np.arange(2 * N, dtype=np.float32).reshape(N, 2)
+    rows = a.tolist()
+    rows[3], rows[7], rows[9] = rows[3][:1], [*rows[7], 5], []
+    d = data.LeRobot(write_v2(tmp_path / 'd', 'v2.1', lambda i: {'action': pa.array(rows, kind)}, None, (N,)))
+    odd = np.isin(np.arange(N), (3, 7, 9))
+    assert np.isnan(d.rows(0)[odd]).all() and np.array_equal(d.rows(0)[~odd], a[~odd])
+    assert capfd.readouterr().err.count('3 rows of action') == 1
+
+
+@pytest.mark.parametrize('dtype', ['double', 'torch.float32', '<f4', 'Float32', 'half', 'object', None])
+def test_what_the_metadata_call_a_number_does_not_matter(tmp_path, dtype):
+    features = {'action': dict(dtype=dtype, shape=[2])}
+    assert data.LeRobot(write_v2(tmp_path / 'd', 'v2.1', None, features, (N,))).widths == [2]
+
+
+@pytest.mark.parametrize('column, words', [
+    (pa.array([dict(x=1., y=2.)] * N), 'action is struct<x: double, y: double>, not numbers'),
+    (pa.array(['go'] * N), 'action is string, not numbers'), (pa.array([[1.]] * N), '(12, 1)'),
+    (pa.array([[]] * N, pa.list_(pa.float32())), '(12, 1)'), (pa.array(range(N), pa.timestamp('us')), 'timestamp[us]')])
+def test_why_no_action_can_be_read(tmp_path, capfd, column, words):
+    """Told in one line on opening, of however many episodes."""
+    root = write_v2(tmp_path / 'd', 'v2.1', lambda i: {'action': column}, None, (N,) * 5)
+    says(lambda: data.LeRobot(root), f'{root}: has no episodes: {root}/data', 'episode_000000', words, '4 more')
+    assert data.LeRobot(root, action='none').action_dim == 0 and not capfd.readouterr().err
+
+
 def rows_of(root):
     d = data.LeRobot(root)
     return d, np.concatenate([d.rows(i) for i in range(len(d.episodes))]).astype(np.float64)
@@ -486,11 +522,12 @@ def info_is(text):
     (lambda r: edit_info(r, data_path='../{chunk_index}/x.parquet'), ['refused', '../']),
     (lambda r: edit_info(r, video_path='/etc/{video_key}{chunk_index}{file_index}'), ['refused', '/etc/']),
     (lambda r: edit_info(r, video_path='videos/../../copy-2/{file_index}'), ['refused', 'copy-2']),
-    (lambda r: shutil.rmtree(f'{r}/meta/episodes'), ['no episodes']),
+    (lambda r: shutil.rmtree(f'{r}/meta/episodes'), ['no episodes', 'meta/episodes/*/*.parquet', 'v3.0']),
+    (lambda r: edit_info(r, codebase_version='v2.1'), ['no episodes', 'meta/episodes.jsonl', 'v2.1', "'episodes'"]),
     (lambda r: edit_info(r, features={'observation.images.top': None}), []), (info_is('[1]'), []),
     (lambda r: edit_info(r, features={'observation.images.top': dict(dtype='video', info='x')}), []),
     (lambda r: edit_info(write_v2(shutil.rmtree(r) or r, 'v2.1'), chunks_size='many'), []),
-    (lambda r: edit_info(r, fps='10'), []), (lambda r: edit_info(r, fps=0), ['wants features and fps'])])
+    (lambda r: edit_info(r, fps='10'), ['wants features and fps', "'10'"]), (lambda r: edit_info(r, fps=0), ['wants features and fps'])])
 def test_refused(copy, change, words):
     change(copy)
     says(lambda: data.LeRobot(str(copy)), str(copy), *words)
@@ -510,6 +547,7 @@ def test_symlinks_are_allowed(made, tmp_path):
                                   'videos/observation.images.top/chunk-000/file-000.mp4'])
 def test_bad_file_is_named(copy, name, text):
     d = data.LeRobot(str(copy), 'top')
+    forget()
     os.remove(copy / name)
     if text:
         (copy / name).write_bytes(text)
@@ -527,6 +565,7 @@ def set_column(path, name, values, kind=None):
     edit_table(path, lambda t: t.set_column(t.column_names.index(name), name, pa.array(values, kind)))
 
 
+TOP = 'observation.images.top'
 ROWS, VIDEO = 'data/chunk-000/file-000.parquet', 'videos/observation.images.top/chunk-000/file-000.mp4'
 
 
@@ -535,8 +574,72 @@ def test_rows_that_are_missing(copy, capfd):
     d = data.LeRobot(str(copy))
     assert [e.length for e in d.episodes] == [30, 10] and len(d.rows(1)) == 10 and len(d.dropped) == 1
     error = capfd.readouterr().err
-    assert error.count('has 40 rows, the metadata say 88') == 1 and error.count('lacks episode 2') == 1
+    assert error == (f'{copy}/{ROWS}: has 10 rows of episode 1, the metadata say 17 '
+                     f'(1 more: {copy}/{ROWS}, ..)\n')
+    assert d.dropped == [f'{copy}/{ROWS}: has 0 rows of episode 2, the metadata say 41']
     assert torch.equal(d.frames(1, [9]), data.LeRobot(str(copy), action='none').frames(1, [9]))
+
+
+def numbered(root, rows, frames=40, times=None, **columns):
+    """An episode of v2.1 whose mp4 shows the numbers of its frames; columns of its table, or None for no such one."""
+    root = write_v2(root, 'v2.1', lengths=(rows,))
+    video(f'{root}/videos/chunk-000/{TOP}/episode_000000.mp4', frames, times=times, bf='0')
+    for name, values in (dict(action=[[i, 0.] for i in range(rows)]) | columns).items():
+        edit_table(f'{root}/data/chunk-000/episode_000000.parquet', lambda t: t.select(
+            [k for k in t.column_names if k != name]))
+        if values is not None:
+            edit_table(f'{root}/data/chunk-000/episode_000000.parquet', lambda t: t.append_column(name, [[*values]]))
+    return root
+
+
+LATER, HOLE, LOST = [*range(10, 40)], [*range(10), *range(20, 40)], [i for i in range(45) if i % 10 != 9][:40]
+
+
+@pytest.mark.parametrize('rows, columns, want', [
+    (30, dict(frame_index=LATER, timestamp=np.array(LATER) / 10), LATER),
+    (30, dict(frame_index=HOLE, timestamp=np.array(HOLE) / 10), HOLE), (30, dict(frame_index=HOLE), HOLE),
+    (30, dict(timestamp=np.array(LATER) / 10), LATER),                              # numbered anew: by time
+    (30, dict(frame_index=LATER, timestamp=np.arange(30) / 10), [*range(30)]),      # as lerobot
+    (30, dict(frame_index=HOLE, timestamp=1.7e9 + np.array(HOLE) / 10), HOLE),
+    (30, dict(frame_index=HOLE, timestamp=['x'] * 30), HOLE), (30, dict(frame_index=HOLE, timestamp=[None] * 30), HOLE),
+    (30, dict(frame_index=None), [*range(30)]), (30, dict(frame_index=range(900, 930)), [*range(30)]),
+    (40, dict(frame_index=range(7, 47), timestamp=np.arange(40) / 3), [*range(40)]),    # as many as frames
+    (40, dict(times=[100 * i for i in LOST], timestamp=np.array(LOST) / 10), [*range(40)]),
+    (30, dict(times=[100 * i for i in LOST], timestamp=np.array(LOST[10:]) / 10), LATER)])
+def test_the_frame_of_a_row(tmp_path, rows, columns, want):
+    d = data.LeRobot(numbered(tmp_path / 'd', rows, **columns))
+    assert shown(d, 0) == want and d.rows(0)[:, 0].tolist() == [*range(rows)]
+
+
+def test_rows_in_another_order_or_twice(tmp_path):
+    order = np.random.default_rng(0).permutation(40)
+    d = data.LeRobot(numbered(tmp_path / 'd', 40, frame_index=order, action=[[i, 0.] for i in order]))
+    assert shown(d, 0) == [*range(40)] == d.rows(0)[:, 0].tolist()
+    d = data.LeRobot(numbered(tmp_path / 'e', 40, frame_index=[*range(30)] + [*range(10)]))
+    assert shown(d, 0) == [*range(30)] == d.rows(0)[:, 0].tolist()
+
+
+@pytest.mark.parametrize('rate, start, stated, want', [
+    (10, (0, 3, 4.7), LENGTHS, (0, 30, 47)), (9.9, (0, 30 / 9.9, 47 / 9.9), LENGTHS, (0, 30, 47)),
+    (9.9, (30 / 9.9, 0, 47 / 9.9), (17, 30, 41), (30, 0, 47)),              # in any order
+    (10, (0, 3, 4.7), (20, 17, 41), (0, 30, 47)),                           # more frames than rows
+    (10, (0, 3, 4.7), (30, 20, 41), (0, 30, 47)),                           # three are missing, of one episode
+    (8, (0, 3, 4.7), LENGTHS, None), (10, (0, 1.5, 4.7), LENGTHS, None),    # overlap
+    (10, (0, 3, 4.7), (30, 20, 38), None), (10, (0, 3.1, 4.7), LENGTHS, None)])
+def test_places_in_a_shared_video(copy, rate, start, stated, want):
+    """By the clock of the file; refused where they contradict the lengths."""
+    x = sequential(f'{copy}/{VIDEO}')
+    data.write_video(f'{copy}/{VIDEO}', torch.from_numpy(x).permute(0, 3, 1, 2), rate)
+    path = f'{copy}/meta/episodes/chunk-000/file-000.parquet'
+    set_column(path, 'videos/observation.images.top/from_timestamp', start)
+    set_column(path, 'length', stated)
+    if not want:
+        says(lambda: data.LeRobot(copy, action='none'), VIDEO, 'meta/episodes is wrong', 'episode')
+        return
+    d = data.LeRobot(copy, action='none')
+    assert [e.base[TOP] for e in d.episodes] == [*want]
+    for i, e in enumerate(d.episodes):
+        assert np.array_equal(d.frames(i, [0]).permute(0, 2, 3, 1)[0], sequential(f'{copy}/{VIDEO}')[want[i]])
 
 
 def shorten_video(root, n):
@@ -545,12 +648,15 @@ def shorten_video(root, n):
     data.write_video(f'{root}/{VIDEO}', torch.from_numpy(x).permute(0, 3, 1, 2), 10)
 
 
-@pytest.mark.parametrize('n, lengths', [(87, [30, 17, 40]), (40, [30, 10]), (90, [30, 17, 41])])
-def test_video_of_another_length(copy, capfd, n, lengths):
+@pytest.mark.parametrize('n, lengths, words', [
+    (87, [30, 17, 40], '40 frames of episode 2, the metadata say 41'),
+    (40, [30, 10], '10 frames of episode 1, the metadata say 17'),
+    (90, [30, 17, 41], '43 frames of episode 2, the metadata say 41')])
+def test_video_of_another_length(copy, capfd, n, lengths, words):
     shorten_video(copy, n)
     d = data.LeRobot(str(copy))
     assert [e.length for e in d.episodes] == lengths
-    assert capfd.readouterr().err.count(f'{VIDEO}: has {n} frames, the metadata say 88') == 1
+    assert capfd.readouterr().err.startswith(f'{copy}/{VIDEO}: has {words}')
     level = d.frames(len(lengths) - 1, [lengths[-1] - 1])[0].float().mean()
     want = episode(LENGTHS[len(lengths) - 1], len(lengths) - 1)['observation.images.top'][lengths[-1] - 1].mean()
     assert abs(level - want) < 3
@@ -632,6 +738,43 @@ def test_a_chunk_has_as_many_episodes_as_the_metadata_say(made, tmp_path):
     assert np.array_equal(data.LeRobot(root).rows(2), data.LeRobot(made).rows(2))
 
 
+def test_templates_and_numbers_of_either_version(made, tmp_path):
+    root = edit_info(write_v2(tmp_path / 'd', 'v2.1'),
+                     data_path='data/chunk-{chunk_index:03d}/episode_{episode_index:06d}.parquet')
+    write_json(f'{root}/meta/episodes.jsonl', [dict(episode_index=float(i), length=n) for i, n in enumerate(LENGTHS)], True)
+    assert np.array_equal(data.LeRobot(root).rows(2), data.LeRobot(made).rows(2))
+    root = shutil.copytree(made, tmp_path / 'e')
+    for name in 'data/chunk_index', 'data/file_index', f'videos/{TOP}/chunk_index', f'videos/{TOP}/file_index':
+        set_column(f'{root}/meta/episodes/chunk-000/file-000.parquet', name, [0.] * 3)
+    assert np.array_equal(data.LeRobot(root, 'top').rows(2), data.LeRobot(made).rows(2))
+
+
+def test_an_episode_that_is_listed_twice_counts_once(tmp_path, capfd):
+    root = write_v2(tmp_path / 'd', 'v2.1')
+    path = Path(f'{root}/meta/episodes.jsonl')
+    path.write_text(path.read_text().replace('"length": 41', '"length": 5') + '\n' + path.read_text())
+    assert [(e.index, e.length) for e in data.LeRobot(root).episodes] == [*enumerate(LENGTHS)]
+    assert capfd.readouterr().err == f'{root}: its metadata list 3 episodes again: the last entry of each counts\n'
+
+
+def test_opening_tells_how_far_it_is(made, monkeypatch, capfd):
+    monkeypatch.setattr(data.time, 'monotonic', itertools.count(0, 3).__next__)
+    data.LeRobot(made)
+    assert capfd.readouterr().out.splitlines()[0] == f'{made}: comparing rows of episode 0 of 3'
+
+
+def test_a_fingerprint_is_of_the_content(made, copy):
+    prints = [data.LeRobot(made).fingerprint()]
+    for camera in 'top', 'side,top':
+        d = data.LeRobot(copy, camera)
+        assert d.fingerprint(TOP) == data.LeRobot(made).fingerprint(TOP)
+    for change in (lambda: set_column(f'{copy}/{ROWS}', 'action', [[1., 2.]] * 88), lambda: shorten_video(copy, 87)):
+        change()
+        forget()
+        prints.append(data.LeRobot(copy).fingerprint())
+    assert len({*prints}) == 3
+
+
 def test_pictures_beside_the_table(tmp_path):
     root = write_v2(tmp_path / 'd', 'v2.1', image=True)
     whole = data.LeRobot(root).frames(1, [0, 16])
@@ -641,9 +784,12 @@ def test_pictures_beside_the_table(tmp_path):
         with open(f'{root}/{i}.png', 'wb') as f:
             f.write(cell['bytes'])
     key = 'observation.images.top'
-    column = pa.array([dict(bytes=None, path=f'{i}.png') for i in range(17)], pq.read_schema(path).field(key).type)
-    edit_table(path, lambda t: t.set_column(t.column_names.index(key), key, column))
-    assert torch.equal(data.LeRobot(root).frames(1, [0, 16]), whole)
+    names = [f'{i}.png' for i in range(17)]
+    for column in ([dict(bytes=None, path=name) for name in names], [dict(path=name) for name in names], names,
+                   [cell['bytes'] for cell in cells]):
+        set_column(path, key, column)
+        forget()
+        assert torch.equal(data.LeRobot(root).frames(1, [0, 16]), whole)
 
 
 # other rates ----------------------------------------------------------------------------------------------------------
@@ -974,6 +1120,7 @@ def test_cameras_are_drawn_by_weight_before_decoding(mixture, monkeypatch):
     read, decode = [], data.read_frames
     monkeypatch.setattr(data, 'read_frames', lambda path, *a: read.append(path) or decode(path, *a))
     c = mixed(mixture, 'b', 'd', camera='left:3,top:1,wrist:3')
+    read.clear()
     for step in range(5):
         picks = c.picks(step)
         x = c[step]['x']
@@ -1034,15 +1181,17 @@ def test_our_own_mistakes_are_not_bad_data(mixture, monkeypatch, workers):
     for error in [ValueError('z'), TypeError('x'), KeyError('y'), RuntimeError('w')][:1 if workers else None]:
         def wrong(*_):
             raise error
-        monkeypatch.setattr(data, '_rgb', wrong)
-        with pytest.raises(type(error)):
-            loaded(mixed(mixture), range(2), workers)
+        c = mixed(mixture)
+        with monkeypatch.context() as patch, pytest.raises(type(error)):
+            patch.setattr(data, '_rgb', wrong)
+            loaded(c, range(2), workers)
 
 
 def test_a_worker_that_dies_ends_the_run(mixture, monkeypatch):
+    c = mixed(mixture)
     monkeypatch.setattr(data, '_rgb', lambda *_: os._exit(3))
     with pytest.raises(RuntimeError, match='worker'):
-        loaded(mixed(mixture), range(4), 2)
+        loaded(c, range(4), 2)
 
 
 def cut(path, share):
@@ -1070,12 +1219,12 @@ FAULTS = {
     'zero-byte parquet': (lambda v, t: cut(t, 0), 'opening', '.parquet: cannot be read'),
     'truncated parquet': (lambda v, t: cut(t, 0.5), 'opening', '.parquet: cannot be read'),
     'missing column': (lambda v, t: edit_table(t, lambda t: t.drop_columns(['action'])), 'read',
-                       '.parquet: action has shape None'),
+                       '.parquet: cannot be read (no column action)'),
     'column of another width': (lambda v, t: set_column(t, 'action', [[1.]] * 12), 'read', 'shape (12, 1)'),
     'ragged column': (lambda v, t: set_column(t, 'action', [[1.] * (1 + i % 2) for i in range(12)]), 'read',
-                      'not the same count of numbers'),
+                      'shape (12, 1)'),
     'column of text': (lambda v, t: set_column(t, 'action', ['go'] * 12), 'read', 'action is string'),
-    'no rows': (lambda v, t: edit_table(t, lambda t: t.slice(0, 0)), 'opening', 'lacks episode 3'),
+    'no rows': (lambda v, t: edit_table(t, lambda t: t.slice(0, 0)), 'opening', '.parquet: has 0 rows of episode 3'),
     # the size of the mp4's first box, in 64 bits; the length of the footer, and in it whatever comes
     'claims 10 GB': (lambda v, t: overwrite(v, 0, (1).to_bytes(4, 'big') + b'moov' + (10 << 30).to_bytes(8, 'big')),
                      'opening', '.mp4: cannot be read'),
@@ -1135,13 +1284,14 @@ def test_odd_values_are_named_once_and_masked(tmp_path, capfd):
         c.count_faults(batch, 0.0)
         assert torch.isfinite(batch['a']).all()
     error = capfd.readouterr().err
-    assert error.count('2 rows of action in episode 0 are not finite') == 1
-    assert error.count('timestamps of episode 0 are up to 0.2 s off the grid') == 1
+    assert error.count('episode 0: 2 rows of action are not as many finite numbers as most: masked') == 1
+    assert error.count('episode 0: timestamps are up to 0.2 s off the grid of 10 frames a second') == 1
 
 
 def test_nothing_readable_is_an_end_not_a_hang(tmp_path):
     root = write_v2(tmp_path / 'd', 'v2.1', lengths=[12] * 4)
     d = data.LeRobot(root)
+    forget()
     shutil.rmtree(f'{root}/videos')
     c = data.Clips([d], [], 3, 2, 0, 8, 1.0, 0.25)
     with pytest.raises(ValueError, match='100 clips in a row'):
@@ -1258,6 +1408,8 @@ def test_a_cache_of_other_frames_is_refused_by_name(mixture, tmp_path):
     assert len(os.listdir(tmp_path / 'l')) == 3 * n
     path = next((root / 'b/videos').rglob('*.mp4'))
     path.write_bytes(path.read_bytes())
+    assert small(root).labelled[0].fingerprint() == small(mixture).labelled[0].fingerprint()
+    cut(path, 0.99)
     says(lambda: cache(small(root), folder=tmp_path / 'l'), str(tmp_path / 'l'), str(root / 'b'), 'changed')
 
 
@@ -2034,9 +2186,6 @@ def test_a_hub_that_is_away_is_no_fault_of_the_data(hub, tmp_path, monkeypatch):
     assert not any(isinstance(z, data.Bad) for z in c.tokens.values())
 
 
-TOP = 'observation.images.top'
-
-
 def image_set(tmp_path):
     """Three episodes of ten rows of pictures in one file of v3.0; and the path of its table."""
     root = str(tmp_path / 'd')
@@ -2049,24 +2198,30 @@ def image_set(tmp_path):
     return root, f'{root}/{ROWS}'
 
 
-def test_pictures_of_another_episode_are_never_taken(tmp_path):
+def test_pictures_of_another_episode_are_never_taken(tmp_path, capfd):
     root, table = image_set(tmp_path)
-    set_column(table, 'episode_index', [0] * 8 + [1] * 12 + [2] * 10)
     d = data.LeRobot(root, 'top')
+    forget()
+    set_column(table, 'episode_index', [0] * 8 + [1] * 12 + [2] * 10)
     d.frames(0, range(8))
-    with pytest.raises(data.Bad, match='8 rows of episode 0'):
+    with pytest.raises(data.Bad, match='8 frames of episode 0'):
         d.frames(0, [8])
+    assert data.LeRobot(root, 'top').episodes[0].length == 8
+    assert f'{table}: has 8 rows of episode 0, the metadata say 10' in capfd.readouterr().err
 
 
 @pytest.mark.parametrize('change', [
     lambda table: edit_table(table, lambda t: t.drop_columns([TOP])), lambda table: set_column(table, TOP, [b'x'] * 30),
-    lambda table: set_column(table, TOP, [dict(bytes=None, path='/etc/passwd')] * 30,
-                             pa.struct([('bytes', pa.binary()), ('path', pa.string())]))])
+    lambda table: set_column(table, TOP, [1.5] * 30), lambda table: set_column(table, TOP, ['none.png'] * 30),
+    lambda table: set_column(table, TOP, [dict(path='/etc/passwd')] * 30)])
 def test_odd_picture_columns_are_bad_data(tmp_path, change):
+    """Named on opening where all are, else where they are read."""
     root, table = image_set(tmp_path)
+    d = data.LeRobot(root, 'top')
+    forget()
     change(table)
-    with pytest.raises(data.Bad):
-        data.LeRobot(root, 'top').frames(0, [0])
+    says(lambda: d.frames(0, [0]), root, error=data.Bad)
+    says(lambda: data.LeRobot(root, 'top'), root, 'has no episodes')
 
 
 def test_peak_flops_of_a_card_are_its_own_or_unknown(monkeypatch):
