@@ -479,10 +479,10 @@ def open_video(path):
 
 def video_times(path):
     """When the frames of a video are shown, in seconds after the first one."""
-    with reading(path), av.open(path) as container:
-        clock = video_stream(container).time_base
-        times = np.array(frame_times(container), float)
-        return (times - times[:1]) * float(clock)
+    with reading(path):
+        video = Video(path)     # not open_video, which keeps it open
+        times = np.array(video.times, float)
+        return (times - times[:1]) * float(video.stream.time_base)
 
 
 def close_video(path):
@@ -695,25 +695,24 @@ def _table(path, names=(), needed=()):
 
 
 @lru_cache(maxsize=32)
-def _columns(path, names):
-    """{name: float32 (rows, width)} of columns of numbers, see _numbers."""
+def _columns(path, needed):
+    """{name: float32 (rows, width)} of the columns needed; float64 (rows,) of those that number the
+    rows, as far as a table has them."""
     with reading(path):
-        table = _table(path, names, names)
-        return {name: np.float32(_numbers(name, table[name])) for name in names}
-
-
-@lru_cache(maxsize=32)
-def _indices(path):
-    """{name: float64 (rows,)} of what numbers the rows of a table, as far as it is there."""
-    with reading(path):
-        table = _table(path, ('episode_index', 'frame_index', 'timestamp'))
-        rows = table.num_rows
-        out = dict(row=np.arange(rows), frame_index=np.arange(rows), timestamp=np.full(rows, np.nan))
+        table = _table(path, ('episode_index', 'frame_index', 'timestamp', *needed), needed)
+        rows = np.arange(table.num_rows)
+        out = dict(row=rows, frame_index=rows, timestamp=np.full(len(rows), np.nan))
         for name in table.column_names:
-            with suppress(Bad):
+            try:
                 values = _numbers(name, table[name])
-                if np.isfinite(values).all():
-                    out[name] = values[:, 0]
+            except Bad:
+                if name in needed:
+                    raise
+                continue
+            if name in needed:
+                out[name] = np.float32(values)
+            elif np.isfinite(values).all():
+                out[name] = values[:, 0]
     return out
 
 
@@ -993,22 +992,19 @@ class LeRobot:
                     warn(f'{self.root}: info.json says {name} {self.info[name]}, its episodes make '
                          f'{count}')
             told = time.monotonic() + 2
-            for unit in 'rows', 'frames':   # rows first: places in a video go by their number
-                for e in self.episodes:
-                    self._measure(e, unit)
-                    if time.monotonic() > told:
-                        told = time.monotonic() + TELL
-                        print(f'{self.name}: comparing {unit} of episode {e.index:,} of '
-                              f'{len(self.episodes):,}', flush=True)
+            for i, e in enumerate(self.episodes):
+                self._measure(e)
+                if time.monotonic() > told:
+                    told = time.monotonic() + TELL
+                    print(f'{self.name}: looked at {i:,} of {len(self.episodes):,} episodes',
+                          flush=True)
         empty = Bad('an episode is empty', self.root)
         dropped = [e.fault or empty for e in self.listed if e.usable < 1]
         self.episodes = [e for e in self.listed if e.usable > 0]
         for e in self.episodes:     # frame j is the files' frame round(j ratio)
             e.length = math.ceil((e.usable - Fraction(1, 2)) / self.ratio)
-        # what all have in common is told now, not clip by clip
-        while self.episodes and not self.hub:
+        while self.episodes and not self.hub:   # pictures that none can read are told now
             try:
-                self.rows(0)
                 for camera in self.chosen:
                     self.frames(0, [0], 0, camera)
                 break
@@ -1023,12 +1019,11 @@ class LeRobot:
         self.dropped = [str(fault) for fault in dropped]
         self.total = sum(e.length for e in self.episodes)
 
-    def _measure(self, e, unit):
-        """Compare an episode's rows, or frames, with the metadata, and set what is usable."""
+    def _measure(self, e):
+        """Compare what an episode's files have of it with the metadata, and set what is usable."""
         try:
             for path, camera in self.files(e).items():
-                if e.usable < 1 or (unit == 'frames') != (camera > ''):
-                    continue
+                unit = 'frames' if camera else 'rows'
                 if camera:
                     self._locate(e, camera)
                 n = e.room[camera] if camera else len(self._rows_of(e)['row'])
@@ -1036,6 +1031,8 @@ class LeRobot:
                     e.fault = Bad(f'has {n} {unit} of episode {e.index}, the metadata say '
                                   f'{e.stated}', path)
                 e.usable = min(e.usable, n)
+            if self.action_keys and e.usable:
+                self._action_columns(e)
         except Outside:
             raise
         except Bad as error:
@@ -1053,7 +1050,7 @@ class LeRobot:
             users = [o for o in self.listed if o.video.get(camera) == e.video[camera]]
         users.sort(key=lambda o: o.start[camera])
         start = np.array([o.start[camera] for o in users])
-        length = np.array([o.usable or o.stated for o in users])
+        length = np.array([o.stated for o in users])
         first = np.searchsorted(times, start - 0.5 / self.native)
         room = np.diff(first, append=len(times))
         # no episode lacks more, or has more to spare, than the whole file
@@ -1103,9 +1100,9 @@ class LeRobot:
     # rows and frames
 
     def _rows_of(self, e):
-        """{name: values} of an episode's rows, see _indices, in the order of their frames."""
+        """{name: values} of an episode's rows, see _columns, in the order of their frames."""
         # dataset_from_index is scrambled in some converted datasets; the column in the file is not
-        columns = self.read(_indices, self.place(e))
+        columns = self.read(_columns, self.place(e), tuple(self.action_keys))
         rows = columns['row']
         if self.v3 and 'episode_index' in columns:
             rows = np.flatnonzero(columns['episode_index'] == e.index)
@@ -1141,8 +1138,8 @@ class LeRobot:
         ways = [rows['frame_index'].astype(int)]
         if rows['odd']:
             shown = self.read(video_times, path)[frames]
-            time = shown[0] + rows['timestamp'] - 0.5 / self.native
-            ways = [np.searchsorted(shown, time), *ways]
+            begin = shown[0] - 0.5 / self.native
+            ways = [np.searchsorted(shown, begin + rows['timestamp']), *ways]
         for way in ways:
             if np.diff(way, prepend=-1, append=len(frames)).min() > 0:
                 return frames[way]
@@ -1191,9 +1188,8 @@ class LeRobot:
     def _action_columns(self, e):
         """{key: (usable, width)} of an episode; what is odd in them is named."""
         path = self.place(e)
-        columns = self.read(_columns, path, tuple(self.action_keys))
-        rows = self._rows_of(e)['row'][:e.usable]
-        columns = {k: v[rows] for k, v in columns.items()}
+        rows = self._rows_of(e)
+        columns = {key: rows[key][:e.usable] for key in self.action_keys}
         for key, width in zip(self.action_keys, self.widths):
             if columns[key].shape != (e.usable, width):
                 raise Bad(f'{key} has shape {columns[key].shape} in episode {e.index}, expected '

@@ -129,7 +129,7 @@ def forked(function, *calls, meanwhile=lambda: None):
 def forget():
     """What a process has read or has open."""
     data._videos.clear()
-    for function in data._columns, data._indices, data._row_group, data.LeRobot.rows:
+    for function in data._columns, data._row_group, data.LeRobot.rows:
         function.cache_clear()
 
 
@@ -760,7 +760,7 @@ def test_an_episode_that_is_listed_twice_counts_once(tmp_path, capfd):
 def test_opening_tells_how_far_it_is(made, monkeypatch, capfd):
     monkeypatch.setattr(data.time, 'monotonic', itertools.count(0, 3).__next__)
     data.LeRobot(made)
-    assert capfd.readouterr().out.splitlines()[0] == f'{made}: comparing rows of episode 0 of 3'
+    assert capfd.readouterr().out.splitlines()[0] == f'{made}: looked at 0 of 3 episodes'
 
 
 def test_a_fingerprint_is_of_the_content(made, copy):
@@ -1218,12 +1218,12 @@ FAULTS = {
                      '.mp4: cannot be read'),
     'zero-byte parquet': (lambda v, t: cut(t, 0), 'opening', '.parquet: cannot be read'),
     'truncated parquet': (lambda v, t: cut(t, 0.5), 'opening', '.parquet: cannot be read'),
-    'missing column': (lambda v, t: edit_table(t, lambda t: t.drop_columns(['action'])), 'read',
+    'missing column': (lambda v, t: edit_table(t, lambda t: t.drop_columns(['action'])), 'opening',
                        '.parquet: cannot be read (no column action)'),
-    'column of another width': (lambda v, t: set_column(t, 'action', [[1.]] * 12), 'read', 'shape (12, 1)'),
-    'ragged column': (lambda v, t: set_column(t, 'action', [[1.] * (1 + i % 2) for i in range(12)]), 'read',
+    'column of another width': (lambda v, t: set_column(t, 'action', [[1.]] * 12), 'opening', 'shape (12, 1)'),
+    'ragged column': (lambda v, t: set_column(t, 'action', [[1.] * (1 + i % 2) for i in range(12)]), 'opening',
                       'shape (12, 1)'),
-    'column of text': (lambda v, t: set_column(t, 'action', ['go'] * 12), 'read', 'action is string'),
+    'column of text': (lambda v, t: set_column(t, 'action', ['go'] * 12), 'opening', 'action is string'),
     'no rows': (lambda v, t: edit_table(t, lambda t: t.slice(0, 0)), 'opening', '.parquet: has 0 rows of episode 3'),
     # the size of the mp4's first box, in 64 bits; the length of the footer, and in it whatever comes
     'claims 10 GB': (lambda v, t: overwrite(v, 0, (1).to_bytes(4, 'big') + b'moov' + (10 << 30).to_bytes(8, 'big')),
