@@ -882,8 +882,8 @@ class LeRobot:
         self.paths = {kind: path or PATHS[version[:2]][kind] for kind, path in paths.items()}
         self.native = info.get('fps')
         if self.features is None or type(self.native) is str or not 0 < self.native < math.inf:
-            sys.exit(f'{where}: wants features and fps, a number above 0, has fps {self.native!r} '
-                     f'and {", ".join(info)}')
+            sys.exit(f'{where}: wants features and fps, a number above 0, has {", ".join(info)} '
+                     f'and fps {self.native!r}')
         self.fps = fps or self.native
         self.ratio = exact_rate(self.native) / exact_rate(self.fps)     # of the files' rate to ours
         if self.ratio < 1:
@@ -1193,7 +1193,7 @@ class LeRobot:
         for key, width in zip(self.action_keys, self.widths):
             if columns[key].shape != (e.usable, width):
                 raise Bad(f'{key} has shape {columns[key].shape} in episode {e.index}, expected '
-                          f'{e.usable, width}', path)
+                          f'{e.usable, width} by info.json', path)
         wrong = ~np.isfinite(np.concatenate(list(columns.values()), 1)).all(1)
         if wrong.any():
             self._tell(e, f'{wrong.sum()} rows of {", ".join(self.action_keys)} are not as many '
@@ -1289,8 +1289,8 @@ class LeRobot:
         for path in dict.fromkeys(paths):
             size = os.path.getsize(path)
             with open(path, 'rb') as f:
-                for at in 0, size // 2, size - PROBE:
-                    f.seek(max(0, at))
+                for at in 0, size // 2, max(0, size - PROBE):
+                    f.seek(at)
                     found.update(f.read(PROBE))
             found.update(b'%d' % size)
         return found.hexdigest()
