@@ -702,17 +702,13 @@ def _columns(path, needed):
         table = _table(path, ('episode_index', 'frame_index', 'timestamp', *needed), needed)
         rows = np.arange(table.num_rows)
         out = dict(row=rows, frame_index=rows, timestamp=np.full(len(rows), np.nan))
-        for name in table.column_names:
-            try:
+        for name in set(table.column_names).difference(needed):
+            with suppress(Bad):
                 values = _numbers(name, table[name])
-            except Bad:
-                if name in needed:
-                    raise
-                continue
-            if name in needed:
-                out[name] = np.float32(values)
-            elif np.isfinite(values).all():
-                out[name] = values[:, 0]
+                if np.isfinite(values).all():
+                    out[name] = values[:, 0]
+        for name in needed:
+            out[name] = np.float32(_numbers(name, table[name]))
     return out
 
 
@@ -956,6 +952,8 @@ class LeRobot:
                              chunk_index=chunk, file_index=i)
                 video = dict.fromkeys(videos, place)
             tasks = row.get('tasks') or []
+            if not isinstance(tasks, list):
+                tasks = [str(tasks)]
             episodes[i] = Episode(i, length, length, tasks, place, video, start, {}, {})
         if len(episodes) < len(rows):
             warn(f'{self.root}: its metadata list {len(rows) - len(episodes)} episodes again: the '
@@ -1023,12 +1021,11 @@ class LeRobot:
         """Compare what an episode's files have of it with the metadata, and set what is usable."""
         try:
             for path, camera in self.files(e).items():
-                unit = 'frames' if camera else 'rows'
                 if camera:
                     self._locate(e, camera)
                 n = e.room[camera] if camera else len(self._rows_of(e)['row'])
                 if n != e.stated:
-                    e.fault = Bad(f'has {n} {unit} of episode {e.index}, the metadata say '
+                    e.fault = Bad(f'has {n} frames of episode {e.index}, the metadata say '
                                   f'{e.stated}', path)
                 e.usable = min(e.usable, n)
             if self.action_keys and e.usable:
@@ -1129,7 +1126,6 @@ class LeRobot:
         e = self.episodes[episode]
         if camera not in e.video:
             return self._rows_of(e)['row']
-        path = self.place(e, camera)
         self._locate(e, camera)
         frames = e.base[camera] + np.arange(e.room[camera])
         if not self.action_keys or len(frames) <= e.usable:
@@ -1137,7 +1133,7 @@ class LeRobot:
         rows = self._rows_of(e)
         ways = [rows['frame_index'].astype(int)]
         if rows['odd']:
-            shown = self.read(video_times, path)[frames]
+            shown = self.read(video_times, self.place(e, camera))[frames]
             begin = shown[0] - 0.5 / self.native
             ways = [np.searchsorted(shown, begin + rows['timestamp']), *ways]
         for way in ways:

@@ -574,9 +574,9 @@ def test_rows_that_are_missing(copy, capfd):
     d = data.LeRobot(str(copy))
     assert [e.length for e in d.episodes] == [30, 10] and len(d.rows(1)) == 10 and len(d.dropped) == 1
     error = capfd.readouterr().err
-    assert error == (f'{copy}/{ROWS}: has 10 rows of episode 1, the metadata say 17 '
+    assert error == (f'{copy}/{ROWS}: has 10 frames of episode 1, the metadata say 17 '
                      f'(1 more: {copy}/{ROWS}, ..)\n')
-    assert d.dropped == [f'{copy}/{ROWS}: has 0 rows of episode 2, the metadata say 41']
+    assert d.dropped == [f'{copy}/{ROWS}: has 0 frames of episode 2, the metadata say 41']
     assert torch.equal(d.frames(1, [9]), data.LeRobot(str(copy), action='none').frames(1, [9]))
 
 
@@ -741,8 +741,10 @@ def test_a_chunk_has_as_many_episodes_as_the_metadata_say(made, tmp_path):
 def test_templates_and_numbers_of_either_version(made, tmp_path):
     root = edit_info(write_v2(tmp_path / 'd', 'v2.1'),
                      data_path='data/chunk-{chunk_index:03d}/episode_{episode_index:06d}.parquet')
-    write_json(f'{root}/meta/episodes.jsonl', [dict(episode_index=float(i), length=n) for i, n in enumerate(LENGTHS)], True)
-    assert np.array_equal(data.LeRobot(root).rows(2), data.LeRobot(made).rows(2))
+    write_json(f'{root}/meta/episodes.jsonl', [dict(episode_index=float(i), length=n, tasks='push')
+                                               for i, n in enumerate(LENGTHS)], True)
+    d = data.LeRobot(root)
+    assert np.array_equal(d.rows(2), data.LeRobot(made).rows(2)) and d.clip(0, 0, 2, 1)['task'] == 'push'
     root = shutil.copytree(made, tmp_path / 'e')
     for name in 'data/chunk_index', 'data/file_index', f'videos/{TOP}/chunk_index', f'videos/{TOP}/file_index':
         set_column(f'{root}/meta/episodes/chunk-000/file-000.parquet', name, [0.] * 3)
@@ -768,11 +770,12 @@ def test_a_fingerprint_is_of_the_content(made, copy):
     for camera in 'top', 'side,top':
         d = data.LeRobot(copy, camera)
         assert d.fingerprint(TOP) == data.LeRobot(made).fingerprint(TOP)
-    for change in (lambda: set_column(f'{copy}/{ROWS}', 'action', [[1., 2.]] * 88), lambda: shorten_video(copy, 87)):
+    for change in (lambda: overwrite(f'{copy}/{VIDEO}', 12, b'abcd'),       # a version, which no reader minds
+                   lambda: set_column(f'{copy}/{ROWS}', 'action', [[1., 2.]] * 88), lambda: shorten_video(copy, 87)):
         change()
         forget()
         prints.append(data.LeRobot(copy).fingerprint())
-    assert len({*prints}) == 3
+    assert len({*prints}) == 4
 
 
 def test_pictures_beside_the_table(tmp_path):
@@ -1224,7 +1227,7 @@ FAULTS = {
     'ragged column': (lambda v, t: set_column(t, 'action', [[1.] * (1 + i % 2) for i in range(12)]), 'opening',
                       'shape (12, 1)'),
     'column of text': (lambda v, t: set_column(t, 'action', ['go'] * 12), 'opening', 'action is string'),
-    'no rows': (lambda v, t: edit_table(t, lambda t: t.slice(0, 0)), 'opening', '.parquet: has 0 rows of episode 3'),
+    'no rows': (lambda v, t: edit_table(t, lambda t: t.slice(0, 0)), 'opening', '.parquet: has 0 frames of episode 3'),
     # the size of the mp4's first box, in 64 bits; the length of the footer, and in it whatever comes
     'claims 10 GB': (lambda v, t: overwrite(v, 0, (1).to_bytes(4, 'big') + b'moov' + (10 << 30).to_bytes(8, 'big')),
                      'opening', '.mp4: cannot be read'),
@@ -2207,7 +2210,7 @@ def test_pictures_of_another_episode_are_never_taken(tmp_path, capfd):
     with pytest.raises(data.Bad, match='8 frames of episode 0'):
         d.frames(0, [8])
     assert data.LeRobot(root, 'top').episodes[0].length == 8
-    assert f'{table}: has 8 rows of episode 0, the metadata say 10' in capfd.readouterr().err
+    assert f'{table}: has 8 frames of episode 0, the metadata say 10' in capfd.readouterr().err
 
 
 @pytest.mark.parametrize('change', [
