@@ -933,8 +933,8 @@ class LeRobot:
         source = 'meta/episodes/*/*.parquet' if self.v3 else 'meta/episodes.jsonl'
         rows = self._read_shards(videos) if self.v3 else self.load(source)
         if not rows:
-            raise Bad(f'has no episodes: nothing in {source}, where {self.info["codebase_version"]} '
-                      f'has them; there is {os.listdir(self.root + "/meta")}', self.root)
+            raise Bad(f'has no episodes: nothing in {source}, where '
+                      f'{self.info["codebase_version"]} has them; there is {os.listdir(self.root + "/meta")}', self.root)
         episodes = {}
         for row in rows:
             if 'episode_index' not in row or 'length' not in row:
@@ -1066,16 +1066,20 @@ class LeRobot:
             with suppress(KeyError, ValueError, TypeError):  # incomplete, or do not fit
                 return self._stored_stats()
         parts = []
+        why = Bad(f'no finite row in {", ".join(self.action_keys)}', self.root)
         # files of the hub are fetched for this: 16 episodes do
         stride = math.ceil(len(self.episodes) / 16) if self.hub else 1
         for i in range(0, len(self.episodes), stride):
-            with suppress(Bad):  # is counted where it is drawn; 0 can be read
+            try:
                 rows = self.rows(i)
-                rows = rows[np.isfinite(rows).all(1)]
-                if len(rows):
-                    parts.append(_describe(rows))
+            except Bad as error:    # is counted where it is drawn
+                why = error
+                continue
+            rows = rows[np.isfinite(rows).all(1)]
+            if len(rows):
+                parts.append(_describe(rows))
         if not parts:
-            sys.exit(f'{self.root}: no finite row in {", ".join(self.action_keys)}')
+            raise why
         pooled = _pool(parts)
         return {name: pooled[name].astype(np.float32) for name in STATS}
 

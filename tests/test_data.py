@@ -1743,6 +1743,13 @@ def streamed(name='me/many', cache_gb=50):
     return data.Clips([data.LeRobot(name, 'top', cache_gb=cache_gb)], [], 3, 2, 0, 2, 1.0, 0.25)
 
 
+def test_why_no_action_of_the_hub_can_be_read(hub, tmp_path):
+    root = tmp_path / 'hub/me/made'
+    os.remove(root / 'meta/stats.json')
+    set_column(root / ROWS, 'action', ['go'] * 88)
+    says(lambda: data.LeRobot('me/made'), 'file-000.parquet', 'action is string, not numbers')
+
+
 @pytest.mark.parametrize('workers', [0, 2])
 def test_streamed_batches_equal_local_ones(hub, tmp_path, workers):
     local = streamed(tmp_path / 'hub/me/many')
