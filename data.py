@@ -312,6 +312,10 @@ def clear_left(folder):
 _reformat = partial(av.video.reformatter.VideoReformatter().reformat,
                               interpolation='BICUBIC', threads=1)
 MP4 = dict(format='mp4', options={'movflags': '+faststart'})
+# what somebody made may be a list of addresses, or take all memory to decode
+SAFE = {'protocol_whitelist': 'file', 'max_pixels': str(1 << 27)}
+# else the missing half of a truncated picture would come out grey
+STRICT = SAFE | {'protocol_whitelist': 'none', 'err_detect': 'explode'}
 MAX_OPEN = 8    # videos kept open per process; one holds a decoder's frames, a few MB
 GO_ON = 30      # frames over which a video is read on, not sought: a key frame may be far back
 TELL = 10       # seconds between lines of progress
@@ -328,20 +332,33 @@ def from_rgb(rgb):
     return av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), 'rgb24')
 
 
+def _upright(frame, size, mirrored=False):
+    """As _rgb, turned as the file says: a phone's pictures and videos may lie on their side."""
+    H, W = (size, size) if isinstance(size, int) else size
+    if frame.rotation % 180:
+        H, W = W, H
+    rgb = _rgb(frame, (H, W))
+    return np.rot90(rgb[::-1] if mirrored else rgb, round(frame.rotation / 90))
+
+
+# the entry of Exif, in either order of bytes, for a picture that is mirrored as well
+MIRRORED = re.compile(
+    rb'(?is)Exif.{,999}?(\x01\x12\x00\x03\x00{3}\x01\x00|\x12\x01\x03\x00\x01\x00{3})[\x02\x04\x05\x07]')
+
+
 def _picture(content, size):
     """uint8 (H, W, 3) array of a picture's file, given as bytes."""
     # ffmpeg forgives a JPEG without its end
-    if content[:2] == b'\xff\xd8' and b'\xff\xd9' not in content[-1024:]:
+    if content[:2] == b'\xff\xd8' and b'\xff\xd9' not in content:
         raise Bad('truncated')
-    with av.open(io.BytesIO(content)) as container:
+    with av.open(io.BytesIO(content), options=STRICT) as container:
         if not container.streams.video or container.format.name == 'tty':  # of text: ANSI art
             raise Bad('no picture in it')
-        # else the missing half of a truncated picture would come out grey
-        container.streams.video[0].codec_context.options = {'err_detect': 'explode'}
+        container.streams.video[0].codec_context.options = STRICT
         frame = next(container.decode(video=0), None)
         if frame is None or frame.is_corrupt:
             raise Bad('truncated')
-        return _rgb(frame, size)
+        return _upright(frame, size, MIRRORED.search(content[:1 << 16]))
 
 
 def read_image(path, size=0):
@@ -350,8 +367,8 @@ def read_image(path, size=0):
         rgb = _picture(Path(path).read_bytes(), size)
     except (OSError, ValueError, av.FFmpegError) as error:
         why = getattr(error, 'strerror', None) or error
-        sys.exit(f'{path}: not a readable picture ({why})')
-    return torch.from_numpy(rgb).permute(2, 0, 1)
+        sys.exit(f'{path}: not a readable picture of up to 134 megapixels ({why})')
+    return torch.from_numpy(rgb.copy()).permute(2, 0, 1)
 
 
 def resize(x, size):
@@ -600,7 +617,8 @@ def ask_hub(what, call, first=False):
                 answer = getattr(error.__cause__, 'response', None)
             why = str(error.__cause__ or error)
             pause = wait
-            hopeless = first or getattr(error, 'errno', None) in OUR_DISK
+            hopeless = first or getattr(error, 'errno', None) in OUR_DISK or isinstance(
+                error, huggingface_hub.errors.OfflineModeIsEnabled)
             if answer is not None:
                 hopeless = False
                 why = f'{answer.status_code} {answer.headers.get("X-Error-Code", "")}'
@@ -615,6 +633,9 @@ def ask_hub(what, call, first=False):
                 raise Bad(why, what) from None
             if hopeless or time.monotonic() + pause > end:
                 raise Away(f'{what}: {why}') from None
+            if why not in _warned:      # now, not with a worker's next batch
+                _warned.add(why)
+                print(f'{what}: {why}: asked again for {PATIENCE} s', file=sys.stderr, flush=True)
             time.sleep(pause)
             wait = min(2 * wait, 60)
 
@@ -642,10 +663,22 @@ class Hub:
         if os.path.exists(f'{self.root}/meta/.whole'):
             return
         api = huggingface_hub.HfApi(self.endpoint)
-        asked = self.revision or None
-        info = ask_hub(name, lambda: api.dataset_info(self.repo, revision=asked), first=True)
-        self.revision = info.sha
+        asked = self.revision or 'main'
+        known = Path(f'{folder}{asked.replace("/", "--")}.sha')      # what it was the last time
+        try:
+            info = ask_hub(name, lambda: api.dataset_info(
+                self.repo, revision=self.revision or None), first=True)
+            self.revision = info.sha or asked       # of some mirrors
+            make_folder_of(known)
+            known.write_text(self.revision)
+        except Away as error:
+            if not known.exists():
+                raise
+            self.revision = known.read_text()
+            warn(f'{error}: goes on with what came last, {self.revision}')
         self.root = folder + self.revision
+        if os.path.exists(f'{self.root}/meta/.whole'):
+            return
         for file in ask_hub(name, lambda: list(api.list_repo_tree(
                 self.repo, 'meta', recursive=True, repo_type='dataset', revision=self.revision))):
             if isinstance(file, huggingface_hub.hf_api.RepoFile):
@@ -678,12 +711,12 @@ class Hub:
         url = huggingface_hub.hf_hub_url(self.repo, name, repo_type='dataset',
                                          revision=self.revision, endpoint=self.endpoint)
         size = huggingface_hub.get_hf_file_metadata(url).size
-        if size > 1e8:
+        if size and size > 1e8:
             print(f'fetching {url} ({size / 1e6:,.0f} MB)', file=sys.stderr, flush=True)
         with open(part, 'ab', buffering=0) as f:
-            if f.tell() > size:
+            if size is None or f.tell() > size:     # some mirrors say it with the file alone
                 f.truncate(0)
-            if f.tell() < size:
+            if f.tell() != size:
                 http_get(url, f, resume_size=f.tell(), expected_size=size,
                          headers=huggingface_hub.utils.build_hf_headers())
 
@@ -1543,7 +1576,7 @@ class Writer:
 def _shown(path):
     """Yield the frames of any video, the seconds from its beginning until halfway to the next
     frame, and its frames a second."""
-    with reading(path), av.open(path) as container:
+    with reading(path), av.open(path, options=SAFE) as container:
         stream = next(iter(container.streams.video), None)
         # any text is a "tty"
         if stream is None or stream.start_time is None or container.format.name == 'tty':
@@ -1565,9 +1598,7 @@ def import_videos(root, pattern, fps=0, size=(0, 0)):
         written = 0
         try:
             for frame, until, rate in _shown(path):
-                lying = frame.rotation % 180        # a phone's
-                rgb = _rgb(frame, size[::-1] if lying else size)
-                rgb = np.rot90(rgb, round(frame.rotation / 90))
+                rgb = _upright(frame, size)
                 if writer is None:
                     fps = fps or round(rate, 3)
                     size = rgb.shape[:2]

@@ -11,10 +11,12 @@ import os
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
 import warnings
+import zlib
 from pathlib import Path
 
 import av
@@ -265,6 +267,40 @@ def test_bad_image(tmp_path, kind):
         assert data.read_image(path).shape == (3, 64, 64)
         path.write_bytes(path.read_bytes()[:-len(path.read_bytes()) // 2])
     says(lambda: data.read_image(path), f'x.{kind}', 'not a readable picture')
+
+
+def exif(jpg, value, order):
+    """A JPEG that says by Exif how it is to be turned."""
+    body = b'Exif\0\0' + (b'MM\0*' if order == '>' else b'II*\0')
+    body += struct.pack(order + 'IHHHIHHI', 8, 1, 0x112, 3, 1, value, 0, 0)
+    return jpg[:2] + b'\xff\xe1' + struct.pack('>H', len(body) + 2) + body + jpg[2:]
+
+
+UPRIGHT = np.kron([[[0], [90], [180]], [[255], [60], [200]]], np.ones((16, 16, 3))).astype(np.uint8)
+STORED = [UPRIGHT, UPRIGHT[:, ::-1], UPRIGHT[::-1, ::-1], UPRIGHT[::-1], UPRIGHT.swapaxes(0, 1), np.rot90(UPRIGHT),
+          np.rot90(UPRIGHT, 2).swapaxes(0, 1), np.rot90(UPRIGHT, 3)]
+
+
+@pytest.mark.parametrize('order', '<>')
+@pytest.mark.parametrize('value', range(1, 9))
+def test_pictures_are_turned_as_viewers_do(tmp_path, value, order):
+    path = tmp_path / 'x.jpg'
+    path.write_bytes(exif(coded(STORED[value - 1], 'mjpeg', 'yuvj420p'), value, order) + bytes(1100 * (value % 2)))
+    got = data.read_image(path).permute(1, 2, 0).numpy()
+    assert got.shape == UPRIGHT.shape and np.abs(got.astype(int) - UPRIGHT).max() < 9
+    assert data.read_image(path, (8, 12)).shape == (3, 8, 12)
+
+
+@pytest.mark.parametrize('kind', ['huge', 'list'])
+def test_hostile_pictures(tmp_path, kind):
+    data.write_image(tmp_path / 'real.png', noise(3, 8, 8))
+    text = b'ffconcat version 1.0\nfile real.png\n'
+    if kind == 'huge':      # claims 30000 x 30000
+        text = (tmp_path / 'real.png').read_bytes()
+        header = b'IHDR' + struct.pack('>II', 30000, 30000) + text[24:29]
+        text = text[:12] + header + struct.pack('>I', zlib.crc32(header)) + text[33:]
+    (tmp_path / 'x.png').write_bytes(text)
+    says(lambda: data.read_image(tmp_path / 'x.png'), 'x.png', 'not a readable picture of up to 134 megapixels')
 
 
 def test_resize_is_low_passed(tmp_path):
@@ -1649,6 +1685,32 @@ def test_no_network_is_said_at_once(monkeypatch, tmp_path):
     begun = time.perf_counter()
     says(lambda: data.LeRobot('some/folder'), 'some/folder', 'hub')
     assert time.perf_counter() - begun < 30
+
+
+def test_a_mirror_that_says_less(hub, made):
+    hub.bare = True
+    d = data.LeRobot('me/made', 'top')
+    hub.fail('.mp4', 'cut')
+    assert torch.equal(d.frames(0, [0, 5]), data.LeRobot(made, 'top').frames(0, [0, 5]))
+
+
+def test_what_has_come_is_used_without_the_hub(hub, tmp_path, monkeypatch, capfd):
+    names = 'me/made', 'me/many@main'
+    for name in names:
+        data.LeRobot(name, 'top').frames(0, [0])
+    begun = time.monotonic()
+    monkeypatch.setattr(data.huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
+    for name in names:
+        d = data.LeRobot(name, 'top')
+        assert d.frames(0, [0]).shape[0] == 1 and f'goes on with what came last, {d.hub.revision}' in capfd.readouterr().err
+    with pytest.raises(data.Away, match='file-001.mp4: .*offline'):
+        d.frames(1, [0])
+    says(lambda: data.LeRobot('me/b'), 'me/b', 'offline')
+    assert time.monotonic() - begun < 10
+    monkeypatch.setattr(data.huggingface_hub.constants, 'HF_HUB_OFFLINE', False)
+    hub.fail('file-001.mp4', 503)
+    d.frames(1, [0])
+    assert 'asked again for 20 s' in capfd.readouterr().err
 
 
 def streamed(name='me/many', cache_gb=50):
