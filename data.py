@@ -738,15 +738,30 @@ def make_folder_of(path):
     os.makedirs(os.path.dirname(path), exist_ok=True)
 
 
+@lru_cache(maxsize=None)
+def _leads_out(path, root):
+    root = os.path.realpath(root)
+    return os.path.commonpath([os.path.realpath(path), root]) != root
+
+
+FIELD = re.compile(r'\{(\w+)(?::(0?\d?d?))?\}')     # str.format would read attributes, and pad for ever
+
+
 def inside(root, template, **values):
-    """The path of a file of a dataset. By spelling: links may lead elsewhere, as in the hub's
-    cache."""
+    """The path of a file of a dataset. By spelling: links that lead elsewhere, as in the hub's
+    cache, are followed, which is said."""
     try:
-        path = os.path.normpath(os.path.join(root, template.format(**values)))
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        path = FIELD.sub(lambda field: format(values[field[1]], field[2] or ''), template)
+        path = os.path.normpath(os.path.join(root, path))
+        outside = os.path.commonpath([path, root]) != root
+        if '\0' in path or re.search('[{}]', FIELD.sub('', template)):
+            raise ValueError('no path')
+    except (LookupError, TypeError, ValueError) as error:
         raise Bad(f'cannot make a path from {template!r} and {values} ({error!r})', root) from None
-    if os.path.commonpath([path, root]) != root:
+    if outside:
         raise Outside(f'refused: {template!r} leads out of the dataset, to {path}', root)
+    if _leads_out(path if os.path.islink(path) else os.path.dirname(path), root):
+        warn(f'{root}: has links that lead out of it')
     return path
 
 

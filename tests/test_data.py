@@ -589,6 +589,11 @@ def info_is(text):
     (lambda r: edit_info(r, data_path='../{chunk_index}/x.parquet'), ['refused', '../']),
     (lambda r: edit_info(r, video_path='/etc/{video_key}{chunk_index}{file_index}'), ['refused', '/etc/']),
     (lambda r: edit_info(r, video_path='videos/../../copy-2/{file_index}'), ['refused', 'copy-2']),
+    (lambda r: edit_info(r, data_path='data/{chunk_index.__class__}/x.parquet'), ['cannot make a path', '__class__']),
+    (lambda r: edit_info(r, data_path='data/{chunk_index:9999999999d}/x.parquet'), ['cannot make a path', '9999999999d']),
+    (lambda r: edit_info(r, data_path='data/{chunk_index'), ['cannot make a path']),
+    (lambda r: edit_info(r, data_path='data/{chunk_index:03d}\0x'), ['cannot make a path']),
+    (lambda r: edit_info(r, data_path=[1]), ['cannot make a path']),
     (lambda r: shutil.rmtree(f'{r}/meta/episodes'), ['no episodes']),
     (lambda r: edit_info(r, features={'observation.images.top': None}), []), (info_is('[1]'), []),
     (lambda r: edit_info(r, features={'observation.images.top': dict(dtype='video', info='x')}), []),
@@ -599,13 +604,18 @@ def test_refused(copy, change, words):
     says(lambda: data.LeRobot(str(copy)), str(copy), *words)
 
 
-def test_symlinks_are_allowed(made, tmp_path):
+def test_symlinks_are_allowed_and_said(made, tmp_path, capfd):
     for folder, _, files in os.walk(made):
         there = tmp_path / 'links' / os.path.relpath(folder, made)
         there.mkdir(parents=True)
         for name in files:
             (there / name).symlink_to(os.path.join(folder, name))
     assert data.LeRobot(str(tmp_path / 'links')).clip(0, 0, 2, 1)['x'].shape == (2, 3, 32, 48)
+    assert capfd.readouterr().err == f'{tmp_path}/links: has links that lead out of it\n'
+    (tmp_path / 'root').symlink_to(made)
+    data.LeRobot(str(tmp_path / 'root'))
+    assert data.inside('/a{1}', '{path}', path='b{2}/c') == '/a{1}/b{2}/c'
+    assert not capfd.readouterr().err
 
 
 @pytest.mark.parametrize('text', [b'version https://git-lfs.github.com/spec/v1\noid sha256:0', b'junk' * 100, None])
