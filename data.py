@@ -60,23 +60,26 @@ from tqdm import tqdm
 # --------------------------------------------------------------------------------------------------
 # the command line
 
-# least and most of the numeric options of all scripts; what depends on other options, they check
+# least and most of every number among the options of all scripts; what depends on others, they check
+MANY = 10 ** 9
 LIMITS = (
     dict.fromkeys('labelled_share long_share val_share grow max_bad whiten bootstrap '
-                  'bootstrap_start p_past p_image p_null self_forcing decay ema beta1 beta2 '
-                  'keep'.split(), (0, 1))
-    | dict.fromkeys('fps frameskip long_frames cache_gb workers frame_height frame_width '
-                    'channels width layers heads kv_heads registers context time_every wide_layers '
-                    'k_max blind_episodes soft_cap tau_shift micro_batch learning_rate min_lr '
-                    'warmup weight_decay grad_clip robot budget_ms chunk smooth goal_steps budget steps'.split(),
-                    (0, math.inf))
-    | dict.fromkeys('pool batch_size max_steps eval_interval eval_context save_interval '
-                    'log_interval K horizon samples iterations seeds replan episodes draw_every '
-                    'rows train_frames train_steps'.split(), (1, math.inf))
-    | dict.fromkeys('frames eval_clips elites'.split(), (2, math.inf))
+                  'bootstrap_start p_past p_image p_null self_forcing decay keep learning_rate '
+                  'min_lr'.split(), (0, 1))
+    | dict.fromkeys('beta1 beta2 ema'.split(), (0, 0.999999))
+    | dict.fromkeys('frameskip warm_std min_std workers'.split(), (0, 100))
+    | dict.fromkeys('fps long_frames frame_height frame_width channels width layers heads kv_heads '
+                    'registers context time_every wide_layers k_max robot cache_gb soft_cap '
+                    'tau_shift weight_decay grad_clip smooth'.split(), (0, 100000))
+    | dict.fromkeys('warmup micro_batch blind_episodes budget_ms chunk goal_steps budget '
+                    'steps'.split(), (0, MANY))
+    | dict.fromkeys('pool eval_context K horizon iterations seeds replan draw_every '
+                    'rows'.split(), (1, 10000))
+    | dict.fromkeys('batch_size max_steps eval_interval save_interval log_interval samples '
+                    'episodes train_frames train_steps'.split(), (1, MANY))
+    | dict.fromkeys('frames eval_clips elites'.split(), (2, MANY))
     | dict.fromkeys('init_std step_size'.split(), (1e-6, 100))
-    | dict.fromkeys('warm_std min_std'.split(), (0, 100))
-    | {'layer': (-1, math.inf), 'seed': (0, 2 ** 31), 'beta': (0, 10), 'temperature': (1e-6, 1e6)})
+    | {'layer': (-1, 1000), 'seed': (0, 2 ** 31), 'beta': (0, 10), 'temperature': (1e-6, 1e6)})
 # columns of a rotation
 ROTATIONS = {'euler': 3, 'rotvec': 3, 'quat_xyzw': 4, 'quat_wxyz': 4, 'rot6d': 6, 'rot6d_rows': 6}
 CHOICES = {
@@ -99,7 +102,7 @@ def check(name, value):
     """End the script with one line unless an option's value is within LIMITS or one of CHOICES."""
     least, most = LIMITS.get(name, (-math.inf, math.inf))
     if type(value) in (int, float) and not least <= value <= most:      # nor nan
-        bounds = f'{least} or more' if most == math.inf else f'{least} to {most}'
+        bounds = f'{least} or more' if value < least else f'{least} to {most}'
         sys.exit(f'--{name}: wants {bounds}, got {value}')
     if value not in CHOICES.get(name, [value]):
         sys.exit(f'--{name}: wants one of {", ".join(CHOICES[name])}, got {value!r}')
@@ -135,7 +138,10 @@ def override(g, argv, presets={}):
             sys.exit(f'--{name}: wants {wanted}, got {text!r}')
         check(name, value)
         config[name] = value
-        g[name] = value
+    if config.get('workers') and not hasattr(os, 'fork'):       # one would run the script again
+        warn('workers=0: this system does not fork processes')
+        config['workers'] = 0
+    g.update(config)
     return config
 
 

@@ -8,6 +8,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
@@ -162,10 +163,30 @@ def test_override_sets(arg, name, value):
     ('config.py', 'write options'), ('--key=zzz', 'no such option'), ('--__name__=x', 'no such option'),
     ('--_hidden=2', 'no such option'), ('--torch=1', 'no such option'), ('--learning_rate=fast', 'wants float'),
     ('--batch_size=0', '--batch_size: wants 1 or more, got 0'), ('--keep=2', '--keep: wants 0 to 1, got 2.0'),
-    ('--learning_rate=nan', 'wants 0 or more, got nan'),
+    ('--learning_rate=nan', 'wants 0 to 1, got nan'), ('--learning_rate=-inf', 'wants 0 or more, got -inf'),
     ('--store=x', "--store: wants one of float16, int8, got 'x'")])
 def test_override_refuses(arg, words):
     says(lambda: data.override(constants(), [arg]), words)
+
+
+@pytest.mark.parametrize('name', ['train.py', 'plan.py', 'decode.py', 'data.py'])
+def test_every_number_has_limits(name, capsys):
+    with pytest.raises(SystemExit):
+        script(name, '--help')
+    numbers = re.findall(r'^  --(\w+)=(-?\d\S*)$', capsys.readouterr().out, re.M)
+    assert len(numbers) > 6
+    for option, text in numbers:
+        least, most = data.LIMITS[option]
+        assert least <= float(text) <= most
+        for value in (least - 1, most + 1, 10 ** 20, math.inf, math.nan):
+            says(lambda: data.check(option, value), f'--{option}: wants {least}')
+
+
+def test_override_without_fork(monkeypatch, capfd):
+    monkeypatch.delattr(os, 'fork')
+    g = dict(workers=2)
+    assert data.override(g, []) == g == dict(workers=0)
+    assert 'workers=0' in capfd.readouterr().err
 
 
 def test_override_help(capsys):
