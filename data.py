@@ -72,7 +72,7 @@ LIMITS = (
                     'registers context time_every wide_layers k_max robot cache_gb soft_cap '
                     'tau_shift weight_decay grad_clip smooth'.split(), (0, 100000))
     | dict.fromkeys('warmup micro_batch blind_episodes budget_ms chunk goal_steps budget '
-                    'steps'.split(), (0, MANY))
+                    'steps skip_nonfinite'.split(), (0, MANY))
     | dict.fromkeys('pool eval_context K horizon iterations seeds replan draw_every '
                     'rows'.split(), (1, 10000))
     | dict.fromkeys('batch_size max_steps eval_interval save_interval log_interval samples '
@@ -139,7 +139,6 @@ def override(g, argv, presets={}):
         check(name, value)
         config[name] = value
     if config.get('workers') and not hasattr(os, 'fork'):       # one would run the script again
-        warn('workers=0: this system does not fork processes')
         config['workers'] = 0
     g.update(config)
     return config
@@ -158,7 +157,7 @@ def pick_device(name, index=0):
         name = 'mps' if torch.backends.mps.is_available() else 'cpu'
     try:
         device = torch.device(f'cuda:{index}' if name == 'cuda' else name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         sys.exit(f'--device={name}: not usable here ({str(error).splitlines()[0]})')
     return device
@@ -292,21 +291,12 @@ def own(folder, name='.lock'):
         who = f'process {os.getpid()} on host {socket.gethostname()} writes there since {since}'
         lock.write(who.encode())
     _locks.append(lock)
-    clear_left(folder)
     return lock
 
 
 def own_tmp(path):
     """A name beside a path, of this process alone, for what os.replace then gives that path."""
     return f'{path}.{os.getpid()}@{socket.gethostname()}.tmp'
-
-
-def clear_left(folder):
-    """Remove the files that killed processes left: an hour after they were written to."""
-    for left in glob.glob(glob.escape(str(folder)) + '/*@*.tmp'):
-        with suppress(OSError):     # others clear up as well
-            if time.time() - os.path.getmtime(left) > 3600:
-                os.remove(left)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -340,10 +330,9 @@ def from_rgb(rgb):
 
 def _upright(frame, size, mirrored=False):
     """As _rgb, turned as the file says: a phone's pictures and videos may lie on their side."""
-    H, W = (size, size) if isinstance(size, int) else size
-    if frame.rotation % 180:
-        H, W = W, H
-    rgb = _rgb(frame, (H, W))
+    if frame.rotation % 180 and not isinstance(size, int):
+        size = size[::-1]
+    rgb = _rgb(frame, size)
     return np.rot90(rgb[::-1] if mirrored else rgb, round(frame.rotation / 90))
 
 
@@ -390,7 +379,8 @@ def enlarge(x, side=128):
 
 def write_image(path, x):
     """Write uint8 (3, H, W) as .png."""
-    from_rgb(x.permute(1, 2, 0).cpu().numpy()).save(str(path))
+    with writing(path):
+        from_rgb(x.permute(1, 2, 0).cpu().numpy()).save(str(path))
 
 
 def exact_rate(fps):
@@ -422,11 +412,13 @@ def finish(container):
 
 def write_video(path, x, fps):
     """Write uint8 (T, 3, H, W) as H.264 mp4, aside and then renamed; odd sides grow by a line."""
-    container = av.open(f'{path}.tmp', 'w', **MP4)
-    for i, rgb in enumerate(x.permute(0, 2, 3, 1).cpu().numpy()):
-        _encode(container, rgb, i, fps, crf='12')
-    finish(container)
-    os.replace(f'{path}.tmp', path)
+    tmp = own_tmp(path)
+    with writing(path):
+        container = av.open(tmp, 'w', **MP4)
+        for i, rgb in enumerate(x.permute(0, 2, 3, 1).cpu().numpy()):
+            _encode(container, rgb, i, fps, crf='12')
+        finish(container)
+        os.replace(tmp, path)
 
 
 def video_stream(container):
@@ -646,7 +638,7 @@ def ask_hub(what, call, first=False):
             wait = min(2 * wait, 60)
 
 
-OUR_DISK = errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT
+OUR_DISK = errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EFBIG
 
 
 class Hub:
@@ -1420,7 +1412,7 @@ def pose_deltas(before, after, rotation, tool):
 
 @dataclass
 class Writer:
-    """Writes a LeRobot v3.0 dataset, as root.tmp until it is whole.
+    """Writes a LeRobot v3.0 dataset, under a name of this process until it is whole.
 
     with Writer('pusht', fps=10) as writer:
         writer.add(frame, action, state)    # for each frame: what it shows, and is done after it
@@ -1435,10 +1427,15 @@ class Writer:
     file_mb: float = 200    # once a video is so large, the next episode begins new files
 
     def __post_init__(self):
-        if os.path.exists(self.root):
+        if os.path.lexists(self.root):
             sys.exit(f'{self.root}: exists already, will not write over it')
-        self.tmp = str(self.root).rstrip('/') + '.tmp'
-        shutil.rmtree(self.tmp, ignore_errors=True)     # left by a run that was interrupted
+        self.root = os.path.abspath(self.root)
+        self.tmp = own_tmp(self.root)
+        for left in glob.glob(glob.escape(self.root) + '.*@*.tmp'):
+            if not os.path.exists(f'{left}/meta/info.json'):        # which comes last
+                own(left).close()       # ends the program while it is written
+                shutil.rmtree(left)
+        self.lock = own(self.tmp)
         if self.fps == int(self.fps):
             self.fps = int(self.fps)
         self.tasks = {}         # {words: number}
@@ -1455,9 +1452,12 @@ class Writer:
     def __enter__(self):
         return self
 
-    def __exit__(self, error, *_):
-        if error is None:
-            self.close()
+    def __exit__(self, kind, error, _):
+        with writing(self.tmp):
+            if getattr(error, 'errno', None) in OUR_DISK:
+                raise error
+            if kind is None:
+                self.close()
 
     def _begin_episode(self):
         self.length = 0
@@ -1561,8 +1561,6 @@ class Writer:
         for key in self.stats[0]:
             pooled = _pool([part[key] for part in self.stats])
             stats[key] = {name: value.tolist() for name, value in pooled.items()}
-        for name, value in ('info', self._info()), ('stats', stats):
-            Path(f'{meta}/{name}.json').write_text(json.dumps(value, indent=4))
         rows = pa.Table.from_pylist(self.rows)
         pq.write_table(rows, f'{meta}/episodes/chunk-000/file-000.parquet')
         # lerobot looks for the text in the index that pandas makes
@@ -1573,7 +1571,13 @@ class Writer:
         tasks = pa.table({'task_index': [*self.tasks.values()], 'task': words},
                          metadata={'pandas': pandas})
         pq.write_table(tasks, f'{meta}/tasks.parquet')
-        os.replace(self.tmp, self.root)
+        for name, value in ('stats', stats), ('info', self._info()):
+            Path(f'{meta}/{name}.json').write_text(json.dumps(value, indent=4))
+        self.lock.close()
+        os.remove(self.lock.name)
+        if os.path.lexists(self.root):
+            sys.exit(f'{self.root}: was written by another process. This one wrote {self.tmp}')
+        os.rename(self.tmp, self.root)
 
     def _info(self):
         for key, (H, W, _) in self.shapes.items():
@@ -1620,8 +1624,10 @@ def import_videos(root, pattern, fps=0, size=(0, 0)):
         try:
             for frame, until, rate in _shown(path):
                 rgb = _upright(frame, size)
+                if until > written / (fps or rate) + 600:
+                    raise Bad('shows nothing for 10 minutes', path)
                 if writer is None:
-                    fps = fps or round(rate, 3)
+                    fps = fps or min(round(rate, 3), 1000)
                     size = rgb.shape[:2]
                     writer = Writer(root, fps)
                 while written / fps < until + 1e-6:     # halfway between two, the earlier one
@@ -2000,19 +2006,28 @@ def what_latents_depend_on(encoder, autocast, store):
 
 
 def cache_folder(folder, ds, camera, settings):
-    """The folder of a camera's latents, named by a hash of what they depend on. Latents of files
-    that have changed are refused."""
+    """The folder of a camera's latents, named by hashes of what they depend on, and of where the
+    dataset is: files that have changed are refused, those that have moved are found."""
+    def short(x):
+        return hashlib.sha256(json.dumps(x, sort_keys=True).encode()).hexdigest()[:12]
+
+    settings = settings | dict(camera=camera, fps=float(ds.fps))
     source = ds.hub.repo if ds.hub else ds.root
-    settings = settings | dict(source=source, camera=camera, fps=float(ds.fps))
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-    name = f'{folder}/{os.path.basename(source)}-{camera.rpartition(".")[2]}-{key}-'
-    place = name + ds.fingerprint(camera)[:12]
-    for old in set(glob.glob(glob.escape(name) + '*')) - {place}:
-        sys.exit(f'{old}: holds latents of {ds.name} as it was; its files have changed since. '
-                 'Remove that folder to encode them again')
-    os.makedirs(place, exist_ok=True)
-    for left in glob.glob(glob.escape(place) + '/*.[0-9]*'):
-        with suppress(FileNotFoundError):    # other ranks clear up as well
+    name = f'-{camera.rpartition(".")[2]}-{short(settings)}-'
+    frames = f'{ds.fingerprint(camera)[:12]}-'
+    known = glob.escape(folder) + '/*' + glob.escape(name)
+    place = f'{folder}/{os.path.basename(source)}{name}{frames}{short(source)}'
+    moved = glob.glob(f'{known}{frames}*')
+    changed = glob.glob(f'{known}*{short(source)}')
+    if moved:
+        place = moved[0]
+    elif changed:
+        sys.exit(f'{changed[0]}: holds latents of {ds.name} as it was; its files have changed '
+                 'since. Remove that folder to encode them again')
+    with writing(place):
+        os.makedirs(place, exist_ok=True)
+    for left in glob.glob(glob.escape(place) + '/*.tmp'):
+        with suppress(OSError):      # other ranks clear up as well
             if time.time() - os.path.getmtime(left) > 3600:     # its run was killed
                 os.remove(left)
     return place
@@ -2039,7 +2054,7 @@ def read_chunks(ds, camera, parts, size, workers, tell):
     def read(chunk):
         try:
             return ds.frames(*chunk, size, camera)
-        except Bad as error:
+        except (Bad, Away) as error:
             return error
 
     todo = []
@@ -2059,6 +2074,8 @@ def read_chunks(ds, camera, parts, size, workers, tell):
         if tell and plain and time.monotonic() > told + TELL:
             told = time.monotonic()
             print(f'encoding {ds.name}, {camera}: frame {done:,} of {total:,}', flush=True)
+        if isinstance(x, Away):
+            raise x
         yield x
 
 
@@ -2079,12 +2096,7 @@ def for_store(v, kind, error):
 
 def encode_part(path, ds, episodes, frames, encode, kind, disk):
     """(array, {episode: Bad}) of some episodes, in memory or in a file."""
-    n = sum(ds.episodes[e].length for e in episodes)
-    temp = f'.{os.getpid()}'        # a file has its name, without that, when it is whole
-    if disk:
-        z = np.lib.format.open_memmap(f'{path}.npy{temp}', 'w+', kind, (n,))
-    else:
-        z = np.empty(n, kind)
+    z = np.empty(sum(ds.episodes[e].length for e in episodes), kind)
     bad = {}
     rows = z
     for e in episodes:
@@ -2097,13 +2109,16 @@ def encode_part(path, ds, episodes, frames, encode, kind, disk):
             else:
                 rows[numbers.start:numbers.stop] = encode(x)
         rows = rows[length:]
-    if disk:
-        z.flush()
-        reasons = json.dumps([(e, str(why)) for e, why in bad.items()])
-        Path(f'{path}.json{temp}').write_text(reasons)
-        for ending in '.json', '.npy':
-            os.replace(path + ending + temp, path + ending)
-    return z, bad
+    if not disk:
+        return z, bad
+    tmp = own_tmp(path)
+    with writing(path):
+        Path(tmp).write_text(json.dumps([(e, str(why)) for e, why in bad.items()]))
+        os.replace(tmp, f'{path}.json')
+        with open(tmp, 'wb') as f:      # not a memory map: on a full disk that kills the process
+            np.save(f, z)
+        os.replace(tmp, f'{path}.npy')
+    return load_part(path)
 
 
 def load_part(path):
@@ -2200,7 +2215,7 @@ def demo_script(n, rng):
 
 def write_demo(root, n, labelled, seed):
     """Write n episodes of 60 frames of the demo world as a LeRobot dataset, with or without
-    actions."""
+    actions. Of several processes at once, the first to end counts."""
     rng = np.random.default_rng(seed)
     state = demo_start(n, rng)
     act = demo_script(n, rng)
@@ -2210,11 +2225,15 @@ def write_demo(root, n, labelled, seed):
         states[:, t] = state
         actions[:, t] = act(state)
         state = demo_step(state, actions[:, t])
-    with Writer(root, 10, names={'action': ['dx', 'dy']}) as writer:
+    mine = own_tmp(root)
+    with Writer(mine, 10, names={'action': ['dx', 'dy']}) as writer:
         for e in range(n):
             for t, frame in enumerate(demo_draw(states[e])):
                 writer.add({'top': frame}, actions[e, t] if labelled else None)
             writer.end_episode('push the disc')
+    with suppress(OSError):         # it is there
+        os.rename(mine, root)
+    shutil.rmtree(mine, ignore_errors=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2253,7 +2272,8 @@ if __name__ == '__main__':
     if videos:
         if not out:
             sys.exit('--out: wants the folder that is to be written')
-        import_videos(out, videos, fps, (frame_height, frame_width or frame_height))
+        with writing(out):
+            import_videos(out, videos, fps, (frame_height, frame_width or frame_height))
         fps = 0.0
         labelled = out
     sets = open_sets(labelled, camera, action, fps, action_mode, rotation, cache_gb)
@@ -2271,5 +2291,8 @@ if __name__ == '__main__':
         device = pick_device(device, int(os.environ.get('LOCAL_RANK', 0)))
         rank = int(os.environ.get('RANK', 0))
         world = int(os.environ.get('WORLD_SIZE', 1))
-        cached_latents(sets, encode.to(device), device, autocast(device, dtype), cache_dir, store,
-                       workers, rank, world)
+        try:
+            cached_latents(sets, encode.to(device), device, autocast(device, dtype), cache_dir,
+                           store, workers, rank, world)
+        except Away as error:
+            sys.exit(str(error))
