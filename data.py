@@ -1575,9 +1575,11 @@ class Writer:
             Path(f'{meta}/{name}.json').write_text(json.dumps(value, indent=4))
         self.lock.close()
         os.remove(self.lock.name)
-        if os.path.lexists(self.root):
-            sys.exit(f'{self.root}: was written by another process. This one wrote {self.tmp}')
-        os.rename(self.tmp, self.root)
+        name = self.root
+        if os.path.lexists(name):       # another process had no lock, or has seen none
+            name += time.strftime('.%Y%m%d-%H%M%S')
+            warn(f'{self.root}: exists by now: what was written is {name}')
+        os.rename(self.tmp, name)
 
     def _info(self):
         for key, (H, W, _) in self.shapes.items():

@@ -2004,6 +2004,40 @@ def test_a_bad_episode_leaves_nothing(tmp_path, bad, error):
     assert len(data.LeRobot(root).episodes) == 2
 
 
+def test_two_writers_of_one_name(tmp_path, capfd):
+    root = tmp_path / 'd'
+    with owner(f'{root}.1@other.tmp') as other:
+        says(lambda: data.Writer(root, 10), f'{root}.1@other.tmp', f'process {other.pid}', 'wait')
+    with data.Writer(root, 10) as writer:
+        for x in noisy(3, 16, 16, 0):
+            writer.add(x)
+        writer.end_episode('t')
+        root.mkdir()        # by whom no lock keeps out
+        (root / 'theirs').write_text('')
+    assert os.listdir(root) == ['theirs']
+    name, = {*os.listdir(tmp_path)} - {'d'}
+    assert f'exists by now: what was written is {tmp_path}/{name}' in capfd.readouterr().err
+    assert len(data.LeRobot(tmp_path / name).episodes) == 1
+
+
+def test_the_demo_world_is_written_once(tmp_path):
+    forked(data.write_demo, *[(tmp_path / 'demo', 3, True, 1)] * 3)
+    assert os.listdir(tmp_path) == ['demo'] and len(data.LeRobot(tmp_path / 'demo').episodes) == 3
+
+
+def test_a_writer_on_a_full_disk(tmp_path):
+    (tmp_path / 'file').write_text('')
+    says(lambda: data.Writer(tmp_path / 'file/d', 10), f'{tmp_path}/file/d', 'cannot be written')
+    for frames in 1, 600:       # at the end, and in between
+        with pytest.raises(SystemExit, match='cannot be written'), data.Writer(tmp_path / 'd', 10) as writer:
+            with full_disk():
+                for x in noisy(frames, 64, 64, 0):
+                    writer.add(x)
+                writer.end_episode('t')
+                writer.close()
+        assert not (tmp_path / 'd').exists()
+
+
 def test_a_long_video_is_never_in_memory(tmp_path):
     """3000 frames are 2.8 GB; beside what 200 frames took, they take next to nothing."""
     program = """
@@ -2078,6 +2112,12 @@ def test_variable_frame_rate(tmp_path):
     video(tmp_path / 'a.mp4', 10, 30, times=times, bf='0')
     data.import_videos(tmp_path / 'out', f'{tmp_path}/*.mp4', 10)
     assert shown(data.LeRobot(tmp_path / 'out'), 0) == [0, 2, 3, 4, 4, 7, 7, 7, 8, 8, 9]
+
+
+def test_a_video_with_a_hole(tmp_path, capsys):
+    video(tmp_path / 'a.mp4', 5, 30, times=[0, 33, 67, 10 ** 7, 10 ** 7 + 33], bf='0')
+    data.import_videos(tmp_path / 'out', f'{tmp_path}/*.mp4', 10)
+    assert data.LeRobot(tmp_path / 'out').total < 9 and 'shows nothing for 10 minutes' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('name, options', [('a.ts', dict(bf='2')), ('b.avi', dict(codec='mpeg4', bf='2')),
