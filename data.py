@@ -60,26 +60,28 @@ from tqdm import tqdm
 # --------------------------------------------------------------------------------------------------
 # the command line
 
-# least and most of every number among the options of all scripts; what depends on others, they check
 MANY = 10 ** 9
-LIMITS = (
-    dict.fromkeys('labelled_share long_share val_share grow max_bad whiten bootstrap '
-                  'bootstrap_start p_past p_image p_null self_forcing decay keep learning_rate '
-                  'min_lr'.split(), (0, 1))
-    | dict.fromkeys('beta1 beta2 ema'.split(), (0, 0.999999))
-    | dict.fromkeys('frameskip warm_std min_std workers'.split(), (0, 100))
-    | dict.fromkeys('fps long_frames frame_height frame_width channels width layers heads kv_heads '
+# {option: (least, most)} of all numbers of all scripts; what depends on others, they check
+LIMITS = {}
+for _least, _most, _names in (
+        (0, 1, 'labelled_share long_share val_share grow max_bad whiten bootstrap bootstrap_start '
+               'p_past p_image p_null self_forcing decay keep learning_rate min_lr'),
+        (0, 0.999999, 'beta1 beta2 ema'),
+        (0, 10, 'beta'),
+        (0, 100, 'frameskip warm_std min_std workers'),
+        (0, 100000, 'fps long_frames frame_height frame_width channels width layers heads kv_heads '
                     'registers context time_every wide_layers k_max robot cache_gb soft_cap '
-                    'tau_shift weight_decay grad_clip smooth'.split(), (0, 100000))
-    | dict.fromkeys('warmup micro_batch blind_episodes budget_ms chunk goal_steps budget '
-                    'steps skip_nonfinite'.split(), (0, MANY))
-    | dict.fromkeys('pool eval_context K horizon iterations seeds replan draw_every '
-                    'rows'.split(), (1, 10000))
-    | dict.fromkeys('batch_size max_steps eval_interval save_interval log_interval samples '
-                    'episodes train_frames train_steps'.split(), (1, MANY))
-    | dict.fromkeys('frames eval_clips elites'.split(), (2, MANY))
-    | dict.fromkeys('init_std step_size'.split(), (1e-6, 100))
-    | {'layer': (-1, 1000), 'seed': (0, 2 ** 31), 'beta': (0, 10), 'temperature': (1e-6, 1e6)})
+                    'tau_shift weight_decay grad_clip smooth'),
+        (0, MANY, 'seed warmup micro_batch blind_episodes budget_ms chunk goal_steps budget steps '
+                  'skip_nonfinite'),
+        (1e-6, 100, 'init_std step_size'),
+        (1e-6, 1e6, 'temperature'),
+        (-1, 1000, 'layer'),
+        (1, 10000, 'pool eval_context K horizon iterations seeds replan draw_every rows'),
+        (1, MANY, 'batch_size max_steps eval_interval save_interval log_interval samples episodes '
+                  'train_frames train_steps'),
+        (2, MANY, 'frames eval_clips elites')):
+    LIMITS |= dict.fromkeys(_names.split(), (_least, _most))
 # columns of a rotation
 ROTATIONS = {'euler': 3, 'rotvec': 3, 'quat_xyzw': 4, 'quat_wxyz': 4, 'rot6d': 6, 'rot6d_rows': 6}
 CHOICES = {
@@ -87,6 +89,7 @@ CHOICES = {
     'rotation': tuple(ROTATIONS),
     'store': ('float16', 'int8'),
     'dtype': ('auto', 'float32', 'bfloat16'),
+    'preset': ('robot', 'thesis'),
     'size': ('nano', 'tiny', 'small', 'base', 'large'),
     'action_on': ('all', 'token'),
     'objective': ('shortcut', 'diffusion', 'direct'),
@@ -118,11 +121,8 @@ def override(g, argv, presets={}):
         print(g['__doc__'], *(f'  --{k}={v}' for k, v in config.items()), sep='\n')
         sys.exit()
     for arg in argv:
-        if presets and arg.startswith('--preset='):
-            preset = arg.partition('=')[2]
-            if preset not in presets:
-                sys.exit(f'--preset: wants one of {", ".join(presets)}, got {preset!r}')
-            argv = [f'--{name}={value}' for name, value in presets[preset].items()] + argv
+        preset = presets.get(arg.removeprefix('--preset='), {})
+        argv = [f'--{name}={value}' for name, value in preset.items()] + argv
     for arg in argv:
         name, equals, text = arg.removeprefix('--').partition('=')
         if not arg.startswith('--') or not equals:
@@ -282,21 +282,19 @@ def own(folder, name='.lock'):
                 msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
         except (BlockingIOError, PermissionError):
             lock.seek(0)
-            who = lock.read().decode() or 'another process'
-            sys.exit(f'{folder}: {who}: give another folder, or wait')
+            sys.exit(f'{folder}: {lock.read().decode()}: give another folder, or wait')
         except OSError as error:        # of some network file systems
             warn(f'{folder}: nothing keeps another process out ({error})')
         lock.truncate(0)
-        since = time.strftime('%Y-%m-%d %H:%M')
-        who = f'process {os.getpid()} on host {socket.gethostname()} writes there since {since}'
-        lock.write(who.encode())
+        lock.write(f'process {os.getpid()} on host {socket.gethostname()} writes there since '
+                   f'{time.strftime("%Y-%m-%d %H:%M")}'.encode())
     _locks.append(lock)
     return lock
 
 
 def own_tmp(path):
-    """A name beside a path, of this process alone, for what os.replace then gives that path."""
-    return f'{path}.{os.getpid()}@{socket.gethostname()}.tmp'
+    """A new name beside a path, of this process alone, for what os.replace then gives that path."""
+    return f'{path}.{os.getpid()}@{socket.gethostname()}.{time.time_ns()}.tmp'
 
 
 # --------------------------------------------------------------------------------------------------
@@ -736,18 +734,13 @@ def make_folder_of(path):
     os.makedirs(os.path.dirname(path), exist_ok=True)
 
 
-@lru_cache(maxsize=None)
-def _leads_out(path, root):
-    root = os.path.realpath(root)
-    return os.path.commonpath([os.path.realpath(path), root]) != root
-
-
+_real = lru_cache(maxsize=None)(os.path.realpath)
 FIELD = re.compile(r'\{(\w+)(?::(0?\d?d?))?\}')     # str.format would read attributes, and pad for ever
 
 
 def inside(root, template, **values):
-    """The path of a file of a dataset. By spelling: links that lead elsewhere, as in the hub's
-    cache, are followed, which is said."""
+    """The path of a file of a dataset. By spelling: links, as in the hub's cache, are followed,
+    which is said."""
     try:
         path = FIELD.sub(lambda field: format(values[field[1]], field[2] or ''), template)
         path = os.path.normpath(os.path.join(root, path))
@@ -758,8 +751,9 @@ def inside(root, template, **values):
         raise Bad(f'cannot make a path from {template!r} and {values} ({error!r})', root) from None
     if outside:
         raise Outside(f'refused: {template!r} leads out of the dataset, to {path}', root)
-    if _leads_out(path if os.path.islink(path) else os.path.dirname(path), root):
-        warn(f'{root}: has links that lead out of it')
+    real = _real(os.path.dirname(path))
+    if os.path.islink(path) or os.path.commonpath([real, _real(root)]) != _real(root):
+        warn(f'{root}: has symbolic links, which are followed')
     return path
 
 
@@ -1575,11 +1569,7 @@ class Writer:
             Path(f'{meta}/{name}.json').write_text(json.dumps(value, indent=4))
         self.lock.close()
         os.remove(self.lock.name)
-        name = self.root
-        if os.path.lexists(name):       # another process had no lock, or has seen none
-            name += time.strftime('.%Y%m%d-%H%M%S')
-            warn(f'{self.root}: exists by now: what was written is {name}')
-        os.rename(self.tmp, name)
+        os.rename(self.tmp, self.root)      # fails if that is there by now; the first one stays
 
     def _info(self):
         for key, (H, W, _) in self.shapes.items():

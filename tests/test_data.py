@@ -182,11 +182,10 @@ def test_every_number_has_limits(name, capsys):
             says(lambda: data.check(option, value), f'--{option}: wants {least}')
 
 
-def test_override_without_fork(monkeypatch, capfd):
+def test_workers_where_nothing_forks(monkeypatch):
     monkeypatch.delattr(os, 'fork')
     g = dict(workers=2)
     assert data.override(g, []) == g == dict(workers=0)
-    assert 'workers=0' in capfd.readouterr().err
 
 
 def test_override_help(capsys):
@@ -251,7 +250,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 
 
 def test_temporary_names():
-    assert re.fullmatch(rf'a/x.npy.{os.getpid()}@.+\.tmp', data.own_tmp('a/x.npy'))
+    assert re.fullmatch(rf'a/x.npy.{os.getpid()}@.+\.\d+\.tmp', data.own_tmp('a/x.npy'))
 
 
 # pictures and video ---------------------------------------------------------------------------------------------------
@@ -625,7 +624,7 @@ def test_symlinks_are_allowed_and_said(made, tmp_path, capfd):
         for name in files:
             (there / name).symlink_to(os.path.join(folder, name))
     assert data.LeRobot(str(tmp_path / 'links')).clip(0, 0, 2, 1)['x'].shape == (2, 3, 32, 48)
-    assert capfd.readouterr().err == f'{tmp_path}/links: has links that lead out of it\n'
+    assert capfd.readouterr().err == f'{tmp_path}/links: has symbolic links, which are followed\n'
     (tmp_path / 'root').symlink_to(made)
     data.LeRobot(str(tmp_path / 'root'))
     assert data.inside('/a{1}', '{path}', path='b{2}/c') == '/a{1}/b{2}/c'
@@ -2004,20 +2003,21 @@ def test_a_bad_episode_leaves_nothing(tmp_path, bad, error):
     assert len(data.LeRobot(root).episodes) == 2
 
 
-def test_two_writers_of_one_name(tmp_path, capfd):
+def test_two_writers_of_one_name(tmp_path):
     root = tmp_path / 'd'
     with owner(f'{root}.1@other.tmp') as other:
         says(lambda: data.Writer(root, 10), f'{root}.1@other.tmp', f'process {other.pid}', 'wait')
-    with data.Writer(root, 10) as writer:
-        for x in noisy(3, 16, 16, 0):
-            writer.add(x)
-        writer.end_episode('t')
-        root.mkdir()        # by whom no lock keeps out
-        (root / 'theirs').write_text('')
-    assert os.listdir(root) == ['theirs']
-    name, = {*os.listdir(tmp_path)} - {'d'}
-    assert f'exists by now: what was written is {tmp_path}/{name}' in capfd.readouterr().err
-    assert len(data.LeRobot(tmp_path / name).episodes) == 1
+    writer = data.Writer(root, 10)
+    for x in noisy(3, 16, 16, 0):
+        writer.add(x)
+    writer.end_episode('t')
+    root.mkdir()        # by whom no lock keeps out
+    (root / 'theirs').write_text('')
+    says(lambda: writer.__exit__(None, None, None), 'cannot be written', 'not empty', writer.tmp)
+    assert os.listdir(root) == ['theirs'] and len(data.LeRobot(writer.tmp).episodes) == 1
+    shutil.rmtree(root)
+    data.Writer(root, 10)
+    assert len(data.LeRobot(writer.tmp).episodes) == 1      # what is whole stays
 
 
 def test_the_demo_world_is_written_once(tmp_path):
