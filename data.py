@@ -60,13 +60,13 @@ from tqdm import tqdm
 # --------------------------------------------------------------------------------------------------
 # the command line
 
-MANY = 10 ** 9
+MANY = 2 ** 31
 # {option: (least, most)} of all numbers of all scripts; what depends on others, they check
 LIMITS = {}
 for _least, _most, _names in (
         (0, 1, 'labelled_share long_share val_share grow max_bad whiten bootstrap bootstrap_start '
-               'p_past p_image p_null self_forcing decay keep learning_rate min_lr'),
-        (0, 0.999999, 'beta1 beta2 ema'),
+               'p_past p_image p_null self_forcing decay keep ema learning_rate min_lr'),
+        (0, 0.999999, 'beta1 beta2'),
         (0, 10, 'beta'),
         (0, 100, 'frameskip warm_std min_std workers'),
         (0, 100000, 'fps long_frames frame_height frame_width channels width layers heads kv_heads '
@@ -335,8 +335,8 @@ def _upright(frame, size, mirrored=False):
 
 
 # the entry of Exif, in either order of bytes, for a picture that is mirrored as well
-MIRRORED = re.compile(
-    rb'(?is)Exif.{,999}?(\x01\x12\x00\x03\x00{3}\x01\x00|\x12\x01\x03\x00\x01\x00{3})[\x02\x04\x05\x07]')
+MIRRORED = re.compile(rb'(?is)Exif.{,999}?(\x01\x12\x00\x03\x00{3}\x01\x00|'
+                      rb'\x12\x01\x03\x00\x01\x00{3})[\x02\x04\x05\x07]')
 
 
 def _picture(content, size):
@@ -590,7 +590,7 @@ def read_frames(path, numbers, size=0):
 # LeRobot in: files of the hub
 
 HUB_HOME = f'{huggingface_hub.constants.HF_HOME}/goaldream'    # one folder a revision
-HUB_NAME = re.compile(r'[\w.-]+/[\w.-]+(@[\w./-]+)?')
+HUB_NAME = re.compile(r'(?a)\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?')
 PATIENCE = 300      # seconds for which a hub that is busy or out of reach is asked again
 huggingface_hub.utils.disable_progress_bars()       # of several processes at once
 
@@ -607,7 +607,7 @@ def ask_hub(what, call, first=False):
     while True:
         try:
             return call()
-        except (OSError, huggingface_hub.errors.HTTPError) as error:    # as httpx's are no OSError
+        except (OSError, ValueError, huggingface_hub.errors.HTTPError) as error:    # httpx's, too
             answer = getattr(error, 'response', None)
             if answer is None:
                 answer = getattr(error.__cause__, 'response', None)
@@ -665,8 +665,9 @@ class Hub:
             info = ask_hub(name, lambda: api.dataset_info(
                 self.repo, revision=self.revision or None), first=True)
             self.revision = info.sha or asked       # of some mirrors
-            make_folder_of(known)
-            known.write_text(self.revision)
+            with writing(known):
+                make_folder_of(known)
+                known.write_text(self.revision)
         except Away as error:
             if not known.exists():
                 raise
@@ -735,7 +736,8 @@ def make_folder_of(path):
 
 
 _real = lru_cache(maxsize=None)(os.path.realpath)
-FIELD = re.compile(r'\{(\w+)(?::(0?\d?d?))?\}')     # str.format would read attributes, and pad for ever
+# str.format would read attributes, and pad for ever
+FIELD = re.compile(r'\{(\w+)(?::(0?\d?d?))?\}')
 
 
 def inside(root, template, **values):
@@ -1423,7 +1425,7 @@ class Writer:
     def __post_init__(self):
         if os.path.lexists(self.root):
             sys.exit(f'{self.root}: exists already, will not write over it')
-        self.root = os.path.abspath(self.root)
+        self.root = os.path.normpath(self.root)
         self.tmp = own_tmp(self.root)
         for left in glob.glob(glob.escape(self.root) + '.*@*.tmp'):
             if not os.path.exists(f'{left}/meta/info.json'):        # which comes last
