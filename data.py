@@ -237,8 +237,8 @@ def reading(path):
     """What a bad file makes fail in here becomes a Bad that names it; no other mistake does."""
     try:
         yield
-    except (Bad, OSError, MemoryError, av.FFmpegError, pa.ArrowException, json.JSONDecodeError,
-            UnicodeError) as error:
+    except (Bad, OSError, MemoryError, RecursionError, av.FFmpegError, pa.ArrowException,
+            json.JSONDecodeError, UnicodeError) as error:
         close_video(path)       # a decoder that failed is not used again
         if getattr(error, 'path', ''):
             raise
@@ -383,7 +383,7 @@ def write_image(path, x):
 
 def exact_rate(fps):
     """30000 / 1001 of 29.97 as well."""
-    return Fraction(fps).limit_denominator(1001)
+    return Fraction(fps).limit_denominator(1001) or Fraction(1, 1001)
 
 
 def _encode(container, rgb, i, fps, **options):
@@ -2123,7 +2123,7 @@ def load_part(path):
         reasons = json.loads(Path(f'{path}.json').read_text())
         bad = {e: Bad(why) for e, why in reasons}
         return np.load(f'{path}.npy', mmap_mode='r'), bad
-    except (OSError, ValueError, TypeError, EOFError) as why:
+    except (OSError, ValueError, TypeError, EOFError, RecursionError) as why:
         sys.exit(f'{path}: a damaged file of latents ({why}). Remove {os.path.dirname(path)} to '
                  'encode them again')
 

@@ -593,6 +593,7 @@ def info_is(text):
     (shutil.rmtree, ['no such folder']),
     (lambda r: os.remove(f'{r}/meta/info.json'), ['not a LeRobot dataset', 'meta/info.json']),
     (info_is('{"codebase_version": '), ['info.json', 'cannot be read']),
+    (info_is('[' * 100000), ['info.json', 'cannot be read']),
     (info_is('version https://git-lfs.github.com/spec/v1\n'), ['info.json', 'git-LFS']),
     (lambda r: os.mkdir(f'{r}/meta_data'), ['v1', 'convert']),
     (lambda r: edit_info(r, codebase_version='v1.6'), ['v1.6', 'convert']),
@@ -1395,7 +1396,7 @@ def test_a_cache_of_other_frames_is_refused_by_name(mixture, tmp_path):
 
 def test_damaged_latents_are_one_line(mixture, tmp_path):
     cache(small(mixture), folder=tmp_path)
-    for ending, text in (('json', '[[0,'), ('npy', ''), ('npy', 'no array'), ('json', '[0]')):
+    for ending, text in (('json', '[[0,'), ('json', '[' * 99999), ('npy', ''), ('npy', 'no array'), ('json', '[0]')):
         path = sorted(tmp_path.glob(f'b-top*/*.{ending}'))[0]
         whole = path.read_bytes()
         path.write_text(text)
