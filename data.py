@@ -613,8 +613,8 @@ def ask_hub(what, call, first=False):
                 answer = getattr(error.__cause__, 'response', None)
             why = str(error.__cause__ or error)
             pause = wait
-            hopeless = first or getattr(error, 'errno', None) in OUR_DISK or isinstance(
-                error, huggingface_hub.errors.OfflineModeIsEnabled)
+            hopeless = first or huggingface_hub.constants.HF_HUB_OFFLINE or getattr(
+                error, 'errno', None) in OUR_DISK
             if answer is not None:
                 hopeless = False
                 why = f'{answer.status_code} {answer.headers.get("X-Error-Code", "")}'
