@@ -2234,30 +2234,30 @@ def write_demo(root, n, labelled, seed):
 
 if __name__ == '__main__':
     # ----------------------------------------------------------------------------------------------
-    labelled = ''                   # LeRobot datasets: folders or names on the hub, comma-separated ...
-    unlabelled = ''                 # ... and those whose actions are not used
-    camera = ''                     # keys or their last parts, 'front:3,wrist:1'; '' = each one's first
-    action = ''                     # keys; '' = action, else actions, else all action.*
-    action_mode = 'absolute'        # absolute, delta or delta_tool: motions of the action keys' poses
-    rotation = 'euler'              # of those: euler, quat_xyzw, quat_wxyz, rotvec, rot6d or rot6d_rows
-    fps = 0.0                       # frames per second that are used, at most the dataset's; 0 = all
-    cache_gb = 50.0                 # of files from the hub that are kept on disk
+    labelled = ''             # LeRobot datasets: folders or names on the hub, comma-separated ...
+    unlabelled = ''           # ... and those whose actions are not used
+    camera = ''               # keys or their last parts, 'front:3,wrist:1'; '' = each one's first
+    action = ''               # keys; '' = action, else actions, else all action.*
+    action_mode = 'absolute'  # absolute, delta or delta_tool: motions of the action keys' poses
+    rotation = 'euler'        # of those: euler, quat_xyzw, quat_wxyz, rotvec, rot6d or rot6d_rows
+    fps = 0.0                 # frames per second that are used, at most the dataset's; 0 = all
+    cache_gb = 50.0           # of files from the hub that are kept on disk
     # encode every frame once, for train.py --cache_dir=... with the same options
     cache = False
     cache_dir = 'latents'
-    store = 'float16'               # or int8: half the size
+    store = 'float16'         # or int8: half the size
     encoder = 'dinov2_vits14'
-    encoder_path = ''               # weights, .safetensors or .pth; '' = from the hub
+    encoder_path = ''         # weights, .safetensors or .pth; '' = from the hub
     layer = -1
-    frame_height = 0                # pixels; 0 = the encoder's own (videos: the first one's)
-    frame_width = 0                 # 0 = square
-    pool = 1                        # 2 averages 2x2 patches
-    workers = 2                     # processes that decode video
+    frame_height = 0          # pixels; 0 = the encoder's own (videos: the first one's)
+    frame_width = 0           # 0 = square
+    pool = 1                  # 2 averages 2x2 patches
+    workers = 2               # processes that decode video
     device = 'auto'
-    dtype = 'auto'                  # float32 or bfloat16; auto = bfloat16 where hardware multiplies it
+    dtype = 'auto'            # float32 or bfloat16; auto = bfloat16 where hardware multiplies it
     # write a LeRobot v3.0 dataset
-    videos = ''                     # of plain videos: 'folder/*.mp4'
-    out = ''                        # the new dataset's folder
+    videos = ''               # of plain videos: 'folder/*.mp4'
+    out = ''                  # the new dataset's folder
     config = override({k: v for k, v in globals().items() if k.islower()}, sys.argv[1:])
     globals().update(config)
     # ----------------------------------------------------------------------------------------------
