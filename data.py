@@ -23,6 +23,7 @@ import math
 import os
 import re
 import shutil
+import socket
 import sys
 import threading
 import time
@@ -33,6 +34,11 @@ from fractions import Fraction
 from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:         # Windows
+    import msvcrt
 
 # Before torch is loaded: OpenMP's threads wait for each other by spinning, for up to a tenth of a
 # second, and beside another busy process that takes away the core of the one they wait for.
@@ -55,23 +61,28 @@ from tqdm import tqdm
 # --------------------------------------------------------------------------------------------------
 # the command line
 
-# least and most of the numeric options of all scripts; what depends on other options, they check
-LIMITS = (
-    dict.fromkeys('labelled_share long_share val_share grow max_bad whiten bootstrap '
-                  'bootstrap_start p_past p_image p_null self_forcing decay ema beta1 beta2 '
-                  'keep'.split(), (0, 1))
-    | dict.fromkeys('fps frameskip long_frames cache_gb workers frame_height frame_width '
-                    'channels width layers heads kv_heads registers context time_every wide_layers '
-                    'k_max blind_episodes soft_cap tau_shift micro_batch learning_rate min_lr '
-                    'warmup weight_decay grad_clip robot budget_ms chunk smooth goal_steps budget steps'.split(),
-                    (0, math.inf))
-    | dict.fromkeys('pool batch_size max_steps eval_interval eval_context save_interval '
-                    'log_interval K horizon samples iterations seeds replan episodes draw_every '
-                    'rows train_frames train_steps'.split(), (1, math.inf))
-    | dict.fromkeys('frames eval_clips elites'.split(), (2, math.inf))
-    | dict.fromkeys('init_std step_size'.split(), (1e-6, 100))
-    | dict.fromkeys('warm_std min_std'.split(), (0, 100))
-    | {'layer': (-1, math.inf), 'seed': (0, 2 ** 31), 'beta': (0, 10), 'temperature': (1e-6, 1e6)})
+MANY = 2 ** 31
+# {option: (least, most)} of all numbers of all scripts; what depends on others, they check
+LIMITS = {}
+for _least, _most, _names in (
+        (0, 1, 'labelled_share long_share val_share grow max_bad whiten bootstrap bootstrap_start '
+               'p_past p_image p_null self_forcing decay keep ema learning_rate min_lr'),
+        (0, 0.999999, 'beta1 beta2'),
+        (0, 10, 'beta'),
+        (0, 100, 'frameskip warm_std min_std workers'),
+        (0, 100000, 'fps long_frames frame_height frame_width channels width layers heads kv_heads '
+                    'registers context time_every wide_layers k_max robot cache_gb soft_cap '
+                    'tau_shift weight_decay grad_clip smooth'),
+        (0, MANY, 'seed warmup micro_batch blind_episodes budget_ms chunk goal_steps budget steps '
+                  'skip_nonfinite'),
+        (1e-6, 100, 'init_std step_size'),
+        (1e-6, 1e6, 'temperature'),
+        (-1, 1000, 'layer'),
+        (1, 10000, 'pool eval_context K horizon iterations seeds replan draw_every rows'),
+        (1, MANY, 'batch_size max_steps eval_interval save_interval log_interval samples episodes '
+                  'train_frames train_steps'),
+        (2, MANY, 'frames eval_clips elites')):
+    LIMITS |= dict.fromkeys(_names.split(), (_least, _most))
 # columns of a rotation
 ROTATIONS = {'euler': 3, 'rotvec': 3, 'quat_xyzw': 4, 'quat_wxyz': 4, 'rot6d': 6, 'rot6d_rows': 6}
 CHOICES = {
@@ -79,6 +90,7 @@ CHOICES = {
     'rotation': tuple(ROTATIONS),
     'store': ('float16', 'int8'),
     'dtype': ('auto', 'float32', 'bfloat16'),
+    'preset': ('robot', 'thesis'),
     'size': ('nano', 'tiny', 'small', 'base', 'large'),
     'action_on': ('all', 'token'),
     'objective': ('shortcut', 'diffusion', 'direct'),
@@ -94,7 +106,7 @@ def check(name, value):
     """End the script with one line unless an option's value is within LIMITS or one of CHOICES."""
     least, most = LIMITS.get(name, (-math.inf, math.inf))
     if type(value) in (int, float) and not least <= value <= most:      # nor nan
-        bounds = f'{least} or more' if most == math.inf else f'{least} to {most}'
+        bounds = f'{least} or more' if value < least else f'{least} to {most}'
         sys.exit(f'--{name}: wants {bounds}, got {value}')
     if value not in CHOICES.get(name, [value]):
         sys.exit(f'--{name}: wants one of {", ".join(CHOICES[name])}, got {value!r}')
@@ -110,11 +122,8 @@ def override(g, argv, presets={}):
         print(g['__doc__'], *(f'  --{k}={v}' for k, v in config.items()), sep='\n')
         sys.exit()
     for arg in argv:
-        if presets and arg.startswith('--preset='):
-            preset = arg.partition('=')[2]
-            if preset not in presets:
-                sys.exit(f'--preset: wants one of {", ".join(presets)}, got {preset!r}')
-            argv = [f'--{name}={value}' for name, value in presets[preset].items()] + argv
+        preset = presets.get(arg.removeprefix('--preset='), {})
+        argv = [f'--{name}={value}' for name, value in preset.items()] + argv
     for arg in argv:
         name, equals, text = arg.removeprefix('--').partition('=')
         if not arg.startswith('--') or not equals:
@@ -130,8 +139,15 @@ def override(g, argv, presets={}):
             sys.exit(f'--{name}: wants {wanted}, got {text!r}')
         check(name, value)
         config[name] = value
-        g[name] = value
+    if config.get('workers') and not hasattr(os, 'fork'):       # one would run the script again
+        config['workers'] = 0
+    g.update(config)
     return config
+
+
+def given(argv):
+    """The names of the options that stand on a command line, whatever their values."""
+    return {arg.removeprefix('--').partition('=')[0] for arg in argv}
 
 
 def pick_device(name, index=0):
@@ -142,7 +158,7 @@ def pick_device(name, index=0):
         name = 'mps' if torch.backends.mps.is_available() else 'cpu'
     try:
         device = torch.device(f'cuda:{index}' if name == 'cuda' else name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         sys.exit(f'--device={name}: not usable here ({str(error).splitlines()[0]})')
     return device
@@ -222,8 +238,8 @@ def reading(path):
     """What a bad file makes fail in here becomes a Bad that names it; no other mistake does."""
     try:
         yield
-    except (Bad, OSError, MemoryError, av.FFmpegError, pa.ArrowException, json.JSONDecodeError,
-            UnicodeError) as error:
+    except (Bad, OSError, MemoryError, RecursionError, av.FFmpegError, pa.ArrowException,
+            json.JSONDecodeError, UnicodeError) as error:
         close_video(path)       # a decoder that failed is not used again
         if getattr(error, 'path', ''):
             raise
@@ -237,6 +253,52 @@ def reading(path):
 
 
 # --------------------------------------------------------------------------------------------------
+# what is written: by one process, and aside until it is whole
+
+@contextmanager
+def writing(path):
+    """What the disk refuses in here ends the program with one line that names the path."""
+    try:
+        yield
+    except (OSError, av.FFmpegError) as error:
+        why = ' '.join(str(error).split())
+        sys.exit(f'{path}: cannot be written ({why}): make room, or name another place')
+
+
+_locks = []     # open files; a lock ends with its process, however that ends
+
+
+def own(folder, name='.lock'):
+    """Make a folder where there is none, and keep out other processes that ask for the same, until
+    the open file that this returns is closed. One line ends the program if another was first, or
+    if nothing can be written there."""
+    with writing(folder):
+        os.makedirs(folder, exist_ok=True)
+        lock = open(os.path.join(folder, name), 'a+b', buffering=0)
+        try:
+            if 'fcntl' in globals():
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)    # a forked worker has it not
+            else:
+                lock.seek(1 << 20)      # others can read what is not locked
+                msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
+        except (BlockingIOError, PermissionError):
+            lock.seek(0)
+            sys.exit(f'{folder}: {lock.read().decode()}: give another folder, or wait')
+        except OSError as error:        # of some network file systems
+            warn(f'{folder}: nothing keeps another process out ({error})')
+        lock.truncate(0)
+        lock.write(f'process {os.getpid()} on host {socket.gethostname()} writes there since '
+                   f'{time.strftime("%Y-%m-%d %H:%M")}'.encode())
+    _locks.append(lock)
+    return lock
+
+
+def own_tmp(path):
+    """A new name beside a path, of this process alone, for what os.replace then gives that path."""
+    return f'{path}.{os.getpid()}@{socket.gethostname()}.{time.time_ns()}.tmp'
+
+
+# --------------------------------------------------------------------------------------------------
 # pictures and video
 
 # One for everything: it keeps its swscale tables while sizes stay (a fresh one a frame costs up to
@@ -245,6 +307,10 @@ def reading(path):
 _reformat = partial(av.video.reformatter.VideoReformatter().reformat,
                               interpolation='BICUBIC', threads=1)
 MP4 = dict(format='mp4', options={'movflags': '+faststart'})
+# what somebody made may be a list of addresses, or take all memory to decode
+SAFE = {'protocol_whitelist': 'file', 'max_pixels': str(1 << 27)}
+# else the missing half of a truncated picture would come out grey
+STRICT = SAFE | {'protocol_whitelist': 'none', 'err_detect': 'explode'}
 MAX_OPEN = 8    # videos kept open per process; one holds a decoder's frames, a few MB
 GO_ON = 30      # frames over which a video is read on, not sought: a key frame may be far back
 TELL = 10       # seconds between lines of progress
@@ -261,20 +327,32 @@ def from_rgb(rgb):
     return av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), 'rgb24')
 
 
+def _upright(frame, size, mirrored=False):
+    """As _rgb, turned as the file says: a phone's pictures and videos may lie on their side."""
+    if frame.rotation % 180 and not isinstance(size, int):
+        size = size[::-1]
+    rgb = _rgb(frame, size)
+    return np.rot90(rgb[::-1] if mirrored else rgb, round(frame.rotation / 90))
+
+
+# the entry of Exif, in either order of bytes, for a picture that is mirrored as well
+MIRRORED = re.compile(rb'(?is)Exif.{,999}?(\x01\x12\x00\x03\x00{3}\x01\x00|'
+                      rb'\x12\x01\x03\x00\x01\x00{3})[\x02\x04\x05\x07]')
+
+
 def _picture(content, size):
     """uint8 (H, W, 3) array of a picture's file, given as bytes."""
     # ffmpeg forgives a JPEG without its end
-    if content[:2] == b'\xff\xd8' and b'\xff\xd9' not in content[-1024:]:
+    if content[:2] == b'\xff\xd8' and b'\xff\xd9' not in content:
         raise Bad('truncated')
-    with av.open(io.BytesIO(content)) as container:
+    with av.open(io.BytesIO(content), options=STRICT) as container:
         if not container.streams.video or container.format.name == 'tty':  # of text: ANSI art
             raise Bad('no picture in it')
-        # else the missing half of a truncated picture would come out grey
-        container.streams.video[0].codec_context.options = {'err_detect': 'explode'}
+        container.streams.video[0].codec_context.options = STRICT
         frame = next(container.decode(video=0), None)
         if frame is None or frame.is_corrupt:
             raise Bad('truncated')
-        return _rgb(frame, size)
+        return _upright(frame, size, MIRRORED.search(content[:1 << 16]))
 
 
 def read_image(path, size=0):
@@ -283,8 +361,8 @@ def read_image(path, size=0):
         rgb = _picture(Path(path).read_bytes(), size)
     except (OSError, ValueError, av.FFmpegError) as error:
         why = getattr(error, 'strerror', None) or error
-        sys.exit(f'{path}: not a readable picture ({why})')
-    return torch.from_numpy(rgb).permute(2, 0, 1)
+        sys.exit(f'{path}: not a readable picture of up to 134 megapixels ({why})')
+    return torch.from_numpy(rgb.copy()).permute(2, 0, 1)
 
 
 def resize(x, size):
@@ -300,12 +378,13 @@ def enlarge(x, side=128):
 
 def write_image(path, x):
     """Write uint8 (3, H, W) as .png."""
-    from_rgb(x.permute(1, 2, 0).cpu().numpy()).save(str(path))
+    with writing(path):
+        from_rgb(x.permute(1, 2, 0).cpu().numpy()).save(str(path))
 
 
 def exact_rate(fps):
     """30000 / 1001 of 29.97 as well."""
-    return Fraction(fps).limit_denominator(1001)
+    return Fraction(fps).limit_denominator(1001) or Fraction(1, 1001)
 
 
 def _encode(container, rgb, i, fps, **options):
@@ -332,11 +411,13 @@ def finish(container):
 
 def write_video(path, x, fps):
     """Write uint8 (T, 3, H, W) as H.264 mp4, aside and then renamed; odd sides grow by a line."""
-    container = av.open(f'{path}.tmp', 'w', **MP4)
-    for i, rgb in enumerate(x.permute(0, 2, 3, 1).cpu().numpy()):
-        _encode(container, rgb, i, fps, crf='12')
-    finish(container)
-    os.replace(f'{path}.tmp', path)
+    tmp = own_tmp(path)
+    with writing(path):
+        container = av.open(tmp, 'w', **MP4)
+        for i, rgb in enumerate(x.permute(0, 2, 3, 1).cpu().numpy()):
+            _encode(container, rgb, i, fps, crf='12')
+        finish(container)
+        os.replace(tmp, path)
 
 
 def video_stream(container):
@@ -512,7 +593,7 @@ def read_frames(path, numbers, size=0):
 # LeRobot in: files of the hub
 
 HUB_HOME = f'{huggingface_hub.constants.HF_HOME}/goaldream'    # one folder a revision
-HUB_NAME = re.compile(r'[\w.-]+/[\w.-]+(@[\w./-]+)?')
+HUB_NAME = re.compile(r'(?a)\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?')
 PATIENCE = 300      # seconds for which a hub that is busy or out of reach is asked again
 huggingface_hub.utils.disable_progress_bars()       # of several processes at once
 
@@ -529,13 +610,14 @@ def ask_hub(what, call, first=False):
     while True:
         try:
             return call()
-        except (OSError, huggingface_hub.errors.HTTPError) as error:    # as httpx's are no OSError
+        except (OSError, ValueError, huggingface_hub.errors.HTTPError) as error:    # httpx's, too
             answer = getattr(error, 'response', None)
             if answer is None:
                 answer = getattr(error.__cause__, 'response', None)
             why = str(error.__cause__ or error)
             pause = wait
-            hopeless = first or getattr(error, 'errno', None) in OUR_DISK
+            hopeless = first or huggingface_hub.constants.HF_HUB_OFFLINE or getattr(
+                error, 'errno', None) in OUR_DISK
             if answer is not None:
                 hopeless = False
                 why = f'{answer.status_code} {answer.headers.get("X-Error-Code", "")}'
@@ -550,11 +632,14 @@ def ask_hub(what, call, first=False):
                 raise Bad(why, what) from None
             if hopeless or time.monotonic() + pause > end:
                 raise Away(f'{what}: {why}') from None
+            if why not in _warned:      # now, not with a worker's next batch
+                _warned.add(why)
+                print(f'{what}: {why}: asked again for {PATIENCE} s', file=sys.stderr, flush=True)
             time.sleep(pause)
             wait = min(2 * wait, 60)
 
 
-OUR_DISK = errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT
+OUR_DISK = errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EFBIG
 
 
 class Hub:
@@ -577,10 +662,23 @@ class Hub:
         if os.path.exists(f'{self.root}/meta/.whole'):
             return
         api = huggingface_hub.HfApi(self.endpoint)
-        asked = self.revision or None
-        info = ask_hub(name, lambda: api.dataset_info(self.repo, revision=asked), first=True)
-        self.revision = info.sha
+        asked = self.revision or 'main'
+        known = Path(f'{folder}{asked.replace("/", "--")}.sha')      # what it was the last time
+        try:
+            info = ask_hub(name, lambda: api.dataset_info(
+                self.repo, revision=self.revision or None), first=True)
+            self.revision = info.sha or asked       # of some mirrors
+            with writing(known):
+                make_folder_of(known)
+                known.write_text(self.revision)
+        except Away as error:
+            if not known.exists():
+                raise
+            self.revision = known.read_text()
+            warn(f'{error}: goes on with what came last, {self.revision}')
         self.root = folder + self.revision
+        if os.path.exists(f'{self.root}/meta/.whole'):
+            return
         for file in ask_hub(name, lambda: list(api.list_repo_tree(
                 self.repo, 'meta', recursive=True, repo_type='dataset', revision=self.revision))):
             if isinstance(file, huggingface_hub.hf_api.RepoFile):
@@ -613,12 +711,12 @@ class Hub:
         url = huggingface_hub.hf_hub_url(self.repo, name, repo_type='dataset',
                                          revision=self.revision, endpoint=self.endpoint)
         size = huggingface_hub.get_hf_file_metadata(url).size
-        if size > 1e8:
+        if size and size > 1e8:
             print(f'fetching {url} ({size / 1e6:,.0f} MB)', file=sys.stderr, flush=True)
         with open(part, 'ab', buffering=0) as f:
-            if f.tell() > size:
+            if size is None or f.tell() > size:     # some mirrors say it with the file alone
                 f.truncate(0)
-            if f.tell() < size:
+            if f.tell() != size:
                 http_get(url, f, resume_size=f.tell(), expected_size=size,
                          headers=huggingface_hub.utils.build_hf_headers())
 
@@ -640,15 +738,27 @@ def make_folder_of(path):
     os.makedirs(os.path.dirname(path), exist_ok=True)
 
 
+_real = lru_cache(maxsize=None)(os.path.realpath)
+# str.format would read attributes, and pad for ever
+FIELD = re.compile(r'\{(\w+)(?::(0?\d?d?))?\}')
+
+
 def inside(root, template, **values):
-    """The path of a file of a dataset. By spelling: links may lead elsewhere, as in the hub's
-    cache."""
+    """The path of a file of a dataset. By spelling: links, as in the hub's cache, are followed,
+    which is said."""
     try:
-        path = os.path.normpath(os.path.join(root, template.format(**values)))
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        path = FIELD.sub(lambda field: format(values[field[1]], field[2] or ''), template)
+        path = os.path.normpath(os.path.join(root, path))
+        outside = os.path.commonpath([path, root]) != root
+        if '\0' in path or re.search('[{}]', FIELD.sub('', template)):
+            raise ValueError('no path')
+    except (LookupError, TypeError, ValueError) as error:
         raise Bad(f'cannot make a path from {template!r} and {values} ({error!r})', root) from None
-    if os.path.commonpath([path, root]) != root:
+    if outside:
         raise Outside(f'refused: {template!r} leads out of the dataset, to {path}', root)
+    real = _real(os.path.dirname(path))
+    if os.path.islink(path) or os.path.commonpath([real, _real(root)]) != _real(root):
+        warn(f'{root}: has symbolic links, which are followed')
     return path
 
 
@@ -1393,7 +1503,7 @@ def pose_deltas(before, after, rotation, tool):
 
 @dataclass
 class Writer:
-    """Writes a LeRobot v3.0 dataset, as root.tmp until it is whole.
+    """Writes a LeRobot v3.0 dataset, under a name of this process until it is whole.
 
     with Writer('pusht', fps=10) as writer:
         writer.add(frame, action, state)    # for each frame: what it shows, and is done after it
@@ -1408,10 +1518,15 @@ class Writer:
     file_mb: float = 200    # once a video is so large, the next episode begins new files
 
     def __post_init__(self):
-        if os.path.exists(self.root):
+        if os.path.lexists(self.root):
             sys.exit(f'{self.root}: exists already, will not write over it')
-        self.tmp = str(self.root).rstrip('/') + '.tmp'
-        shutil.rmtree(self.tmp, ignore_errors=True)     # left by a run that was interrupted
+        self.root = os.path.normpath(self.root)
+        self.tmp = own_tmp(self.root)
+        for left in glob.glob(glob.escape(self.root) + '.*@*.tmp'):
+            if not os.path.exists(f'{left}/meta/info.json'):        # which comes last
+                own(left).close()       # ends the program while it is written
+                shutil.rmtree(left)
+        self.lock = own(self.tmp)
         if self.fps == int(self.fps):
             self.fps = int(self.fps)
         self.tasks = {}         # {words: number}
@@ -1428,9 +1543,12 @@ class Writer:
     def __enter__(self):
         return self
 
-    def __exit__(self, error, *_):
-        if error is None:
-            self.close()
+    def __exit__(self, kind, error, _):
+        with writing(self.tmp):
+            if getattr(error, 'errno', None) in OUR_DISK:
+                raise error
+            if kind is None:
+                self.close()
 
     def _begin_episode(self):
         self.length = 0
@@ -1534,8 +1652,6 @@ class Writer:
         for key in self.stats[0]:
             pooled = _pool([part[key] for part in self.stats])
             stats[key] = {name: value.tolist() for name, value in pooled.items()}
-        for name, value in ('info', self._info()), ('stats', stats):
-            Path(f'{meta}/{name}.json').write_text(json.dumps(value, indent=4))
         rows = pa.Table.from_pylist(self.rows)
         pq.write_table(rows, f'{meta}/episodes/chunk-000/file-000.parquet')
         # lerobot looks for the text in the index that pandas makes
@@ -1546,7 +1662,11 @@ class Writer:
         tasks = pa.table({'task_index': [*self.tasks.values()], 'task': words},
                          metadata={'pandas': pandas})
         pq.write_table(tasks, f'{meta}/tasks.parquet')
-        os.replace(self.tmp, self.root)
+        for name, value in ('stats', stats), ('info', self._info()):
+            Path(f'{meta}/{name}.json').write_text(json.dumps(value, indent=4))
+        self.lock.close()
+        os.remove(self.lock.name)
+        os.rename(self.tmp, self.root)      # fails if that is there by now; the first one stays
 
     def _info(self):
         for key, (H, W, _) in self.shapes.items():
@@ -1570,7 +1690,7 @@ class Writer:
 def _shown(path):
     """Yield the frames of any video, the seconds from its beginning until halfway to the next
     frame, and its frames a second."""
-    with reading(path), av.open(path) as container:
+    with reading(path), av.open(path, options=SAFE) as container:
         stream = next(iter(container.streams.video), None)
         # any text is a "tty"
         if stream is None or stream.start_time is None or container.format.name == 'tty':
@@ -1592,11 +1712,11 @@ def import_videos(root, pattern, fps=0, size=(0, 0)):
         written = 0
         try:
             for frame, until, rate in _shown(path):
-                lying = frame.rotation % 180        # a phone's
-                rgb = _rgb(frame, size[::-1] if lying else size)
-                rgb = np.rot90(rgb, round(frame.rotation / 90))
+                rgb = _upright(frame, size)
+                if until > written / (fps or rate) + 600:
+                    raise Bad('shows nothing for 10 minutes', path)
                 if writer is None:
-                    fps = fps or round(rate, 3)
+                    fps = fps or min(round(rate, 3), 1000)
                     size = rgb.shape[:2]
                     writer = Writer(root, fps)
                 while written / fps < until + 1e-6:     # halfway between two, the earlier one
@@ -1975,19 +2095,28 @@ def what_latents_depend_on(encoder, autocast, store):
 
 
 def cache_folder(folder, ds, camera, settings):
-    """The folder of a camera's latents, named by a hash of what they depend on. Latents of files
-    that have changed are refused."""
+    """The folder of a camera's latents, named by hashes of what they depend on, and of where the
+    dataset is: files that have changed are refused, those that have moved are found."""
+    def short(x):
+        return hashlib.sha256(json.dumps(x, sort_keys=True).encode()).hexdigest()[:12]
+
+    settings = settings | dict(camera=camera, fps=float(ds.fps))
     source = ds.hub.repo if ds.hub else ds.root
-    settings = settings | dict(source=source, camera=camera, fps=float(ds.fps))
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-    name = f'{folder}/{os.path.basename(source)}-{camera.rpartition(".")[2]}-{key}-'
-    place = name + ds.fingerprint(camera)[:12]
-    for old in set(glob.glob(glob.escape(name) + '*')) - {place}:
-        sys.exit(f'{old}: holds latents of {ds.name} as it was; its files have changed since. '
-                 'Remove that folder to encode them again')
-    os.makedirs(place, exist_ok=True)
-    for left in glob.glob(glob.escape(place) + '/*.[0-9]*'):
-        with suppress(FileNotFoundError):    # other ranks clear up as well
+    name = f'-{camera.rpartition(".")[2]}-{short(settings)}-'
+    frames = f'{ds.fingerprint(camera)[:12]}-'
+    known = glob.escape(folder) + '/*' + glob.escape(name)
+    place = f'{folder}/{os.path.basename(source)}{name}{frames}{short(source)}'
+    moved = glob.glob(f'{known}{frames}*')
+    changed = glob.glob(f'{known}*{short(source)}')
+    if moved:
+        place = moved[0]
+    elif changed:
+        sys.exit(f'{changed[0]}: holds latents of {ds.name} as it was; its files have changed '
+                 'since. Remove that folder to encode them again')
+    with writing(place):
+        os.makedirs(place, exist_ok=True)
+    for left in glob.glob(glob.escape(place) + '/*.tmp'):
+        with suppress(OSError):      # other ranks clear up as well
             if time.time() - os.path.getmtime(left) > 3600:     # its run was killed
                 os.remove(left)
     return place
@@ -2014,7 +2143,7 @@ def read_chunks(ds, camera, parts, size, workers, tell):
     def read(chunk):
         try:
             return ds.frames(*chunk, size, camera)
-        except Bad as error:
+        except (Bad, Away) as error:
             return error
 
     todo = []
@@ -2034,6 +2163,8 @@ def read_chunks(ds, camera, parts, size, workers, tell):
         if tell and plain and time.monotonic() > told + TELL:
             told = time.monotonic()
             print(f'encoding {ds.name}, {camera}: frame {done:,} of {total:,}', flush=True)
+        if isinstance(x, Away):
+            raise x
         yield x
 
 
@@ -2054,12 +2185,7 @@ def for_store(v, kind, error):
 
 def encode_part(path, ds, episodes, frames, encode, kind, disk):
     """(array, {episode: Bad}) of some episodes, in memory or in a file."""
-    n = sum(ds.episodes[e].length for e in episodes)
-    temp = f'.{os.getpid()}'        # a file has its name, without that, when it is whole
-    if disk:
-        z = np.lib.format.open_memmap(f'{path}.npy{temp}', 'w+', kind, (n,))
-    else:
-        z = np.empty(n, kind)
+    z = np.empty(sum(ds.episodes[e].length for e in episodes), kind)
     bad = {}
     rows = z
     for e in episodes:
@@ -2072,13 +2198,16 @@ def encode_part(path, ds, episodes, frames, encode, kind, disk):
             else:
                 rows[numbers.start:numbers.stop] = encode(x)
         rows = rows[length:]
-    if disk:
-        z.flush()
-        reasons = json.dumps([(e, str(why)) for e, why in bad.items()])
-        Path(f'{path}.json{temp}').write_text(reasons)
-        for ending in '.json', '.npy':
-            os.replace(path + ending + temp, path + ending)
-    return z, bad
+    if not disk:
+        return z, bad
+    tmp = own_tmp(path)
+    with writing(path):
+        Path(tmp).write_text(json.dumps([(e, str(why)) for e, why in bad.items()]))
+        os.replace(tmp, f'{path}.json')
+        with open(tmp, 'wb') as f:      # not a memory map: on a full disk that kills the process
+            np.save(f, z)
+        os.replace(tmp, f'{path}.npy')
+    return load_part(path)
 
 
 def load_part(path):
@@ -2089,7 +2218,7 @@ def load_part(path):
         reasons = json.loads(Path(f'{path}.json').read_text())
         bad = {e: Bad(why) for e, why in reasons}
         return np.load(f'{path}.npy', mmap_mode='r'), bad
-    except (OSError, ValueError, TypeError, EOFError) as why:
+    except (OSError, ValueError, TypeError, EOFError, RecursionError) as why:
         sys.exit(f'{path}: a damaged file of latents ({why}). Remove {os.path.dirname(path)} to '
                  'encode them again')
 
@@ -2175,7 +2304,7 @@ def demo_script(n, rng):
 
 def write_demo(root, n, labelled, seed):
     """Write n episodes of 60 frames of the demo world as a LeRobot dataset, with or without
-    actions."""
+    actions. Of several processes at once, the first to end counts."""
     rng = np.random.default_rng(seed)
     state = demo_start(n, rng)
     act = demo_script(n, rng)
@@ -2185,41 +2314,45 @@ def write_demo(root, n, labelled, seed):
         states[:, t] = state
         actions[:, t] = act(state)
         state = demo_step(state, actions[:, t])
-    with Writer(root, 10, names={'action': ['dx', 'dy']}) as writer:
+    mine = own_tmp(root)
+    with Writer(mine, 10, names={'action': ['dx', 'dy']}) as writer:
         for e in range(n):
             for t, frame in enumerate(demo_draw(states[e])):
                 writer.add({'top': frame}, actions[e, t] if labelled else None)
             writer.end_episode('push the disc')
+    with suppress(OSError):         # it is there
+        os.rename(mine, root)
+    shutil.rmtree(mine, ignore_errors=True)
 
 
 # --------------------------------------------------------------------------------------------------
 
 if __name__ == '__main__':
     # ----------------------------------------------------------------------------------------------
-    labelled = ''                   # LeRobot datasets: folders or names on the hub, comma-separated ...
-    unlabelled = ''                 # ... and those whose actions are not used
-    camera = ''                     # keys or their last parts, 'front:3,wrist:1'; '' = each one's first
-    action = ''                     # keys; '' = action, else actions, else all action.*
-    action_mode = 'absolute'        # absolute, delta or delta_tool: motions of the action keys' poses
-    rotation = 'euler'              # of those: euler, quat_xyzw, quat_wxyz, rotvec, rot6d or rot6d_rows
-    fps = 0.0                       # frames per second that are used, at most the dataset's; 0 = all
-    cache_gb = 50.0                 # of files from the hub that are kept on disk
+    labelled = ''             # LeRobot datasets: folders or names on the hub, comma-separated ...
+    unlabelled = ''           # ... and those whose actions are not used
+    camera = ''               # keys or their last parts, 'front:3,wrist:1'; '' = each one's first
+    action = ''               # keys; '' = action, else actions, else all action.*
+    action_mode = 'absolute'  # absolute, delta or delta_tool: motions of the action keys' poses
+    rotation = 'euler'        # of those: euler, quat_xyzw, quat_wxyz, rotvec, rot6d or rot6d_rows
+    fps = 0.0                 # frames per second that are used, at most the dataset's; 0 = all
+    cache_gb = 50.0           # of files from the hub that are kept on disk
     # encode every frame once, for train.py --cache_dir=... with the same options
     cache = False
     cache_dir = 'latents'
-    store = 'float16'               # or int8: half the size
+    store = 'float16'         # or int8: half the size
     encoder = 'dinov2_vits14'
-    encoder_path = ''               # weights, .safetensors or .pth; '' = from the hub
+    encoder_path = ''         # weights, .safetensors or .pth; '' = from the hub
     layer = -1
-    frame_height = 0                # pixels; 0 = the encoder's own (videos: the first one's)
-    frame_width = 0                 # 0 = square
-    pool = 1                        # 2 averages 2x2 patches
-    workers = 2                     # processes that decode video
+    frame_height = 0          # pixels; 0 = the encoder's own (videos: the first one's)
+    frame_width = 0           # 0 = square
+    pool = 1                  # 2 averages 2x2 patches
+    workers = 2               # processes that decode video
     device = 'auto'
-    dtype = 'auto'                  # float32 or bfloat16; auto = bfloat16 where hardware multiplies it
+    dtype = 'auto'            # float32 or bfloat16; auto = bfloat16 where hardware multiplies it
     # write a LeRobot v3.0 dataset
-    videos = ''                     # of plain videos: 'folder/*.mp4'
-    out = ''                        # the new dataset's folder
+    videos = ''               # of plain videos: 'folder/*.mp4'
+    out = ''                  # the new dataset's folder
     config = override({k: v for k, v in globals().items() if k.islower()}, sys.argv[1:])
     globals().update(config)
     # ----------------------------------------------------------------------------------------------
@@ -2228,7 +2361,8 @@ if __name__ == '__main__':
     if videos:
         if not out:
             sys.exit('--out: wants the folder that is to be written')
-        import_videos(out, videos, fps, (frame_height, frame_width or frame_height))
+        with writing(out):
+            import_videos(out, videos, fps, (frame_height, frame_width or frame_height))
         fps = 0.0
         labelled = out
     sets = open_sets(labelled, camera, action, fps, action_mode, rotation, cache_gb)
@@ -2246,5 +2380,8 @@ if __name__ == '__main__':
         device = pick_device(device, int(os.environ.get('LOCAL_RANK', 0)))
         rank = int(os.environ.get('RANK', 0))
         world = int(os.environ.get('WORLD_SIZE', 1))
-        cached_latents(sets, encode.to(device), device, autocast(device, dtype), cache_dir, store,
-                       workers, rank, world)
+        try:
+            cached_latents(sets, encode.to(device), device, autocast(device, dtype), cache_dir,
+                           store, workers, rank, world)
+        except Away as error:
+            sys.exit(str(error))

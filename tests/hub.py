@@ -32,6 +32,7 @@ class Hub:
 
     def __init__(self, root):
         self.root = Path(root)
+        self.bare = False       # like a mirror whose HEAD says no length, and that knows no ranges
         self.page = 1000        # entries of a tree per answer
         self.commits = {}       # {repo: sha} to stand in for the hash of a repository's files
         self.log = []           # a Request for each answer about a dataset
@@ -147,8 +148,8 @@ class Answer(http.server.BaseHTTPRequestHandler):
         if self.fault.kind == 'short':
             size -= 1
         span = re.fullmatch(r'bytes=(\d+)-(\d*)', self.headers.get('Range', ''))
-        if not span:
-            return self.answer(200, body[:size], headers)
+        if not span or self.hub.bare:
+            return self.answer(200, body[:size], {} if self.hub.bare else headers)
         start = int(span[1])
         stop = min(int(span[2] or size) + 1, size)
         if start >= stop:
@@ -171,7 +172,9 @@ class Answer(http.server.BaseHTTPRequestHandler):
             return
         try:
             self.send_response(status)
-            for header in {'Content-Length': len(body), **dict(headers)}.items():
+            if self.command == 'GET' or not self.hub.bare:
+                headers = {'Content-Length': len(body), **dict(headers)}
+            for header in dict(headers).items():
                 self.send_header(*header)
             self.end_headers()
             if self.command == 'GET':

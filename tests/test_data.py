@@ -8,12 +8,16 @@ import json
 import math
 import multiprocessing
 import os
+import re
+import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
 import warnings
+import zlib
 from pathlib import Path
 
 import av
@@ -166,16 +170,94 @@ def test_override_sets(arg, name, value):
     ('config.py', 'write options'), ('--key=zzz', 'no such option'), ('--__name__=x', 'no such option'),
     ('--_hidden=2', 'no such option'), ('--torch=1', 'no such option'), ('--learning_rate=fast', 'wants float'),
     ('--batch_size=0', '--batch_size: wants 1 or more, got 0'), ('--keep=2', '--keep: wants 0 to 1, got 2.0'),
-    ('--learning_rate=nan', 'wants 0 or more, got nan'),
+    ('--learning_rate=nan', 'wants 0 to 1, got nan'), ('--learning_rate=-inf', 'wants 0 or more, got -inf'),
     ('--store=x', "--store: wants one of float16, int8, got 'x'")])
 def test_override_refuses(arg, words):
     says(lambda: data.override(constants(), [arg]), words)
+
+
+@pytest.mark.parametrize('name', ['train.py', 'plan.py', 'decode.py', 'data.py'])
+def test_every_number_has_limits(name, capsys):
+    with pytest.raises(SystemExit):
+        script(name, '--help')
+    numbers = re.findall(r'^  --(\w+)=(-?\d\S*)$', capsys.readouterr().out, re.M)
+    assert len(numbers) > 6
+    for option, text in numbers:
+        least, most = data.LIMITS[option]
+        assert least <= float(text) <= most
+        for value in (least - 1, most + 1, 10 ** 20, math.inf, math.nan):
+            says(lambda: data.check(option, value), f'--{option}: wants {least}')
+
+
+def test_workers_where_nothing_forks(monkeypatch):
+    monkeypatch.delattr(os, 'fork')
+    g = dict(workers=2)
+    assert data.override(g, []) == g == dict(workers=0)
 
 
 def test_override_help(capsys):
     with pytest.raises(SystemExit) as error:
         data.override(constants(), ['-h'])
     assert error.value.code is None and capsys.readouterr().out.startswith('doc\n  --batch_size=8\n')
+
+
+def test_what_was_given():
+    assert data.given(['--a=1', '--b=', '--b=a=b', 'odd']) == {'a', 'b', 'odd'}
+
+
+# what is written ------------------------------------------------------------------------------------------------------
+
+OWNER = 'import sys, time, data; data.own(sys.argv[1]); print(1, flush=True); time.sleep(60)'
+
+
+@contextlib.contextmanager
+def owner(folder):
+    """Another process that owns a folder, until it is killed."""
+    child = subprocess.Popen([sys.executable, '-c', OWNER, str(folder)], cwd=ROOT, stdout=subprocess.PIPE)
+    try:
+        assert child.stdout.readline()
+        yield child
+    finally:
+        child.kill()
+        child.wait()
+        child.stdout.close()
+
+
+def test_a_folder_has_one_owner(tmp_path):
+    folder = tmp_path / 'new/out'
+    with owner(folder) as child:
+        says(lambda: data.own(folder), str(folder), f'process {child.pid} on host', 'since')
+        data.own(folder, '.other').close()
+    lock = data.own(folder)     # it was killed
+    worker = multiprocessing.get_context('fork').Process(target=time.sleep, args=(60,))
+    worker.start()
+    lock.close()
+    with owner(folder):         # which a worker does not keep
+        pass
+    worker.kill()
+
+
+@contextlib.contextmanager
+def full_disk():
+    """No file can grow."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / 'file').write_text('mine')
+    says(lambda: data.own(tmp_path / 'file'), f'{tmp_path}/file', 'cannot be written', 'File exists')
+    says(lambda: data.own(tmp_path / 'file/out'), f'{tmp_path}/file/out', 'cannot be written', 'Not a directory')
+    with full_disk():
+        says(lambda: data.own(tmp_path / 'out'), f'{tmp_path}/out', 'cannot be written', 'File too large', 'make room')
+
+
+def test_temporary_names():
+    assert re.fullmatch(rf'a/x.npy.{os.getpid()}@.+\.\d+\.tmp', data.own_tmp('a/x.npy'))
 
 
 # pictures and video ---------------------------------------------------------------------------------------------------
@@ -205,6 +287,41 @@ def test_bad_image(tmp_path, kind):
         assert data.read_image(path).shape == (3, 64, 64)
         path.write_bytes(path.read_bytes()[:-len(path.read_bytes()) // 2])
     says(lambda: data.read_image(path), f'x.{kind}', 'not a readable picture')
+
+
+def exif(jpg, value, order):
+    """A JPEG that says by Exif how it is to be turned."""
+    body = b'Exif\0\0' + (b'MM\0*' if order == '>' else b'II*\0')
+    body += struct.pack(order + 'IHHHIHHI', 8, 1, 0x112, 3, 1, value, 0, 0)
+    return jpg[:2] + b'\xff\xe1' + struct.pack('>H', len(body) + 2) + body + jpg[2:]
+
+
+UPRIGHT = np.kron([[[0], [90], [180]], [[255], [60], [200]]], np.ones((16, 16, 3))).astype(np.uint8)
+STORED = [UPRIGHT, UPRIGHT[:, ::-1], UPRIGHT[::-1, ::-1], UPRIGHT[::-1], UPRIGHT.swapaxes(0, 1), np.rot90(UPRIGHT),
+          np.rot90(UPRIGHT, 2).swapaxes(0, 1), np.rot90(UPRIGHT, 3)]
+
+
+@pytest.mark.parametrize('order', '<>')
+@pytest.mark.parametrize('value', range(1, 9))
+def test_pictures_are_turned_as_viewers_do(tmp_path, value, order):
+    path = tmp_path / 'x.jpg'
+    path.write_bytes(exif(coded(STORED[value - 1], 'mjpeg', 'yuvj420p'), value, order) + bytes(1100 * (value % 2)))
+    got = data.read_image(path).permute(1, 2, 0).numpy()
+    assert got.shape == UPRIGHT.shape and np.abs(got.astype(int) - UPRIGHT).max() < 9
+    assert data.read_image(path, (8, 12)).shape == (3, 8, 12)
+
+
+@pytest.mark.parametrize('kind', ['huge', 'list'])
+def test_hostile_pictures(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    data.write_image(tmp_path / 'real.png', noise(3, 8, 8))
+    text = b'ffconcat version 1.0\nfile real.png\n'
+    if kind == 'huge':      # claims 30000 x 30000
+        text = (tmp_path / 'real.png').read_bytes()
+        header = b'IHDR' + struct.pack('>II', 30000, 30000) + text[24:29]
+        text = text[:12] + header + struct.pack('>I', zlib.crc32(header)) + text[33:]
+    (tmp_path / 'x.png').write_bytes(text)
+    says(lambda: data.read_image(tmp_path / 'x.png'), 'x.png', 'not a readable picture of up to 134 megapixels')
 
 
 def test_resize_is_low_passed(tmp_path):
@@ -513,6 +630,7 @@ def info_is(text):
     (shutil.rmtree, ['no such folder']),
     (lambda r: os.remove(f'{r}/meta/info.json'), ['not a LeRobot dataset', 'meta/info.json']),
     (info_is('{"codebase_version": '), ['info.json', 'cannot be read']),
+    (info_is('[' * 100000), ['info.json', 'cannot be read']),
     (info_is('version https://git-lfs.github.com/spec/v1\n'), ['info.json', 'git-LFS']),
     (lambda r: os.mkdir(f'{r}/meta_data'), ['v1', 'convert']),
     (lambda r: edit_info(r, codebase_version='v1.6'), ['v1.6', 'convert']),
@@ -524,6 +642,11 @@ def info_is(text):
     (lambda r: edit_info(r, video_path='videos/../../copy-2/{file_index}'), ['refused', 'copy-2']),
     (lambda r: shutil.rmtree(f'{r}/meta/episodes'), ['no episodes', 'meta/episodes/*/*.parquet', 'v3.0']),
     (lambda r: edit_info(r, codebase_version='v2.1'), ['no episodes', 'meta/episodes.jsonl', 'v2.1', "'episodes'"]),
+    (lambda r: edit_info(r, data_path='data/{chunk_index.__class__}/x.parquet'), ['cannot make a path', '__class__']),
+    (lambda r: edit_info(r, data_path='data/{chunk_index:99d}/x'), ['cannot make a path', '99d']),
+    (lambda r: edit_info(r, data_path='data/{chunk_index'), ['cannot make a path']),
+    (lambda r: edit_info(r, data_path='data/{chunk_index:03d}\0x'), ['cannot make a path']),
+    (lambda r: edit_info(r, data_path=[1]), ['cannot make a path']),
     (lambda r: edit_info(r, features={'observation.images.top': None}), []), (info_is('[1]'), []),
     (lambda r: edit_info(r, features={'observation.images.top': dict(dtype='video', info='x')}), []),
     (lambda r: edit_info(write_v2(shutil.rmtree(r) or r, 'v2.1'), chunks_size='many'), []),
@@ -533,13 +656,18 @@ def test_refused(copy, change, words):
     says(lambda: data.LeRobot(str(copy)), str(copy), *words)
 
 
-def test_symlinks_are_allowed(made, tmp_path):
+def test_symlinks_are_allowed_and_said(made, tmp_path, capfd):
     for folder, _, files in os.walk(made):
         there = tmp_path / 'links' / os.path.relpath(folder, made)
         there.mkdir(parents=True)
         for name in files:
             (there / name).symlink_to(os.path.join(folder, name))
     assert data.LeRobot(str(tmp_path / 'links')).clip(0, 0, 2, 1)['x'].shape == (2, 3, 32, 48)
+    assert capfd.readouterr().err == f'{tmp_path}/links: has symbolic links, which are followed\n'
+    (tmp_path / 'root').symlink_to(made)
+    data.LeRobot(str(tmp_path / 'root'))
+    assert data.inside('/a{1}', '{path}', path='b{2}/c') == '/a{1}/b{2}/c'
+    assert not capfd.readouterr().err
 
 
 @pytest.mark.parametrize('text', [b'version https://git-lfs.github.com/spec/v1\noid sha256:0', b'junk' * 100, None])
@@ -834,7 +962,7 @@ def test_layout(made):
                      'meta/stats.json', 'meta/tasks.parquet',
                      'videos/observation.images.side/chunk-000/file-000.mp4',
                      'videos/observation.images.top/chunk-000/file-000.mp4']
-    assert not os.path.exists(made + '.tmp')
+    assert os.listdir(os.path.dirname(made)) == ['v30']
     assert layout(made, files[0]) == [('action', 'fixed_size_list<element: float>[2]'), *SCALARS.items()]
     assert pq.ParquetFile(f'{made}/{files[0]}').num_row_groups == 3
     cameras = ['observation.images.top', 'observation.images.side']
@@ -895,8 +1023,9 @@ def test_write_and_read_back(tmp_path):
     x = torch.nn.functional.interpolate(noise(20, 3, 6, 8).float(), (61, 81), mode='bilinear').byte()
     frames = x.permute(0, 2, 3, 1).numpy()
     root = str(tmp_path / 'd')
-    os.makedirs(root + '.tmp/meta')
+    os.makedirs(root + '.1@host.tmp/meta')
     write_lerobot(root, ({'observation.images.a': f, 'task': t} for f, t in zip((frames[:8], frames[8:]), 'ab')), 29.97)
+    assert os.listdir(tmp_path) == ['d']
     d = data.LeRobot(root)
     assert (d.fps, d.action_dim, d.tasks, d.stats) == (29.97, 0, {0: 'a', 1: 'b'}, None)
     y = torch.cat([d.frames(0, range(8)), d.frames(1, range(12))])[..., :61, :81]
@@ -1374,7 +1503,7 @@ def test_a_cache_goes_on_where_it_was_killed(mixture, tmp_path, monkeypatch):
         cache(c, Killed(), tmp_path / 'killed')
     files = [f for f in (tmp_path / 'killed').rglob('*') if f.is_file()]
     done = [f for f in files if f.suffix == '.npy' and 'scale' not in f.name]
-    assert 0 < len(done) and any(f.suffix == f'.{os.getpid()}' for f in files)          # a half-written one as well
+    assert 0 < len(done) and len(done) < len(list((tmp_path / 'whole').rglob('*.npy')))
     frames = sum(len(np.load(f)) for f in done)
     rest = Mean()
     c.tokens = cache(c, rest, tmp_path / 'killed')
@@ -1410,15 +1539,20 @@ def test_a_cache_of_other_frames_is_refused_by_name(mixture, tmp_path):
     cache(small(root), folder=tmp_path / 'l', store='int8')
     assert len(os.listdir(tmp_path / 'l')) == 3 * n
     path = next((root / 'b/videos').rglob('*.mp4'))
+    moved = shutil.move(root, tmp_path / 'elsewhere')
+    moved_too = shutil.move(tmp_path / 'l', tmp_path / 'l2')
+    cache(small(moved), encoder := Mean(), moved_too)
+    assert encoder.seen == 0
+    root = shutil.copytree(moved, root)
     path.write_bytes(path.read_bytes())
-    assert small(root).labelled[0].fingerprint() == small(mixture).labelled[0].fingerprint()
+    assert small(root).labelled[0].fingerprint() == small(moved).labelled[0].fingerprint()
     cut(path, 0.99)
-    says(lambda: cache(small(root), folder=tmp_path / 'l'), str(tmp_path / 'l'), str(root / 'b'), 'changed')
+    says(lambda: cache(small(root), folder=moved_too), str(moved_too), str(root / 'b'), 'changed')
 
 
 def test_damaged_latents_are_one_line(mixture, tmp_path):
     cache(small(mixture), folder=tmp_path)
-    for ending, text in (('json', '[[0,'), ('npy', ''), ('npy', 'no array'), ('json', '[0]')):
+    for ending, text in (('json', '[[0,'), ('json', '[' * 99999), ('npy', ''), ('npy', 'no array'), ('json', '[0]')):
         path = sorted(tmp_path.glob(f'b-top*/*.{ending}'))[0]
         whole = path.read_bytes()
         path.write_text(text)
@@ -1426,15 +1560,24 @@ def test_damaged_latents_are_one_line(mixture, tmp_path):
         path.write_bytes(whole)
 
 
+def test_a_cache_that_cannot_be_written(mixture, tmp_path, capsys):      # without that, print fails
+    cache(small(mixture), folder=tmp_path / 'l')
+    (tmp_path / 'file').write_text('')
+    with full_disk():
+        cache(small(mixture), folder=tmp_path / 'l')        # is read
+        says(lambda: cache(small(mixture), folder=tmp_path / 'other'), f'{tmp_path}/other', 'cannot be written')
+    says(lambda: cache(small(mixture), folder=tmp_path / 'file'), f'{tmp_path}/file', 'cannot be written')
+
+
 def test_what_killed_runs_left_is_removed(mixture, tmp_path):
     cache(small(mixture), folder=tmp_path)
     folder = next(tmp_path.glob('d-top*'))
     kept = sorted(os.listdir(folder))
-    for name, age in (('000.npy.12', 3700), ('000.json.345', 3700), ('001.npy.6', 3500)):
+    for name, age in (('000.12@a.tmp', 3700), ('000.345@b.tmp', 3700), ('001.6@a.tmp', 3500)):
         (folder / name).write_text('')
         os.utime(folder / name, (time.time() - age,) * 2)
     cache(small(mixture), folder=tmp_path)
-    assert sorted(os.listdir(folder)) == sorted([*kept, '001.npy.6'])
+    assert sorted(os.listdir(folder)) == sorted([*kept, '001.6@a.tmp'])
 
 
 def test_progress(mixture, monkeypatch, capfd):
@@ -1726,9 +1869,11 @@ def test_the_revision_is_pinned(hub, tmp_path):
     assert data.LeRobot(first.name).hub.revision == first.hub.revision
 
 
-@pytest.mark.parametrize('name', ['me/nothing', 'nobody/made', 'me/made@0123abc'])
-def test_what_the_hub_does_not_have(hub, name):
-    says(lambda: data.LeRobot(name), name, 'hub', '404')
+@pytest.mark.parametrize('name, words', [
+    ('me/nothing', '404'), ('nobody/made', '404'), ('me/made@0123abc', '404'), ('a--b/c', 'not to be had from the hub'),
+    ('../nothing', 'no such folder'), ('данные/набор', 'no such folder')])
+def test_what_the_hub_does_not_have(hub, name, words):
+    says(lambda: data.LeRobot(name), name.strip('.'), words)
 
 
 def test_no_network_is_said_at_once(monkeypatch, tmp_path):
@@ -1737,6 +1882,33 @@ def test_no_network_is_said_at_once(monkeypatch, tmp_path):
     begun = time.perf_counter()
     says(lambda: data.LeRobot('some/folder'), 'some/folder', 'hub')
     assert time.perf_counter() - begun < 30
+
+
+def test_a_mirror_that_says_less(hub, made):
+    hub.bare = True
+    d = data.LeRobot('me/made', 'top')
+    hub.fail('.mp4', 'cut')
+    assert torch.equal(d.frames(0, [0, 5]), data.LeRobot(made, 'top').frames(0, [0, 5]))
+
+
+def test_what_has_come_is_used_without_the_hub(hub, tmp_path, monkeypatch, capfd):
+    names = 'me/made', 'me/many@main'
+    for name in names:
+        data.LeRobot(name, 'top').frames(0, [0])
+    begun = time.monotonic()
+    monkeypatch.setattr(data.huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
+    for name in names:
+        d = data.LeRobot(name, 'top')
+        assert len(d.frames(0, [0])) == 1
+        assert f'goes on with what came last, {d.hub.revision}' in capfd.readouterr().err
+    with pytest.raises(data.Away, match='file-001.mp4: .*offline'):
+        d.frames(1, [0])
+    says(lambda: data.LeRobot('me/b'), 'me/b', 'offline')
+    assert time.monotonic() - begun < 10
+    monkeypatch.setattr(data.huggingface_hub.constants, 'HF_HUB_OFFLINE', False)
+    hub.fail('file-001.mp4', 503)
+    d.frames(1, [0])
+    assert 'asked again for 20 s' in capfd.readouterr().err
 
 
 def streamed(name='me/many', cache_gb=50):
@@ -1998,6 +2170,41 @@ def test_a_bad_episode_leaves_nothing(tmp_path, bad, error):
     assert len(data.LeRobot(root).episodes) == 2
 
 
+def test_two_writers_of_one_name(tmp_path):
+    root = tmp_path / 'd'
+    with owner(f'{root}.1@other.tmp') as other:
+        says(lambda: data.Writer(root, 10), f'{root}.1@other.tmp', f'process {other.pid}', 'wait')
+    writer = data.Writer(root, 10)
+    for x in noisy(3, 16, 16, 0):
+        writer.add(x)
+    writer.end_episode('t')
+    root.mkdir()        # by whom no lock keeps out
+    (root / 'theirs').write_text('')
+    says(lambda: writer.__exit__(None, None, None), 'cannot be written', 'not empty', writer.tmp)
+    assert os.listdir(root) == ['theirs'] and len(data.LeRobot(writer.tmp).episodes) == 1
+    shutil.rmtree(root)
+    data.Writer(root, 10)
+    assert len(data.LeRobot(writer.tmp).episodes) == 1      # what is whole stays
+
+
+def test_the_demo_world_is_written_once(tmp_path):
+    forked(data.write_demo, *[(tmp_path / 'demo', 3, True, 1)] * 3)
+    assert os.listdir(tmp_path) == ['demo'] and len(data.LeRobot(tmp_path / 'demo').episodes) == 3
+
+
+def test_a_writer_on_a_full_disk(tmp_path):
+    (tmp_path / 'file').write_text('')
+    says(lambda: data.Writer(tmp_path / 'file/d', 10), f'{tmp_path}/file/d', 'cannot be written')
+    for frames in 1, 600:       # at the end, and in between
+        with pytest.raises(SystemExit, match='cannot be written'), data.Writer(tmp_path / 'd', 10) as writer:
+            with full_disk():
+                for x in noisy(frames, 64, 64, 0):
+                    writer.add(x)
+                writer.end_episode('t')
+                writer.close()
+        assert not (tmp_path / 'd').exists()
+
+
 def test_a_long_video_is_never_in_memory(tmp_path):
     """3000 frames are 2.8 GB; beside what 200 frames took, they take next to nothing."""
     program = """
@@ -2072,6 +2279,12 @@ def test_variable_frame_rate(tmp_path):
     video(tmp_path / 'a.mp4', 10, 30, times=times, bf='0')
     data.import_videos(tmp_path / 'out', f'{tmp_path}/*.mp4', 10)
     assert shown(data.LeRobot(tmp_path / 'out'), 0) == [0, 2, 3, 4, 4, 7, 7, 7, 8, 8, 9]
+
+
+def test_a_video_with_a_hole(tmp_path, capsys):
+    video(tmp_path / 'a.mp4', 5, 30, times=[0, 33, 67, 10 ** 7, 10 ** 7 + 33], bf='0')
+    data.import_videos(tmp_path / 'out', f'{tmp_path}/*.mp4', 10)
+    assert data.LeRobot(tmp_path / 'out').total < 9 and 'shows nothing for 10 minutes' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('name, options', [('a.ts', dict(bf='2')), ('b.avi', dict(codec='mpeg4', bf='2')),
