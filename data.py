@@ -1299,7 +1299,8 @@ class LeRobot:
             clip['x'] = self.frames(episode, np.minimum(f, f[real - 1]), size, camera)
         return clip
 
-    def fingerprint(self, camera):
+    def fingerprint(self, camera=''):
+        camera = camera or self.camera
         """What tells whether a camera's frames are as before: the hub's revision, or sizes and
         times."""
         if self.hub:
