@@ -187,18 +187,18 @@ optim = os.path.join(out_dir, 'optim.pt')
 log = os.path.join(out_dir, 'log.jsonl')
 
 
-def read_state(path):
+def read_state():
     """What is in optim.pt, the part of a checkpoint that only training wants."""
     try:
-        state = torch.load(path, 'cpu', weights_only=True)
-        return {name: state[name] for name in ('optimizer', 'rms', 'step', 'world')} | state
+        state = dict(skipped=0, log=math.inf) | torch.load(optim, 'cpu', weights_only=True)
+        return {name: state[name] for name in ('optimizer', 'rms', 'step', 'skipped', 'log')}
     except Exception as error:      # missing, cut, or would run code
-        sys.exit(f'{path}: not a readable state of the optimizer ({one_line(error)})')
+        sys.exit(f'{optim}: not a readable state of the optimizer ({one_line(error)})')
 
 
 LATENTS = ('encoder', 'layer', 'frame_height', 'frame_width', 'pool', 'channels', 'whiten')
 SHAPE = ('size', 'width', 'layers', 'heads', 'kv_heads', *MODEL_DEFAULTS)
-config['command'] = ' '.join(sys.argv[1:])
+config |= dict(command=' '.join(sys.argv[1:]), processes=world)
 if int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) and os.path.isfile(ckpt):
     # of torchrun --max-restarts; what another command has left is moved aside
     resume = load(ckpt)[1].get('command') == config['command']
@@ -209,14 +209,12 @@ if resume:
     if rank == 0:
         owner = data.own(out_dir)
     saved, old = load(ckpt, ema=False)
-    # .new: of a run that was killed between the two renames of a save
-    for path in filter(os.path.isfile, (optim, optim + '.new')):
-        state = read_state(path)
-        if state['step'] == saved.step:
-            os.replace(path, optim)
-            break
-    else:
-        sys.exit(f'{optim}: there is none of step {saved.step}, which {ckpt} is of')
+    if os.path.isfile(optim + '.new') and not os.path.isfile(ckpt + '.new'):
+        os.replace(optim + '.new', optim)       # killed between the two renames of a save
+    state = read_state()
+    if state['step'] != saved.step:
+        sys.exit(f'{optim} is of step {state["step"]}, {ckpt} of step {saved.step}: they do not '
+                 'belong together')
     for kind in ('labelled', 'unlabelled'):     # the same revisions of hub datasets, not the newest
         now, then = (data.weighted(re.sub('@[^:,]*', '', c[kind])) for c in (config, old))
         if now == then:
@@ -249,7 +247,7 @@ if os.path.abspath(out_dir) == os.getcwd():
 
 # data
 sets = {}
-contents = []
+config['datasets'] = ''
 for kind, episodes, demo_seed in (('labelled', 300, 1), ('unlabelled', 100, 2)):
     if config[kind] == f'demo/{kind}' and not os.path.isdir(config[kind]):
         say(f'writing the demo world to {config[kind]}')
@@ -258,8 +256,7 @@ for kind, episodes, demo_seed in (('labelled', 300, 1), ('unlabelled', 100, 2)):
     sets[kind] = data.open_sets(config[kind], camera, keys, fps, action_mode, rotation, cache_gb)
     names = [f'{ds.name}:{ds.weight}' if ds.weight else ds.name for ds in sets[kind]]
     config[kind] = ','.join(names)
-    contents.append(','.join(f'{ds.fingerprint()}:{ds.weight}' for ds in sets[kind]))
-config['datasets'] = ';'.join(contents)
+    config['datasets'] += ''.join(f'{kind} {ds.fingerprint()}:{ds.weight}, ' for ds in sets[kind])
 for ds in sets['labelled']:
     if not ds.action_dim:
         sys.exit(f'--labelled: {ds.name} has no actions (features: {", ".join(ds.features)}); '
@@ -288,15 +285,12 @@ if resume:
         now, then = config[name], old.get(name)
         if now != then and name in fixed:
             sys.exit(f'--{name}: {now!r} cannot go on from {ckpt}, which has {then!r}')
-        if now != then and name not in ('resume', 'command'):
+        if now != then and name != 'resume':
             say(f'resume: {name} was {then}, now {now}')
     for name, now in shape.items():
         then = saved.config[name]
         if now != then:
             sys.exit(f'--{name}: {now} cannot go on from {ckpt}, which has {then}')
-    if state['world'] != world:
-        say(f'resume: {state["world"]} processes were at it, now {world}: the clips are the same, '
-            'sums differ in their last digits')
 elif rank == 0:
     owner = data.own(out_dir)
     if os.path.exists(ckpt) or os.path.exists(log):     # no earlier run is lost
@@ -445,14 +439,14 @@ if resume:
     optimizer.load_state_dict(state['optimizer'])
     rms = dict(zip(rms, state['rms']))
     step = state['step']
-    skipped = state.get('skipped', 0)
+    skipped = state['skipped']
 
 
 if rank == 0:
     with data.writing(log):
         journal = open(log, 'a', buffering=1)
         if resume:      # what a killed run wrote after its last save comes again
-            journal.truncate(min(state.get('log', math.inf), journal.tell()))
+            journal.truncate(min(state['log'], journal.tell()))
 peak = data.peak_flops(device)
 tokens_per_frame = sum(frame_tokens(shape).values())
 for name, value in config.items():
@@ -549,6 +543,11 @@ def summed(values):
     return dict(zip(values, total))
 
 
+def note(entry):
+    with data.writing(log):
+        print(json.dumps(entry), file=journal)
+
+
 def save_all():
     weights = whole(model.state_dict())
     state = optimizer.state_dict()
@@ -556,8 +555,7 @@ def save_all():
     if rank:
         return
     scales = torch.stack([*rms.values()])
-    state = dict(optimizer=state, rms=scales, step=step, world=world, skipped=skipped,
-                 log=journal.tell())
+    state = dict(optimizer=state, rms=scales, step=step, skipped=skipped, log=journal.tell())
     try:
         save(ckpt + '.new', model, config, dict(ema_model.named_parameters()), stats, step, weights)
         torch.save(state, optim + '.new')
@@ -587,7 +585,7 @@ def listen(end):
     """The first signal is kept for the end of a step, the second ends this process at once.
     Handlers in Python would wait for a long call, as of a backward pass, to return."""
     while number := end.recv(1):
-        if number[0] not in (signal.SIGTERM, signal.SIGINT):
+        if number[0] not in SIGNALS:
             continue
         if signals:
             os._exit(1)
@@ -597,15 +595,16 @@ def listen(end):
 
 def deaf(_):
     """Workers leave with the process that they are of, not by a signal to all of its group."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 # the loop
-signals = []
+SIGNALS = signal.SIGTERM, signal.SIGINT
+signals = []        # that have come
 near, far = socket.socketpair()
 far.setblocking(False)
-for number in (signal.SIGTERM, signal.SIGINT):
+for number in SIGNALS:
     signal.signal(number, lambda *_: None)
 signal.set_wakeup_fd(far.fileno())
 threading.Thread(target=listen, args=(near,), daemon=True).start()
@@ -619,7 +618,7 @@ bar = tqdm(total=max_steps, initial=step, disable=hide_bar, dynamic_ncols=True)
 options = {name: config[name] for name in OBJECTIVE} | dict(k_max=k_max)
 bad = torch.full((), -1, device=device)     # the first step whose loss is not finite, seen later
 stop = False
-stops = [torch.zeros(()), torch.zeros(())]     # how many processes have a signal, of the last two steps
+asked = torch.zeros(())     # by signals, in all processes
 start = logged = step
 tokens = 0
 flops = 0.0
@@ -679,7 +678,7 @@ while step < max_steps and not stop:
         norm = norm.full_tensor()
     metrics['stop'] = torch.full((), float(len(signals)), device=device)
     metrics = {name: value / world for name, value in summed(metrics).items()}
-    stops = stops[1:] + [metrics.pop('stop')]
+    before, asked = asked, metrics.pop('stop')
     finite = metrics['loss'].isfinite() & norm.isfinite()
     if skipped < skip_nonfinite and not finite:         # waits for the device
         skipped += 1
@@ -702,9 +701,9 @@ while step < max_steps and not stop:
     tokens += B * world * T * tokens_per_frame
     bar.update()
 
-    # all processes stop at the same step, or the others wait forever; the step before the last has
-    # told without a wait for the device
-    stop = bool(stops[0] > 0) if ddp else bool(signals)
+    # all processes stop at the same step, or the others wait forever; what was asked in the step
+    # before is known without a wait for the device
+    stop = bool(before if ddp else signals)
     last = step == max_steps or stop
     if not last and all(step % n for n in (log_interval, save_interval, eval_interval)):
         continue                # nobody has waited for the device so far
@@ -725,26 +724,22 @@ while step < max_steps and not stop:
     if device.type == 'cuda':
         entry['memory_gb'] = torch.cuda.max_memory_allocated(device) / 1e9
     if rank == 0:
-        with data.writing(log):
-            print(json.dumps(entry), file=journal)
-        if bar.disable:
-            texts = []
-            for name, value in entry.items():
-                if value is not None:
-                    texts.append(f'{name} {value:{",.0f" if name == "tokens_per_s" else ".4g"}}')
-            seconds /= step - logged
-            texts.append(f'{1000 * seconds:.0f} ms/step')
-            texts.append(f'{(max_steps - step) * seconds / 60:.1f} min left')
-            print(', '.join(texts), flush=True)
-        else:
-            bar.set_postfix_str(f'loss {entry["loss"]:.3f}' if entry['loss'] else 'skipped')
+        note(entry)
+        texts = []
+        for name, value in entry.items():
+            if value is not None:
+                texts.append(f'{name} {value:{",.0f" if name == "tokens_per_s" else ".4g"}}')
+        seconds /= step - logged
+        texts.append(f'{1000 * seconds:.0f} ms/step')
+        texts.append(f'{(max_steps - step) * seconds / 60:.1f} min left')
+        bar.write(', '.join(texts), file=sys.stdout)
+        sys.stdout.flush()
     if fsdp and (step % save_interval == 0 or step % eval_interval == 0 or last):
         for p, piece in zip(ema_params, ema_shards):
             p.copy_(whole(piece))
     if rank == 0 and (step % eval_interval == 0 or step == max_steps) and not stop:
         val = evaluate()
-        with data.writing(log):
-            print(json.dumps(dict(step=step, val=val)), file=journal)
+        note(dict(step=step, val=val))
         for kind, methods in val.items():
             texts = []
             for method, errors in methods.items():
@@ -765,5 +760,6 @@ if step < max_steps:
 else:
     say(f'trained {step} steps')
 say(f'wrote {ckpt}, {optim} and {log}')
+signal.set_wakeup_fd(-1)
 if ddp:
     dist.destroy_process_group()
