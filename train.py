@@ -27,7 +27,6 @@ import data     # before torch: it sets how threads wait
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
@@ -556,12 +555,11 @@ def save_all():
         return
     scales = torch.stack([*rms.values()])
     state = dict(optimizer=state, rms=scales, step=step, skipped=skipped, log=journal.tell())
+    save(ckpt + '.new', model, config, dict(ema_model.named_parameters()), stats, step, weights)
     try:
-        save(ckpt + '.new', model, config, dict(ema_model.named_parameters()), stats, step, weights)
         torch.save(state, optim + '.new')
-    except (OSError, RuntimeError, SafetensorError) as error:
-        sys.exit(f'{out_dir}: cannot be written ({one_line(error)}): make room; --resume=True goes '
-                 'on from what was saved before')
+    except (OSError, RuntimeError) as error:
+        sys.exit(f'{optim}: cannot be written ({one_line(error)}); what was there before stays')
     for path in (ckpt, optim):
         os.replace(path + '.new', path)
 

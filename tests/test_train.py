@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -134,28 +135,82 @@ def test_resume_refuses_another_shape_or_other_data(half, tmp_path):
 
 def test_resume_after_a_kill_between_two_renames(half):
     out, options = half
-    options += ('--max_steps=22',)
+    options += ('--max_steps=20',)
     state = torch.load(out / 'optim.pt')
-    for earlier in (None, dict(state, step=10)):        # of the first save, there is none
+    for earlier in (None, dict(state, step=10)):        # before the first save, or later
         os.rename(out / 'optim.pt', out / 'optim.pt.new')
         if earlier:
             torch.save(earlier, out / 'optim.pt')
-        script('train.py', *options, '--max_steps=20')
+        script('train.py', *options)
         assert not (out / 'optim.pt.new').exists() and torch.load(out / 'optim.pt')['step'] == 20
     torch.save(dict(state, step=10), out / 'optim.pt')
-    assert f'optim.pt: there is none of step 20, which {out}/ckpt.safetensors is of' in ends('train.py', *options)
+    assert ends('train.py', *options).startswith(f'{out}/optim.pt is of step 10, {out}/ckpt.safetensors of step 20')
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ('evil',)
+
+
+def test_a_state_of_the_optimizer_that_is_cut_or_would_run_code(half, tmp_path, monkeypatch):
+    out, options = half
+    monkeypatch.chdir(tmp_path)
     whole = (out / 'optim.pt').read_bytes()
-    (out / 'optim.pt').write_bytes(whole[:len(whole) // 2])
-    assert 'optim.pt: not a readable state of the optimizer' in ends('train.py', *options)
-    with open(out / 'optim.pt', 'wb') as file:
-        pickle.dump(Evil(), file)
-    assert 'optim.pt: not a readable state of the optimizer' in ends('train.py', *options)
-    assert not (out / 'evil').exists()
+    for content in (whole[:len(whole) // 2], b'', pickle.dumps(Evil()), pickle.dumps(dict(step=20))):
+        (out / 'optim.pt').write_bytes(content)
+        assert 'optim.pt: not a readable state of the optimizer' in ends('train.py', *options)
+    os.remove(out / 'optim.pt')
+    assert 'optim.pt: not a readable' in ends('train.py', *options) and not os.path.exists('evil')
 
 
-def test_the_demo_world_is_not_mixed_into_other_data(demo, tmp_path):
-    g = script('train.py', demo[0], *SMALL, '--max_steps=1', f'--out_dir={tmp_path / "o"}')
-    assert len(g['clips'].sets) == 1 and g['config']['unlabelled'] == ''
+def test_a_full_disk_leaves_the_checkpoint_before(half, monkeypatch):
+    out, options = half
+    before = {path.name: path.read_bytes() for path in out.glob('*[st]')}
+
+    def full(*_):
+        raise RuntimeError('unexpected pos')        # what torch makes of it
+    monkeypatch.setattr(torch, 'save', full)
+    line = ends('train.py', *options, '--max_steps=22')
+    assert line.startswith(f'{out}/optim.pt: cannot be written (RuntimeError: unexpected pos)')
+    monkeypatch.undo()
+    assert len(before) == 2 and before == {path.name: path.read_bytes() for path in out.glob('*[st]')}
+    script('train.py', *options, '--max_steps=22')
+    assert [e['step'] for e in entries(out)[0]] == [20, 22]
+
+
+def test_what_a_run_goes_on_with_may_have_moved_but_not_changed(half, demo, tmp_path):
+    out, options = half
+    folder = shutil.copytree(demo[0].partition('=')[2], tmp_path / 'moved')
+    script('train.py', *options, f'--labelled={folder}', '--max_steps=21')
+    assert model.load(out / 'ckpt.safetensors')[1]['labelled'] == str(folder)
+    data.write_demo(tmp_path / 'other', 6, True, seed=5)
+    assert ends('train.py', *options, f'--labelled={tmp_path}/other').startswith('--datasets: ')
+
+
+def test_torchruns_restarts_go_on(half, monkeypatch, tmp_path):
+    """Where the same command has left a checkpoint; another's is moved aside as ever."""
+    out, options = half
+    options = *(option for option in options if 'resume' not in option), '--max_steps=22'
+    monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '1')
+    script('train.py', *options)
+    assert model.load(tmp_path / 'out.1/ckpt.safetensors')[0].step == 20
+    first = entries(out)
+    script('train.py', *options)
+    assert entries(out) == first and not os.path.exists(tmp_path / 'out.2')
+
+
+@pytest.mark.parametrize('options, left', [
+    (['--labelled=own'], ['own', '']), (['--labelled=demo/pick'], ['demo/pick', '']),
+    (['--labelled=demo/labelled', '--unlabelled=own'], ['demo/labelled', 'own']),
+    (['--unlabelled='], ['demo/labelled', '']), ([], ['demo/labelled', 'demo/unlabelled'])])
+def test_the_demo_world_is_not_mixed_into_other_data_but_by_name(demo, tmp_path, monkeypatch, options, left):
+    monkeypatch.chdir(tmp_path)
+    os.mkdir('demo')
+    for name, option in (('own', 0), ('demo/pick', 0), ('demo/labelled', 0), ('demo/unlabelled', 1)):
+        os.symlink(demo[option].partition('=')[2], name)
+    g = script('train.py', *SMALL, '--max_steps=1', '--cache=False', '--workers=0', *options)
+    assert [g['config'][kind] for kind in ('labelled', 'unlabelled')] == left
+    assert len(g['clips'].sets) == sum(map(bool, left))
 
 
 def test_an_earlier_run_is_moved_aside(demo, tmp_path, capsys):
@@ -164,6 +219,8 @@ def test_an_earlier_run_is_moved_aside(demo, tmp_path, capsys):
         script('train.py', *demo, *SMALL, '--max_steps=1', f'--seed={n}', f'--out_dir={out}')
     assert [model.load(tmp_path / d / 'ckpt.safetensors')[1]['seed'] for d in ('out.1', 'out.2', 'out')] == [0, 1, 2]
     assert f'it is now {out}.2' in capsys.readouterr().out
+    line = ends('train.py', *demo, *SMALL, f'--out_dir={out}/log.jsonl')
+    assert line.startswith(f'{out}/log.jsonl: cannot be written')
 
 
 def test_the_loss_falls(demo, tmp_path):
