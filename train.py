@@ -591,12 +591,6 @@ def listen(end):
         say('saving at the end of this step; a second signal ends at once')
 
 
-def deaf(_):
-    """Workers leave with the process that they are of, not by a signal to all of its group."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
 # the loop
 SIGNALS = signal.SIGTERM, signal.SIGINT
 signals = []        # that have come
@@ -610,7 +604,7 @@ decoders = workers if cache_dir or not cache else 0       # latents in memory ne
 loader = iter(DataLoader(
     batches, batch_size=None, sampler=range(step, max_steps), num_workers=decoders,
     pin_memory=device.type == 'cuda', multiprocessing_context='fork' if decoders else None,
-    worker_init_fn=deaf))
+    worker_init_fn=lambda _: os.setpgrp()))     # a signal to the group would end them first
 hide_bar = rank > 0 or not sys.stderr.isatty()
 bar = tqdm(total=max_steps, initial=step, disable=hide_bar, dynamic_ncols=True)
 options = {name: config[name] for name in OBJECTIVE} | dict(k_max=k_max)
