@@ -42,8 +42,8 @@ os.chdir(tempfile.mkdtemp(prefix='crash'))
 print(f'in {os.getcwd()}', flush=True)
 data.write_demo('labelled', 8, True, 1)
 data.write_demo('unlabelled', 4, False, 2)
-TRAIN = ('train.py', '--labelled=labelled', '--unlabelled=unlabelled', '--width=96', '--layers=4', '--heads=4',
-         '--kv_heads=2', '--batch_size=4', '--eval_clips=4', '--K=2', '--dtype=float32', '--device=cpu', '--max_steps=24',
+TRAIN = ('train.py', '--labelled=labelled', '--unlabelled=unlabelled', '--width=64', '--layers=2', '--heads=2',
+         '--kv_heads=1', '--batch_size=4', '--eval_clips=4', '--K=2', '--dtype=float32', '--device=cpu', '--max_steps=16',
          '--bootstrap_start=0.2', '--save_interval=2', '--log_interval=1', '--eval_interval=6')
 RECORD = 'data.py', '--videos=*/videos/*/*/*.mp4', '--frame_height=64'
 
