@@ -1685,8 +1685,8 @@ class Order:
 
 @dataclass(eq=False)
 class Clips:
-    """Batches of clips from two lists of LeRobot; those of all ranks together depend on (seed, step)
-    alone, and every rank has its part of them.
+    """Batches of clips from two lists of LeRobot; those of all ranks together depend on (seed,
+    step) alone, and every rank has its part of them.
 
     A batch holds x (B, T, 3, H, W) uint8, or z (B, T, N, D) float16 once `tokens` are set (see
     cached_latents); a (B, T, A) normalised by each dataset's mean and std, clipped at +-5, padded

@@ -5,9 +5,11 @@ Train a world model on LeRobot datasets.
     python train.py --preset=robot --labelled=path/to/dataset
     torchrun --nproc_per_node=8 train.py --batch_size=64 ...    # the total of all processes
     python train.py --resume=True ...   # goes on where out_dir stopped, bit for bit
-    python train.py --init=another/ckpt.safetensors --labelled=...      # fine-tunes on one's own robot
+    python train.py --init=ckpt.safetensors --labelled=...      # fine-tunes on another robot
 
-Leaves out_dir/ckpt.safetensors, out_dir/optim.pt and out_dir/log.jsonl.
+Leaves out_dir/ckpt.safetensors, out_dir/optim.pt and out_dir/log.jsonl. What clips a step sees does
+not depend on the number of processes: a run may go on with another, but for the last digits of
+sums. torchrun --max-restarts goes on by itself.
 """
 import contextlib
 import copy
@@ -223,7 +225,7 @@ elif init:
 if init:        # what its weights depend on comes with them
     for name in (*LATENTS, *SHAPE):
         if name in given and config[name] != old[name]:
-            sys.exit(f'--{name}: {config[name]!r} cannot begin with {init}, which has {old[name]!r}')
+            sys.exit(f'--{name}={config[name]}: cannot begin with {init}, which has {old[name]}')
         globals()[name] = config[name] = old[name]
 
 # the encoder and the model's shape come first: they are checked before anything is written
@@ -439,12 +441,10 @@ if resume:
     rms = dict(zip(rms, state['rms']))
     step = state['step']
     skipped = state['skipped']
-
-
 if rank == 0:
     with data.writing(log):
         journal = open(log, 'a', buffering=1)
-        if resume:      # what a killed run wrote after its last save comes again
+        if resume:      # what was written after the last save comes again
             journal.truncate(min(state['log'], journal.tell()))
 peak = data.peak_flops(device)
 tokens_per_frame = sum(frame_tokens(shape).values())
@@ -565,8 +565,7 @@ def save_all():
 
 
 def clips_of(step):
-    """'dataset episode:frame, ..' of a step's clips; of those alone whose latents are not finite, if
-    there are any."""
+    """'dataset episode:frame, ..': a step's clips, or those of them whose latents are not finite."""
     source, number = batches.which(step)
     names = []
     wrong = []
@@ -593,7 +592,7 @@ def listen(end):
 
 # the loop
 SIGNALS = signal.SIGTERM, signal.SIGINT
-signals = []        # that have come
+signals = []        # one has come
 near, far = socket.socketpair()
 far.setblocking(False)
 for number in SIGNALS:
@@ -675,8 +674,8 @@ while step < max_steps and not stop:
     if skipped < skip_nonfinite and not finite:         # waits for the device
         skipped += 1
         if rank == 0:
-            print(f'step {step + 1}: the loss or its gradient is not finite: left out ({skipped} of '
-                  f'{skip_nonfinite}), in {clips_of(step)}', flush=True)
+            print(f'step {step + 1}: the loss or its gradient is not finite: left out ({skipped} '
+                  f'of {skip_nonfinite}), in {clips_of(step)}', flush=True)
     else:
         optimizer.step()
         with torch.no_grad():
@@ -740,7 +739,7 @@ while step < max_steps and not stop:
             texts = ', '.join(texts)
             bar.write(f'step {step}: {kind} error at 1/5/10/20 steps: {texts}', file=sys.stdout)
         sys.stdout.flush()
-    if step % save_interval == 0 or last:       # after its log: a run that goes on writes what is later
+    if step % save_interval == 0 or last:       # after the log: what is in it is not made again
         save_all()
     logged = step
     tokens = 0
