@@ -605,7 +605,7 @@ def test_a_mistake_is_one_line_and_nothing_is_written(demo, tmp_path):
             (['--fsdp=True'], '--fsdp=True: wants torchrun'), (['--decay=2'], '--decay: wants 0 to 1, got 2.0'),
             (['--device=tpu'], '--device=tpu: not usable here'), (['--frames=1'], '--frames: wants 2 or more, got 1'),
             (['--p_image=2'], '--p_image: wants 0 to 1, got 2.0'), (['--K=3'], '--K: wants a power of two'),
-            (['--k_max=1'], '--k_max=1: wants a power of two, 2 at least'), (['--seed=-1'], '--seed: wants 0 to '),
+            (['--k_max=1'], '--k_max=1: wants a power of two, 2 at least'), (['--seed=-1'], '--seed: wants 0 or more, got -1'),
             (['--heads=3', '--width=32'], '--width=32: wants a multiple of 4 x heads'),
             ([f'--labelled={tmp_path / "nowhere"}'], 'nowhere: no such folder'),
             ([f'--labelled={tmp_path}/empty'], 'not a LeRobot dataset: it has no meta/info.json'),
