@@ -222,6 +222,7 @@ if resume:
             config[kind] = old[kind]
 elif init:
     saved, old = load(init)
+    old = config | old      # may be older than some options
 if init:        # what its weights depend on comes with them
     for name in (*LATENTS, *SHAPE):
         if name in given and config[name] != old[name]:
@@ -357,7 +358,8 @@ if cache:
     part = rank, world
     if world > 1 and not folder:        # memory that the processes of a machine share
         folder = f'{out_dir}/latents@{socket.gethostname()}'
-        part = int(os.environ['LOCAL_RANK']), int(os.environ['LOCAL_WORLD_SIZE'])
+        part = (int(os.environ.get(name, least))
+                for name, least in (('LOCAL_RANK', 0), ('LOCAL_WORLD_SIZE', 1)))
     clips.tokens = data.cached_latents(clips.sets, encode, device, autocast, folder, store, workers,
                                        *part)
     long_clips.tokens = clips.tokens

@@ -89,7 +89,7 @@ def kill(pid, moment, out, i, seconds):
         old = set(glob.glob(traces[moment]))
         while set(glob.glob(traces[moment])) <= old and time.monotonic() < end:
             time.sleep(1e-4)
-        delay = rng.uniform(0, 0.02 if moment == 'saving' else seconds / 4)
+        delay = rng.uniform(0, dict(saving=0.02, latents=0.3).get(moment, seconds))
     time.sleep(delay)
     os.kill(pid, signal.SIGKILL)
     killed = ended(pid) is None
