@@ -258,7 +258,8 @@ for kind, episodes, demo_seed in (('labelled', 300, 1), ('unlabelled', 100, 2)):
     sets[kind] = data.open_sets(config[kind], camera, keys, fps, action_mode, rotation, cache_gb)
     names = [f'{ds.name}:{ds.weight}' if ds.weight else ds.name for ds in sets[kind]]
     config[kind] = ','.join(names)
-    config['datasets'] += ''.join(f'{kind} {ds.fingerprint()}:{ds.weight}, ' for ds in sets[kind])
+    for ds in sets[kind]:
+        config['datasets'] += f'{kind} {ds.fingerprint()[:12]}:{ds.weight}, '
 for ds in sets['labelled']:
     if not ds.action_dim:
         sys.exit(f'--labelled: {ds.name} has no actions (features: {", ".join(ds.features)}); '

@@ -43,7 +43,7 @@ data.write_demo('unlabelled', 4, False, 2)
 TRAIN = ('--labelled=labelled', '--unlabelled=unlabelled', '--width=64', '--layers=2', '--heads=2', '--kv_heads=1',
          '--batch_size=4', '--eval_clips=4', '--K=2', '--dtype=float32', '--device=cpu', '--max_steps=16',
          '--bootstrap_start=0.2', '--save_interval=2', '--log_interval=1', '--eval_interval=6')
-RECORD = 'data.py', '--videos=*/videos/*/*/*.mp4', '--frame_height=64'
+RECORD = 'data.py', '--videos=*labelled/videos/*/*/*.mp4', '--frame_height=64'
 count = dict.fromkeys(('anywhere', 'saving', 'latents', 'recording'), 0)
 
 
