@@ -568,7 +568,7 @@ def save_all():
 
 
 def clips_of(step):
-    """'dataset episode:frame, ..': a step's clips, or those of them whose latents are not finite."""
+    """'dataset episode:frame, ..' of a step's clips, or of those whose latents are not finite."""
     source, number = batches.which(step)
     names = []
     wrong = []
