@@ -186,17 +186,6 @@ def say(text):
 ckpt = os.path.join(out_dir, 'ckpt.safetensors')
 optim = os.path.join(out_dir, 'optim.pt')
 log = os.path.join(out_dir, 'log.jsonl')
-
-
-def read_state():
-    """What is in optim.pt, the part of a checkpoint that only training wants."""
-    try:
-        state = dict(skipped=0, log=math.inf) | torch.load(optim, 'cpu', weights_only=True)
-        return {name: state[name] for name in ('optimizer', 'rms', 'step', 'skipped', 'log')}
-    except Exception as error:      # missing, cut, or would run code
-        sys.exit(f'{optim}: not a readable state of the optimizer ({one_line(error)})')
-
-
 LATENTS = ('encoder', 'layer', 'frame_height', 'frame_width', 'pool', 'channels', 'whiten')
 SHAPE = ('size', 'width', 'layers', 'heads', 'kv_heads', *MODEL_DEFAULTS)
 config |= dict(command=' '.join(sys.argv[1:]), processes=world)
@@ -212,7 +201,10 @@ if resume:
     saved, old = load(ckpt, ema=False)
     if os.path.isfile(optim + '.new') and not os.path.isfile(ckpt + '.new'):
         os.replace(optim + '.new', optim)       # killed between the two renames of a save
-    state = read_state()
+    try:        # defaults for what is new in it
+        state = dict(skipped=0, log=math.inf) | torch.load(optim, 'cpu', weights_only=True)
+    except Exception as error:      # missing, cut, or would run code
+        sys.exit(f'{optim}: not a readable state of the optimizer ({one_line(error)})')
     if state['step'] != saved.step:
         sys.exit(f'{optim} is of step {state["step"]}, {ckpt} of step {saved.step}: they do not '
                  'belong together')
@@ -282,10 +274,10 @@ shape['action_dim'] = clips.A
 if resume:
     fixed = {'camera', 'action', 'action_mode', 'rotation', 'fps', 'frameskip', 'frames',
              'long_frames', 'long_share', 'val_share', 'labelled_share', 'batch_size', 'seed',
-             *LATENTS, 'size', 'objective', 'cache', 'store', 'cache_gb'}
-    fixed |= {'datasets'} if 'datasets' in old else {*sets}     # by content, as they may have moved
-    for name in config:
-        now, then = config[name], old.get(name)
+             *LATENTS, 'size', 'objective', 'cache', 'store', 'cache_gb',
+             'datasets'}        # by content: they may have moved
+    for name, now in config.items():
+        then = old.get(name, now)
         if now != then and name in fixed:
             sys.exit(f'--{name}: {now!r} cannot go on from {ckpt}, which has {then!r}')
         if now != then and name != 'resume':
