@@ -7,6 +7,7 @@ for bit: weights, their average, statistics, optimizer and log.
 A moment is anywhere in a run (opening, encoding, computing, evaluating), or one at which a file of latents, a checkpoint
 or a dataset is being written. A run is killed eight times, if no kill comes too late.
 """
+import contextlib
 import glob
 import json
 import os
@@ -80,17 +81,23 @@ def run(out, i=0):
     return 'train.py', *TRAIN, f'--out_dir={out}', f'--cache_dir=latents{i}', f'--resume={resume}'
 
 
+def newest(pattern):
+    """When one of some files was last changed."""
+    times = [0]
+    for path in glob.glob(pattern):
+        with contextlib.suppress(FileNotFoundError):
+            times.append(os.path.getmtime(path))
+    return max(times)
+
+
 def kill(pid, moment, out, i, seconds):
     """At a moment, unless the child ends before."""
-    delay = rng.uniform(0, seconds)
-    traces = dict(saving=f'{out}/*.new*', latents=f'latents{i}/*/*.npy.*', recording=f'{out}*tmp*')
-    if moment in traces:
-        end = time.monotonic() + seconds
-        old = set(glob.glob(traces[moment]))
-        while set(glob.glob(traces[moment])) <= old and time.monotonic() < end:
-            time.sleep(1e-4)
-        delay = rng.uniform(0, dict(saving=0.02, latents=0.3).get(moment, seconds))
-    time.sleep(delay)
+    begun = time.time()
+    end = begun + rng.uniform(0.3 * seconds, seconds)
+    traces = dict(saving=f'{out}/*.new*', latents=f'latents{i}/*', recording=f'{out}*tmp*')
+    while time.time() < end and (moment not in traces or newest(traces[moment]) <= begun):
+        time.sleep(1e-4)
+    time.sleep(rng.uniform(0, dict(saving=0.02, latents=1, recording=seconds).get(moment, 0)))
     os.kill(pid, signal.SIGKILL)
     count[moment] += ended(pid) is None
 
