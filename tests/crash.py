@@ -22,28 +22,26 @@ import time
 
 os.environ['OMP_NUM_THREADS'] = '1'
 
-import safetensors.torch
-import torch
+import safetensors.torch  # noqa: E402
+import torch  # noqa: E402
 
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), '..')
 sys.path.insert(0, ROOT)
 import data  # noqa: E402, from the root
 import model  # noqa: E402, F401, so that no child has to import it
 
-# --------------------------------------------------------------------------------------------------------------------
 kills = 50
 disks = 10          # that are full at a random byte of a save
 torchrun = True
 seed = 0
 data.override(globals(), sys.argv[1:])
-# --------------------------------------------------------------------------------------------------------------------
 rng = random.Random(seed)
 os.chdir(tempfile.mkdtemp(prefix='crash'))
 data.write_demo('labelled', 8, True, 1)
 data.write_demo('unlabelled', 4, False, 2)
-TRAIN = ('--labelled=labelled', '--unlabelled=unlabelled', '--width=64', '--layers=2', '--heads=2', '--kv_heads=1',
-         '--batch_size=4', '--eval_clips=4', '--K=2', '--dtype=float32', '--device=cpu', '--max_steps=16',
-         '--bootstrap_start=0.2', '--save_interval=2', '--log_interval=1', '--eval_interval=6')
+TRAIN = ('--labelled=labelled --unlabelled=unlabelled --width=64 --layers=2 --heads=2 --kv_heads=1 --batch_size=4 --K=2 '
+         '--eval_clips=4 --dtype=float32 --device=cpu --max_steps=16 --bootstrap_start=0.2 --save_interval=2 '
+         '--log_interval=1 --eval_interval=6').split()
 RECORD = 'data.py', '--videos=*labelled/videos/*/*/*.mp4', '--frame_height=64'
 count = dict.fromkeys(('anywhere', 'saving', 'latents', 'recording'), 0)
 
@@ -53,18 +51,16 @@ def start(script, *options, largest_file=-1):
     pid = os.fork()
     if pid:
         return pid
-    out = os.open(f'{os.getpid()}.txt', os.O_WRONLY | os.O_CREAT)
-    os.dup2(out, 1)
-    os.dup2(out, 2)
+    for descriptor in 1, 2:
+        os.dup2(os.open(f'{os.getpid()}.txt', os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, -1))
     sys.argv = [script, *options]
-    code = 0
     try:
         runpy.run_path(f'{ROOT}/{script}', run_name='__main__')
-    except BaseException as error:
+    except SystemExit as error:
         print(error, flush=True)
-        code = 1
-    os._exit(code)
+        os._exit(1)
+    os._exit(0)
 
 
 def ended(pid, code=0):
@@ -118,7 +114,12 @@ def result(out):
     return {name: v.numpy().tobytes() for name, v in found.items()}, log
 
 
-def two_processes(out, restarts=0, kill_one=True):
+def finish(out, i=0):
+    ended(start(*run(out, i)))
+    assert result(out) == whole, f'{out} differs'
+
+
+def two_processes(out, restarts, kill_one):
     """torchrun's code, what it says, and how long it takes from when one is killed, once it has saved."""
     run = subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
                             f'--max-restarts={restarts}', f'{ROOT}/train.py', *TRAIN, f'--out_dir={out}'],
@@ -149,8 +150,7 @@ while sum(count.values()) < kills:
     assert files(f'r{i}') == files('recorded'), f'r{i} differs'
     for moment in 'latents', *rng.choices(('anywhere', 'saving', 'saving', 'latents'), k=7):
         kill(start(*run(f'o{i}', i)), moment, f'o{i}', i, seconds)
-    ended(start(*run(f'o{i}', i)))
-    assert result(f'o{i}') == whole, f'o{i} differs'
+    finish(f'o{i}', i)
     print(f'run {i} has the same bits: {count}', flush=True)
 
 for i in range(disks):
@@ -162,15 +162,14 @@ for i in range(disks):
     said = ended(start(*run(out), largest_file=room), code=1)
     assert 'cannot be written' in said.splitlines()[-1] and 'Traceback' not in said, said
     assert files(out) == before, f'{out} has lost its checkpoint'
-    ended(start(*run(out)))
-    assert result(out) == whole, f'{out} differs'
+    finish(out)
     print(f'full after {room:,} bytes: one line, the checkpoint before stays, the same bits in the end', flush=True)
 
 if torchrun:
-    code, said, took = two_processes('one')
+    code, said, took = two_processes('one', 0, True)
     assert code and took < 60 and 'SIGKILL' in said, said
     print(f'one process of two killed: the end after {took:.0f} s', flush=True)
-    two_processes('two', kill_one=False)
-    code, said, took = two_processes('again', restarts=1)
+    two_processes('two', 0, False)
+    code, said, took = two_processes('again', 1, True)
     assert code == 0 and result('again') == result('two'), said
     print(f'with --max-restarts=1: the same bits after {took:.0f} s')
