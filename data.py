@@ -1779,15 +1779,15 @@ class Order:
 
 @dataclass(eq=False)
 class Clips:
-    """Batches of clips from two lists of LeRobot; clips[step] depends on (seed, step, rank, world)
-    alone.
+    """Batches of clips from two lists of LeRobot; those of all ranks together depend on (seed,
+    step) alone, and every rank has its part of them.
 
     A batch holds x (B, T, 3, H, W) uint8, or z (B, T, N, D) float16 once `tokens` are set (see
     cached_latents); a (B, T, A) normalised by each dataset's mean and std, clipped at +-5, padded
     to the widest; a_mask, z_mask (B, T); and `faults`, for count_faults. Of any 1/labelled_share
-    consecutive clips of a rank exactly one is labelled. All datasets of a kind share clips exactly,
-    by duration or the weights given; all ranks together see every window of one once before any
-    again. Cameras are drawn by weight. A clip that cannot be read is replaced by one of its
+    consecutive clips exactly one is labelled. All datasets of a kind share clips exactly, by
+    duration or the weights given; every window of one is seen once before any again. Cameras are
+    drawn by weight. A clip that cannot be read is replaced by one of its
     dataset.
     """
     labelled: list
@@ -1836,19 +1836,25 @@ class Clips:
         for kind in self.kinds.values():
             self.takes += [weights[s] / sum(weights[s:kind.stop]) for s in kind]
 
-    @lru_cache(maxsize=4 * AHEAD)
     def picks(self, step):
         """The (dataset, episode, start, camera) of each clip of a batch, without reading any."""
-        rng = np.random.default_rng((self.seed, step, self.rank))
+        begin = self.rank * self.batch_size
+        return self.picks_of_all(step)[begin:begin + self.batch_size]
+
+    @lru_cache(maxsize=4 * AHEAD)
+    def picks_of_all(self, step):
+        """As picks, of the batches of all ranks: a run may go on with another number of them."""
+        rng = np.random.default_rng((self.seed, step))
+        total = self.batch_size * self.world
         out = []
-        for n in range(step * self.batch_size, (step + 1) * self.batch_size):
-            # of this rank's first n clips, floor(n share) are labelled
+        for n in range(step * total, (step + 1) * total):
+            # of the first n clips, floor(n share) are labelled
             before = math.floor(n * self.share)
             kind = 'labelled'
             if math.floor((n + 1) * self.share) == before:
                 before = n - before
                 kind = 'unlabelled'
-            n = before * self.world + self.rank     # among those of its kind, over all ranks
+            n = before                      # among those of its kind
             for s in self.kinds[kind]:      # of n clips that reach s, it takes floor(n takes[s])
                 number = math.floor(n * self.takes[s])
                 if math.floor((n + 1) * self.takes[s]) > number:
@@ -1893,10 +1899,15 @@ class Clips:
     def __getitem__(self, step):
         self.prefetch(step)
         faults = []     # [episode, what is wrong with it]
-        clips = [self.read_or_replace(step, i, faults) for i in range(self.batch_size)]
+        begin = self.rank * self.batch_size
+        try:
+            clips = [self.read_or_replace(step, begin + i, faults) for i in range(self.batch_size)]
+            batch = default_collate(clips)
+        except (Bad, Away) as error:        # what a worker raises would come with its traceback
+            batch = dict(end=str(error))
         faults += [['', line] for line in _unsent]
         _unsent.clear()
-        return default_collate(clips) | dict(faults=faults)
+        return batch | dict(faults=faults)
 
     def prefetch(self, step):
         """Let four threads work ahead of this step and worker, if there are files of the hub."""
@@ -1919,9 +1930,10 @@ class Clips:
                             ds.hub.fetch(path)
 
     def read_or_replace(self, step, i, faults):
-        """Clip i of a batch, or one that takes its place; which must not depend on what was read
-        before."""
-        s, e, start, camera = self.picks(step)[i]
+        """Clip i of the batches of all ranks, or one that takes its place; which must not depend on
+        what was read before."""
+        picks = self.picks_of_all(step)
+        s, e, start, camera = picks[i]
         ds = self.sets[s]
         for attempt in range(100):
             try:
@@ -1929,8 +1941,8 @@ class Clips:
             except Bad as error:
                 name = f'{ds.name}, episode {ds.episodes[e].index}'
                 faults.append([name, str(error)])
-            rng = np.random.default_rng((self.seed, step, self.rank, i, attempt))
-            others = [pick[1:] for pick in self.picks(step) if pick[0] == s and pick[1] != e]
+            rng = np.random.default_rng((self.seed, step, i, attempt))
+            others = [pick[1:] for pick in picks if pick[0] == s and pick[1] != e]
             if ds.hub and others:       # whose files have come, perhaps
                 e, start, camera = others[rng.integers(len(others))]
             else:
@@ -1951,6 +1963,8 @@ class Clips:
         if bad > max_bad * episodes:
             sys.exit(f'--max_bad={max_bad}: {bad} of {episodes} episodes cannot be read (they are '
                      'named above)')
+        if 'end' in batch:
+            sys.exit(batch['end'])
 
     def sample(self, n, m):
         """uint8 (about n m, 3, H, W): m frames of each of n training episodes."""

@@ -5,8 +5,11 @@ Train a world model on LeRobot datasets.
     python train.py --preset=robot --labelled=path/to/dataset
     torchrun --nproc_per_node=8 train.py --batch_size=64 ...    # the total of all processes
     python train.py --resume=True ...   # goes on where out_dir stopped, bit for bit
+    python train.py --init=ckpt.safetensors --labelled=...      # fine-tunes on another robot
 
-Leaves out_dir/ckpt.safetensors, out_dir/optim.pt and out_dir/log.jsonl.
+Leaves out_dir/ckpt.safetensors, out_dir/optim.pt and out_dir/log.jsonl. What clips a step sees does
+not depend on the number of processes: a run may go on with another, but for the last digits of
+sums. torchrun --max-restarts goes on by itself.
 """
 import contextlib
 import copy
@@ -15,19 +18,30 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
+import socket
 import sys
+import threading
 import time
 
 import data     # before torch: it sets how threads wait
 
 import torch
 import torch.distributed as dist
+from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
 from model import (MODEL_DEFAULTS, OBJECTIVE, WorldModel, clip_noise, compile_layers, encode_frames,
                    flops_per_frame, frame_tokens, half_weights, load, load_encoder, model_config,
-                   restore_stored, rollout, save, shortcut_loss, standard, term_scale, which_rows)
+                   one_line, restore_encoder, rollout, save, shortcut_loss, standard, term_scale,
+                   which_rows)
+
+meeting = None      # of torchrun's processes: the others wait there until the first has checked all
+if 'RANK' in os.environ:
+    meeting = next(dist.rendezvous('env://'))[0]
+    if os.environ['RANK'] != '0':
+        meeting.wait(['checked'])
 
 # --------------------------------------------------------------------------------------------------
 preset = ''                     # robot or thesis, see PRESETS; other options go before it
@@ -99,10 +113,12 @@ beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0                 # 0 = none
 ema = 0.995                     # of the averaged weights, which are evaluated and planned with
+skip_nonfinite = 0              # steps that may be left out as their loss or gradient is not finite
 seed = 0
 # evaluation and files
 out_dir = 'out'
 resume = False
+init = ''                       # a checkpoint to begin with: its weights, and its encoder and shape
 eval_interval = 500             # steps
 eval_clips = 64                 # of each kind, from held-out episodes
 eval_context = 2                # frames that are given before the imagined ones
@@ -129,10 +145,13 @@ PRESETS = {
         eval_interval=2000, save_interval=2000, compile=True, remat=True),
 }
 config = data.override(globals(), sys.argv[1:], PRESETS)
-if (labelled == 'demo/labelled') != (unlabelled == 'demo/unlabelled'):     # is all or nothing
-    labelled, unlabelled = ('' if v.startswith('demo/') else v for v in (labelled, unlabelled))
-    config |= dict(labelled=labelled, unlabelled=unlabelled)
 # --------------------------------------------------------------------------------------------------
+
+given = data.given(sys.argv[1:])
+for kind, other in ('labelled', 'unlabelled'), ('unlabelled', 'labelled'):
+    # the demo world is not mixed into other data, unless by name
+    if kind not in given and config[other] not in ('', f'demo/{other}'):
+        config[kind] = ''
 
 # processes and devices
 ddp = 'RANK' in os.environ
@@ -152,8 +171,6 @@ if fsdp and not ddp:
 device = data.pick_device(device, int(os.environ.get('LOCAL_RANK', 0)))
 if device.type == 'cuda':
     torch.cuda.set_device(device)
-if ddp:
-    dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
 autocast = data.autocast(device, dtype)
 if fsdp:
     # all forward passes of a step share the weights that autocast keeps: sharded layers then get no
@@ -169,21 +186,52 @@ def say(text):
 ckpt = os.path.join(out_dir, 'ckpt.safetensors')
 optim = os.path.join(out_dir, 'optim.pt')
 log = os.path.join(out_dir, 'log.jsonl')
+LATENTS = ('encoder', 'layer', 'frame_height', 'frame_width', 'pool', 'channels', 'whiten')
+SHAPE = ('size', 'width', 'layers', 'heads', 'kv_heads', *MODEL_DEFAULTS)
+config |= dict(command=' '.join(sys.argv[1:]), processes=world)
+if int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) and os.path.isfile(ckpt):
+    # of torchrun --max-restarts; what another command has left is moved aside
+    resume = load(ckpt)[1].get('command') == config['command']
+saved = None        # what a run goes on from, or begins with
 if resume:
-    for path in (ckpt, optim):
-        if not os.path.isfile(path):
-            sys.exit(f'--resume=True: there is no {path} to go on from')
+    if not os.path.isfile(ckpt):
+        sys.exit(f'--resume=True: there is no {ckpt} to go on from')
+    if rank == 0:
+        owner = data.own(out_dir)
     saved, old = load(ckpt, ema=False)
+    if os.path.isfile(optim + '.new') and not os.path.isfile(ckpt + '.new'):
+        os.replace(optim + '.new', optim)       # killed between the two renames of a save
+    try:        # defaults for what is new in it
+        state = dict(skipped=0, log=math.inf) | torch.load(optim, 'cpu', weights_only=True)
+    except Exception as error:      # missing, cut, or would run code
+        sys.exit(f'{optim}: not a readable state of the optimizer ({one_line(error)})')
+    if state['step'] != saved.step:
+        sys.exit(f'{optim} is of step {state["step"]}, {ckpt} of step {saved.step}: they do not '
+                 'belong together')
     for kind in ('labelled', 'unlabelled'):     # the same revisions of hub datasets, not the newest
         now, then = (data.weighted(re.sub('@[^:,]*', '', c[kind])) for c in (config, old))
         if now == then:
             config[kind] = old[kind]
+elif init:
+    saved, old = load(init)
+    old = config | old      # may be older than some options
+if init:        # what its weights depend on comes with them
+    for name in (*LATENTS, *SHAPE):
+        if name in given and config[name] != old[name]:
+            sys.exit(f'--{name}={config[name]}: cannot begin with {init}, which has {old[name]}')
+        globals()[name] = config[name] = old[name]
 
 # the encoder and the model's shape come first: they are checked before anything is written
-encode = load_encoder(encoder, encoder_path, layer, frame_height, frame_width, pool).to(device)
+if saved:
+    config['encoder_path'] = encoder_path or old['encoder_path']
+    encode = restore_encoder(old, saved.stats, encoder_path)
+else:
+    encode = load_encoder(encoder, encoder_path, layer, frame_height, frame_width, pool)
+encode.to(device)
+config['encoder_hash'] = encode.hash
 if not 0 <= channels <= encode.dim:
     sys.exit(f'--channels={channels}: {encoder} has {encode.dim}, 0 keeps them all')
-sizes = {name: config[name] for name in ('width', 'layers', 'heads', 'kv_heads', *MODEL_DEFAULTS)}
+sizes = {name: config[name] for name in SHAPE[1:]}
 shape = model_config(size, channels or encode.dim, encode.grid, 0, **sizes)
 k_max = shape['k_max']
 if K < 1 or K & (K - 1) or K > k_max:
@@ -193,17 +241,17 @@ if os.path.abspath(out_dir) == os.getcwd():
 
 # data
 sets = {}
+config['datasets'] = ''
 for kind, episodes, demo_seed in (('labelled', 300, 1), ('unlabelled', 100, 2)):
     if config[kind] == f'demo/{kind}' and not os.path.isdir(config[kind]):
         say(f'writing the demo world to {config[kind]}')
-        if rank == 0:
-            data.write_demo(config[kind], episodes, kind == 'labelled', demo_seed)
-        if ddp:
-            dist.barrier()
+        data.write_demo(config[kind], episodes, kind == 'labelled', demo_seed)
     keys = action if kind == 'labelled' else 'none'
     sets[kind] = data.open_sets(config[kind], camera, keys, fps, action_mode, rotation, cache_gb)
     names = [f'{ds.name}:{ds.weight}' if ds.weight else ds.name for ds in sets[kind]]
     config[kind] = ','.join(names)
+    for ds in sets[kind]:
+        config['datasets'] += f'{kind} {ds.fingerprint()[:12]}:{ds.weight}, '
 for ds in sets['labelled']:
     if not ds.action_dim:
         sys.exit(f'--labelled: {ds.name} has no actions (features: {", ".join(ds.features)}); '
@@ -223,6 +271,38 @@ clips.count_faults({}, max_bad)
 batches = data.Lengths(clips, long_clips, long_share)
 shape['action_dim'] = clips.A
 
+if resume:
+    fixed = {'camera', 'action', 'action_mode', 'rotation', 'fps', 'frameskip', 'frames',
+             'long_frames', 'long_share', 'val_share', 'labelled_share', 'batch_size', 'seed',
+             *LATENTS, 'size', 'objective', 'cache', 'store', 'cache_gb',
+             'datasets'}        # by content: they may have moved
+    for name, now in config.items():
+        then = old.get(name, now)
+        if now != then and name in fixed:
+            sys.exit(f'--{name}: {now!r} cannot go on from {ckpt}, which has {then!r}')
+        if now != then and name != 'resume':
+            say(f'resume: {name} was {then}, now {now}')
+    for name, now in shape.items():
+        then = saved.config[name]
+        if now != then:
+            sys.exit(f'--{name}: {now} cannot go on from {ckpt}, which has {then}')
+elif rank == 0:
+    owner = data.own(out_dir)
+    if os.path.exists(ckpt) or os.path.exists(log):     # no earlier run is lost
+        for i in itertools.count(1):
+            aside = f'{out_dir.rstrip("/")}.{i}'
+            if not os.path.exists(aside):
+                break
+        os.mkdir(aside)
+        for name in {*os.listdir(out_dir)} - {'.lock'}:
+            os.rename(f'{out_dir}/{name}', f'{aside}/{name}')
+        say(f'{out_dir} held an earlier run: it is now {aside}')
+if ddp:
+    if rank == 0:
+        meeting.set('checked', '')
+    backend = 'nccl' if device.type == 'cuda' else 'gloo'
+    dist.init_process_group(backend, store=meeting, rank=rank, world_size=world)
+
 
 def normalised(batch, T=None):
     """z, a, a_mask, z_mask of the first T frames of a batch (None: of all), on the device."""
@@ -237,7 +317,7 @@ def normalised(batch, T=None):
 
 def measure(x):
     """What a checkpoint keeps beside the weights: the statistics of latents, from uint8 frames x,
-    and of actions, and the encoder's own tensors."""
+    and the encoder's own tensors."""
     if encode.fit is not None:
         encode.fit(x.to(device).float() / 255)
     z = encode_frames(encode, x, autocast).flatten(0, -2)          # (frames x N, width)
@@ -254,44 +334,47 @@ def measure(x):
     std = std ** whiten * std.square().mean().sqrt() ** (1 - whiten)
     std *= (z.std(dim=0) / std).square().mean().sqrt()      # 1.0: the variance of the data
     stats['z_std'] = std
-    stats |= {f'a_{name}': v for name, v in clips.action_stats().items()}
     return stats | {f'encoder.{name}': v for name, v in encode.stored().items()}
 
 
-if resume:
-    fixed = (*sets, 'camera', 'action', 'action_mode', 'rotation', 'fps', 'frameskip', 'frames',
-             'long_frames', 'long_share', 'val_share', 'labelled_share', 'batch_size', 'seed',
-             'encoder', 'layer', 'frame_height', 'frame_width', 'pool', 'channels', 'whiten',
-             'size', 'objective', 'cache', 'store', 'cache_gb')
-    for name in (*fixed, *config):
-        now, then = config[name], old.get(name)
-        if now != then and name in fixed:
-            sys.exit(f'--{name}: {now!r} cannot go on from {ckpt}, which has {then!r}')
-        if now != then and name != 'resume':
-            say(f'resume: {name} was {then}, now {now}')
-    for name, now in shape.items():
-        then = saved.config[name]
-        if now != then:
-            sys.exit(f'--{name}: {now} cannot go on from {ckpt}, which has {then}')
+if saved:       # its weights know latents of its statistics; those of actions are the data's
     stats = {name: v.to(device) for name, v in saved.stats.items()}
-    restore_stored(encode, stats)
 else:
     say('measuring the latents')
     stats = measure(clips.sample(64, 16))
+if not resume:
+    stats |= {f'a_{name}': v for name, v in clips.action_stats().items()}
 if compile and encode.fit is None:      # what is fitted is too small to gain
     encode.compile()
 if cache:
-    clips.tokens = data.cached_latents(clips.sets, encode, device, autocast, cache_dir, store,
-                                       workers, rank, world)
+    folder = cache_dir
+    part = rank, world
+    if world > 1 and not folder:        # memory that the processes of a machine share
+        folder = f'{out_dir}/latents@{socket.gethostname()}'
+        part = (int(os.environ.get(name, least))
+                for name, least in (('LOCAL_RANK', 0), ('LOCAL_WORLD_SIZE', 1)))
+    clips.tokens = data.cached_latents(clips.sets, encode, device, autocast, folder, store, workers,
+                                       *part)
     long_clips.tokens = clips.tokens
+    if folder != cache_dir:
+        dist.barrier()      # all have mapped the files, which stay until nobody has
+        shutil.rmtree(folder, ignore_errors=True)
 held_out = clips.held_out(eval_context + 20, eval_clips)
+if 'labelled' in held_out and len(held_out['labelled']['a']) < 2:
+    say("evaluation: one held-out clip has actions: without 'shuffled', those of another clip")
 
 # model and optimizer
 torch.manual_seed(seed)
 model = WorldModel(shape).to(device)
 ema_model = copy.deepcopy(model).requires_grad_(False).eval()
+if saved:
+    weights = saved.state_dict()
+    if saved.config['action_dim'] != clips.A:
+        weights.pop('a_in.weight', None)
+        say(f'{init} has actions of another width: what reads them begins anew')
+    for net in model, ema_model:
+        net.load_state_dict(net.state_dict() | weights)
 if resume:
-    model.load_state_dict(saved.state_dict())
     ema_model.load_state_dict(load(ckpt)[0].state_dict())
 if compile:
     compile_layers(model)
@@ -307,10 +390,11 @@ if fsdp:
         # where one has bootstrap rows
         fully_shard(block, mesh=mesh, reshard_after_forward=False, ignored_params=empty)
 elif ddp:
-    # buffers are constants; their broadcast in every forward would hang where one process alone has
-    # bootstrap rows
     ids = [device.index] if device.type == 'cuda' else None
-    parallel = torch.nn.parallel.DistributedDataParallel(model, ids, broadcast_buffers=False)
+    parallel = torch.nn.parallel.DistributedDataParallel(model, ids)
+    # buffers are constants; their broadcast in every forward would hang where one process alone has
+    # bootstrap rows. The option's name changes with the version of torch, this one does not.
+    parallel.broadcast_buffers = False
 
 
 def whole(x):
@@ -340,16 +424,8 @@ optimizer = torch.optim.AdamW(groups, learning_rate, (beta1, beta2),
                               fused=device.type in ('cpu', 'cuda'))
 rms = {name: torch.ones((), device=device) for name in ('flow', 'bootstrap', 'self_forcing')}
 step = 0
+skipped = 0
 if resume:
-    state = torch.load(optim, map_location=device, weights_only=True)
-    if state['step'] != saved.step and os.path.isfile(optim + '.new'):      # killed between renames
-        state = torch.load(optim + '.new', map_location=device, weights_only=True)
-    if state['world'] != world:
-        sys.exit(f'{optim} is of {state["world"]} processes, these are {world}: their batches '
-                 'differ')
-    if state['step'] != saved.step:
-        sys.exit(f'{optim} is of step {state["step"]}, {ckpt} of step {saved.step}: they do not '
-                 'belong together')
     order = []
     for group in optimizer.param_groups:
         order += group['params']
@@ -359,17 +435,12 @@ if resume:
     optimizer.load_state_dict(state['optimizer'])
     rms = dict(zip(rms, state['rms']))
     step = state['step']
-    del saved, state
-elif rank == 0 and (os.path.exists(ckpt) or os.path.exists(log)):       # no earlier run is lost
-    for i in itertools.count(1):
-        aside = f'{out_dir.rstrip("/")}.{i}'
-        if not os.path.exists(aside):
-            break
-    os.rename(out_dir, aside)
-    say(f'{out_dir} held an earlier run: it is now {aside}')
+    skipped = state['skipped']
 if rank == 0:
-    os.makedirs(out_dir, exist_ok=True)
-    journal = open(log, 'a', buffering=1)
+    with data.writing(log):
+        journal = open(log, 'a', buffering=1)
+        if resume:      # what was written after the last save comes again
+            journal.truncate(min(state['log'], journal.tell()))
 peak = data.peak_flops(device)
 tokens_per_frame = sum(frame_tokens(shape).values())
 for name, value in config.items():
@@ -393,8 +464,9 @@ def evaluate():
         actions = {'model': (a, a_mask)}
         if kind == 'labelled':
             actions['hidden'] = a, torch.zeros_like(a_mask)
-            # half a turn: neighbours are often of one episode, whose actions are alike
-            actions['shuffled'] = a.roll(len(a) // 2, 0), a_mask
+            if len(a) > 1:
+                # half a turn: neighbours are often of one episode, whose actions are alike
+                actions['shuffled'] = a.roll(len(a) // 2, 0), a_mask
         imagined = {'repeat': z[:, eval_context - 1:eval_context].expand(-1, 20, -1, -1)}
         with autocast:
             for method, a_and_mask in actions.items():
@@ -465,31 +537,74 @@ def summed(values):
     return dict(zip(values, total))
 
 
+def note(entry):
+    with data.writing(log):
+        print(json.dumps(entry), file=journal)
+
+
 def save_all():
     weights = whole(model.state_dict())
     state = optimizer.state_dict()
     state['state'] = whole(state['state'])
-    if rank == 0:
-        save(ckpt + '.new', model, config, dict(ema_model.named_parameters()), stats, step, weights)
-        scales = torch.stack([*rms.values()])
-        torch.save(dict(optimizer=state, rms=scales, step=step, world=world), optim + '.new')
-        for path in (ckpt, optim):
-            os.replace(path + '.new', path)
+    if rank:
+        return
+    scales = torch.stack([*rms.values()])
+    state = dict(optimizer=state, rms=scales, step=step, skipped=skipped, log=journal.tell())
+    save(ckpt + '.new', model, config, dict(ema_model.named_parameters()), stats, step, weights)
+    try:
+        torch.save(state, optim + '.new')
+    except (OSError, RuntimeError) as error:
+        sys.exit(f'{optim}: cannot be written ({one_line(error)}); what was there before stays')
+    for path in (ckpt, optim):
+        os.replace(path + '.new', path)
+
+
+def clips_of(step):
+    """'dataset episode:frame, ..' of a step's clips, or of those whose latents are not finite."""
+    source, number = batches.which(step)
+    names = []
+    wrong = []
+    for i, (s, e, start, _) in enumerate(source.picks_of_all(number)):
+        ds = source.sets[s]
+        names.append(f'{ds.name} {ds.episodes[e].index}:{start}')
+        z, *_ = normalised(default_collate([source.read_or_replace(number, i, [])]))
+        if not z.isfinite().all():
+            wrong.append(names[-1])
+    return ', '.join(wrong or names)
+
+
+def listen(end):
+    """The first signal is kept for the end of a step, the second ends this process at once.
+    Handlers in Python would wait for a long call, as of a backward pass, to return."""
+    while number := end.recv(1):
+        if number[0] not in SIGNALS:
+            continue
+        if signals:
+            os._exit(1)
+        signals.append(True)
+        say('saving at the end of this step; a second signal ends at once')
 
 
 # the loop
-signals = []
-for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, lambda *_: signals.append(True))
+SIGNALS = signal.SIGTERM, signal.SIGINT
+signals = []        # one has come
+near, far = socket.socketpair()
+far.setblocking(False)
+for number in SIGNALS:
+    signal.signal(number, lambda *_: None)
+signal.set_wakeup_fd(far.fileno())
+threading.Thread(target=listen, args=(near,), daemon=True).start()
 decoders = workers if cache_dir or not cache else 0       # latents in memory need no help
-loader = iter(torch.utils.data.DataLoader(
+loader = iter(DataLoader(
     batches, batch_size=None, sampler=range(step, max_steps), num_workers=decoders,
-    pin_memory=device.type == 'cuda', multiprocessing_context='fork' if decoders else None))
+    pin_memory=device.type == 'cuda', multiprocessing_context='fork' if decoders else None,
+    worker_init_fn=lambda _: os.setpgrp()))     # a signal to the group would end them first
 hide_bar = rank > 0 or not sys.stderr.isatty()
 bar = tqdm(total=max_steps, initial=step, disable=hide_bar, dynamic_ncols=True)
 options = {name: config[name] for name in OBJECTIVE} | dict(k_max=k_max)
 bad = torch.full((), -1, device=device)     # the first step whose loss is not finite, seen later
 stop = False
+asked = torch.zeros(())     # by signals, in all processes
 start = logged = step
 tokens = 0
 flops = 0.0
@@ -547,65 +662,70 @@ while step < max_steps and not stop:
     norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
     if fsdp:
         norm = norm.full_tensor()
-    optimizer.step()
+    metrics['stop'] = torch.full((), float(len(signals)), device=device)
+    metrics = {name: value / world for name, value in summed(metrics).items()}
+    before, asked = asked, metrics.pop('stop')
+    finite = metrics['loss'].isfinite() & norm.isfinite()
+    if skipped < skip_nonfinite and not finite:         # waits for the device
+        skipped += 1
+        if rank == 0:
+            print(f'step {step + 1}: the loss or its gradient is not finite: left out ({skipped} '
+                  f'of {skip_nonfinite}), in {clips_of(step)}', flush=True)
+    else:
+        optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(ema_shards, params, 1 - min(ema, (step + 1) / (step + 10)))
+            for name in rms.keys() & metrics.keys():
+                mean = rms[name].lerp(metrics[name].square(), 0.05)
+                rms[name] = torch.where(metrics[name].isnan(), rms[name], mean)
+        bad = torch.where((bad < 0) & ~finite, step + 1, bad)
     optimizer.zero_grad(set_to_none=True)
-    with torch.no_grad():
-        torch._foreach_lerp_(ema_shards, params, 1 - min(ema, (step + 1) / (step + 10)))
-        metrics = {name: value / world for name, value in summed(metrics).items()}
-        for name in rms.keys() & metrics.keys():
-            mean = rms[name].lerp(metrics[name].square(), 0.05)
-            rms[name] = torch.where(metrics[name].isnan(), rms[name], mean)
-        step += 1
-        finite = metrics['loss'].isfinite() & norm.isfinite()
-        bad = torch.where((bad < 0) & ~finite, step, bad)
+    step += 1
     # three forward passes, and two more for the teacher of bootstrap rows; not encoding, nor
     # self-forcing
     flops += (3 * B + 2 * n) * T * flops_per_frame(shape, T)
     tokens += B * world * T * tokens_per_frame
     bar.update()
 
-    if not ddp:
-        stop = bool(signals)
-    elif step % 10 == 0:        # all processes stop at the same step, or the others wait forever
-        flag = torch.tensor(float(len(signals)), device=device)
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        stop = bool(flag)
+    # all processes stop at the same step, or the others wait forever; what was asked in the step
+    # before is known without a wait for the device
+    stop = bool(before if ddp else signals)
     last = step == max_steps or stop
     if not last and all(step % n for n in (log_interval, save_interval, eval_interval)):
         continue                # nobody has waited for the device so far
     if bad >= 0:
+        if rank:
+            sys.exit(1)         # the first says it
         sys.exit(f'step {bad.item()}: the loss or its gradient is not finite; nothing has been '
-                 'saved since')
+                 f'saved since; it saw {clips_of(bad.item() - 1)}')
     seconds = time.perf_counter() - clock
     entry = dict(step=step)
     for name, value in zip(metrics, torch.stack([*metrics.values()]).tolist()):
-        entry[name] = None if math.isnan(value) else value      # no frame counted in it
+        entry[name] = value if math.isfinite(value) else None   # no frame counted in it
+    if skipped:
+        entry['skipped'] = skipped
     entry |= dict(lr=lr, tokens_per_s=tokens / seconds, mfu=None, memory_gb=None)
     if peak:
         entry['mfu'] = flops / seconds / peak
     if device.type == 'cuda':
         entry['memory_gb'] = torch.cuda.max_memory_allocated(device) / 1e9
     if rank == 0:
-        print(json.dumps(entry), file=journal)
-        if bar.disable:
-            texts = []
-            for name, value in entry.items():
-                if value is not None:
-                    texts.append(f'{name} {value:{",.0f" if name == "tokens_per_s" else ".4g"}}')
-            seconds /= step - logged
-            texts.append(f'{1000 * seconds:.0f} ms/step')
-            texts.append(f'{(max_steps - step) * seconds / 60:.1f} min left')
-            print(', '.join(texts), flush=True)
-        else:
-            bar.set_postfix_str(f'loss {entry["loss"]:.3f}')
+        note(entry)
+        texts = []
+        for name, value in entry.items():
+            if value is not None:
+                texts.append(f'{name} {value:{",.0f" if name == "tokens_per_s" else ".4g"}}')
+        seconds /= step - logged
+        texts.append(f'{1000 * seconds:.0f} ms/step')
+        texts.append(f'{(max_steps - step) * seconds / 60:.1f} min left')
+        bar.write(', '.join(texts), file=sys.stdout)
+        sys.stdout.flush()
     if fsdp and (step % save_interval == 0 or step % eval_interval == 0 or last):
         for p, piece in zip(ema_params, ema_shards):
             p.copy_(whole(piece))
-    if step % save_interval == 0 or last:
-        save_all()
     if rank == 0 and (step % eval_interval == 0 or step == max_steps) and not stop:
         val = evaluate()
-        print(json.dumps(dict(step=step, val=val)), file=journal)
+        note(dict(step=step, val=val))
         for kind, methods in val.items():
             texts = []
             for method, errors in methods.items():
@@ -614,6 +734,8 @@ while step < max_steps and not stop:
             texts = ', '.join(texts)
             bar.write(f'step {step}: {kind} error at 1/5/10/20 steps: {texts}', file=sys.stdout)
         sys.stdout.flush()
+    if step % save_interval == 0 or last:       # after the log: what is in it is not made again
+        save_all()
     logged = step
     tokens = 0
     flops = 0.0
@@ -624,5 +746,6 @@ if step < max_steps:
 else:
     say(f'trained {step} steps')
 say(f'wrote {ckpt}, {optim} and {log}')
+signal.set_wakeup_fd(-1)
 if ddp:
     dist.destroy_process_group()

@@ -30,6 +30,7 @@ def script(name, *options):
         return runpy.run_path(str(ROOT / name), run_name='__main__')
     finally:
         sys.argv = argv
+        signal.set_wakeup_fd(-1)
         for n, handler in handlers.items():
             signal.signal(n, handler)
 
