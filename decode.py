@@ -14,14 +14,13 @@ import sys
 
 import data     # before torch: it sets how threads wait
 
-import safetensors.torch
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import (encode_frames, load, pictures, read_tensors, restore_encoder, rollout, standard,
-                   unstandard)
+from model import (check_steps, encode_frames, load, pictures, read_tensors, restore_encoder,
+                   rollout, standard, unstandard, write_tensors)
 
 # --------------------------------------------------------------------------------------------------
 ckpt = 'out/ckpt.safetensors'
@@ -49,9 +48,7 @@ if channels < 16:
 device = data.pick_device(device)
 autocast = data.autocast(device, dtype)
 model, trained = load(ckpt, device)
-k_max = model.config['k_max']
-if K < 1 or K & (K - 1) or K > k_max:
-    sys.exit(f'--K={K}: wants a power of two up to {k_max}, the k_max that {ckpt} was trained with')
+check_steps(K, model.config['k_max'])
 encode = restore_encoder(trained, model.stats, encoder_path).to(device)
 out_dir = out_dir or os.path.dirname(ckpt) or '.'
 kind = 'labelled' if labelled or trained['labelled'] else 'unlabelled'
@@ -148,9 +145,7 @@ if train:       # on frozen latents: no gradient reaches the encoder or the worl
             if bar.disable:
                 print(f'decoder step {step + 1}: loss {loss:.5f}', flush=True)
     path = os.path.join(out_dir, 'decoder.safetensors')
-    tensors = {name: v.cpu().contiguous() for name, v in decoder.state_dict().items()}
-    safetensors.torch.save_file(tensors, path + '.tmp')
-    os.replace(path + '.tmp', path)
+    write_tensors(path, decoder.state_dict())
     print('wrote', path)
 
 decoder = load_decoder(out_dir, encode)

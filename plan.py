@@ -36,8 +36,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from model import (WorldModel, compile_layers, encode_frames, half_weights, load, pictures,
-                   remember, restore_encoder, rollout, standard, unstandard)
+from model import (WorldModel, check_steps, compile_layers, encode_frames, half_weights, load,
+                   pictures, remember, restore_encoder, rollout, standard, unstandard)
 
 # --------------------------------------------------------------------------------------------------
 ckpt = 'out/ckpt.safetensors'
@@ -345,12 +345,9 @@ class Planner:
         self.autocast = data.autocast(self.device, o.dtype)
         self.model, self.trained = load(ckpt, self.device)
         self.model.requires_grad_(False)
-        k_max = self.model.config['k_max']
+        check_steps(o.K, self.model.config['k_max'])
         if not self.model.config['action_dim']:
             sys.exit(f'{ckpt}: was trained without actions, there is nothing to search')
-        if o.K & (o.K - 1) or o.K > k_max:
-            sys.exit(f'--K={o.K}: wants a power of two up to {k_max}, the k_max that {ckpt} was '
-                     'trained with')
         self.make_fast()
         encoder = restore_encoder(self.trained, self.model.stats, o.encoder_path)
         self.encoder = encoder.to(self.device)
