@@ -23,6 +23,7 @@ import math
 import os
 import re
 import shutil
+import socket
 import sys
 import threading
 import time
@@ -33,6 +34,11 @@ from fractions import Fraction
 from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:         # Windows
+    import msvcrt
 
 # Before torch is loaded: OpenMP's threads wait for each other by spinning, for up to a tenth of a
 # second, and beside another busy process that takes away the core of the one they wait for.
@@ -131,6 +137,11 @@ def override(g, argv, presets={}):
         config[name] = value
         g[name] = value
     return config
+
+
+def given(argv):
+    """The names of the options that stand on a command line, whatever their values."""
+    return {arg.removeprefix('--').partition('=')[0] for arg in argv}
 
 
 def pick_device(name, index=0):
@@ -233,6 +244,90 @@ def reading(path):
             if f.read(30).startswith(b'version https://git-lfs'):
                 why = 'is a git-LFS pointer, not the file itself (git lfs pull)'
         raise Bad(why, path) from None
+
+
+# --------------------------------------------------------------------------------------------------
+# what is written: by one process, and aside until it is whole
+
+@contextmanager
+def writing(path):
+    """What the disk refuses in here ends the program with one line that names the path."""
+    try:
+        yield
+    except (OSError, av.FFmpegError) as error:
+        why = getattr(error, 'strerror', '') or ' '.join(str(error).split())
+        sys.exit(f'{path}: cannot be written ({why}): make room, or name another place')
+
+
+_locks = {}     # {path: open file}, what this process owns
+
+
+def _own_nothing():
+    for lock in _locks.values():
+        lock.close()        # the parent keeps its lock, but it must end with the parent
+    _locks.clear()
+
+
+if hasattr(os, 'fork'):
+    os.register_at_fork(after_in_child=_own_nothing)
+
+
+def own(folder, name='.lock'):
+    """Make a folder where there is none, and keep out other processes that ask for the same, until
+    the open file that this returns is closed or this process ends, in whatever way. One line ends
+    the program if another was first, or if nothing can be written there."""
+    path = os.path.join(os.path.realpath(folder), name)
+    if path in _locks and not _locks[path].closed:
+        return _locks[path]
+    with writing(folder):
+        os.makedirs(folder, exist_ok=True)
+        lock = open(path, 'a+b', buffering=0)
+        try:
+            _lock(lock)
+        except (BlockingIOError, PermissionError):
+            lock.seek(0)
+            who = lock.read().decode(errors='replace') or 'another process'
+            sys.exit(f'{folder}: {who}: give another folder, or wait')
+        except OSError as error:
+            warn(f'{folder}: nothing keeps another process out ({error.strerror})')
+        lock.truncate(0)
+        lock.write(f'process {os.getpid()} on host {socket.gethostname()} writes there since '
+                   f'{time.strftime("%Y-%m-%d %H:%M")}'.encode())
+    _locks[path] = lock
+    clear_left(folder)
+    return lock
+
+
+def _lock(file):
+    """Or BlockingIOError, or on Windows PermissionError."""
+    if 'fcntl' in globals():
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return
+    file.seek(1 << 20)      # others can read what is not locked
+    msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+
+
+def own_tmp(path):
+    """A name beside a path, of this process alone, for what os.replace then gives that path."""
+    return f'{path}.{os.getpid()}@{socket.gethostname()}.tmp'
+
+
+def clear_left(folder):
+    """Remove the files that killed processes left: an hour after they were written to."""
+    for left in glob.glob(glob.escape(str(folder)) + '/*@*.tmp'):
+        with suppress(OSError):     # others clear up as well
+            if time.time() - os.path.getmtime(left) > 3600:
+                os.remove(left)
+
+
+def free_name(path):
+    """path, or the first of path.1, path.2, .. that does not exist."""
+    name = path
+    i = 0
+    while os.path.lexists(name):
+        i += 1
+        name = f'{path}.{i}'
+    return name
 
 
 # --------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import json
 import math
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -169,6 +170,74 @@ def test_override_help(capsys):
     with pytest.raises(SystemExit) as error:
         data.override(constants(), ['-h'])
     assert error.value.code is None and capsys.readouterr().out.startswith('doc\n  --batch_size=8\n')
+
+
+def test_what_was_given():
+    assert data.given(['--a=1', '--b=', '--b=a=b', 'odd']) == {'a', 'b', 'odd'}
+
+
+# what is written ------------------------------------------------------------------------------------------------------
+
+OWNER = 'import sys, time, data; data.own(sys.argv[1]); print(1, flush=True); time.sleep(60)'
+
+
+@contextlib.contextmanager
+def owner(folder):
+    """Another process that owns a folder, until it is killed."""
+    child = subprocess.Popen([sys.executable, '-c', OWNER, str(folder)], cwd=ROOT, stdout=subprocess.PIPE)
+    try:
+        assert child.stdout.readline()
+        yield child
+    finally:
+        child.kill()
+        child.wait()
+        child.stdout.close()
+
+
+def test_a_folder_has_one_owner(tmp_path):
+    folder = tmp_path / 'new/out'
+    with owner(folder) as child:
+        says(lambda: data.own(folder), str(folder), f'process {child.pid} on host', 'since')
+        data.own(folder, '.other').close()
+    lock = data.own(folder)     # it was killed
+    assert data.own(f'{folder}/../out') is lock     # this process has it
+    worker = multiprocessing.get_context('fork').Process(target=time.sleep, args=(60,))
+    worker.start()
+    lock.close()
+    with owner(folder):         # which a worker does not keep
+        pass
+    worker.kill()
+
+
+@contextlib.contextmanager
+def full_disk():
+    """No file can grow."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / 'file').write_text('mine')
+    says(lambda: data.own(tmp_path / 'file'), f'{tmp_path}/file', 'cannot be written (File exists)')
+    says(lambda: data.own(tmp_path / 'file/out'), f'{tmp_path}/file/out', 'cannot be written (Not a directory)')
+    with full_disk():
+        says(lambda: data.own(tmp_path / 'out'), f'{tmp_path}/out', 'cannot be written (File too large)', 'make room')
+
+
+def test_temporary_files(tmp_path):
+    path = tmp_path / 'x.npy'
+    mine = Path(data.own_tmp(path))
+    assert mine.parent == tmp_path and mine.name.startswith('x.npy.') and str(os.getpid()) in mine.name
+    for file, age in ((mine, 3700), (tmp_path / 'y.1@h.tmp', 3500), (tmp_path / 'my.tmp', 3700)):
+        file.write_text('')
+        os.utime(file, (time.time() - age,) * 2)
+    data.own(tmp_path).close()
+    assert sorted(os.listdir(tmp_path)) == ['.lock', 'my.tmp', 'y.1@h.tmp']
+    assert data.free_name(path) == path and data.free_name(tmp_path / 'my.tmp') == f'{tmp_path}/my.tmp.1'
 
 
 # pictures and video ---------------------------------------------------------------------------------------------------
