@@ -255,56 +255,39 @@ def writing(path):
     try:
         yield
     except (OSError, av.FFmpegError) as error:
-        why = getattr(error, 'strerror', '') or ' '.join(str(error).split())
+        why = ' '.join(str(error).split())
         sys.exit(f'{path}: cannot be written ({why}): make room, or name another place')
 
 
-_locks = {}     # {path: open file}, what this process owns
-
-
-def _own_nothing():
-    for lock in _locks.values():
-        lock.close()        # the parent keeps its lock, but it must end with the parent
-    _locks.clear()
-
-
-if hasattr(os, 'fork'):
-    os.register_at_fork(after_in_child=_own_nothing)
+_locks = []     # open files; a lock ends with its process, however that ends
 
 
 def own(folder, name='.lock'):
     """Make a folder where there is none, and keep out other processes that ask for the same, until
-    the open file that this returns is closed or this process ends, in whatever way. One line ends
-    the program if another was first, or if nothing can be written there."""
-    path = os.path.join(os.path.realpath(folder), name)
-    if path in _locks and not _locks[path].closed:
-        return _locks[path]
+    the open file that this returns is closed. One line ends the program if another was first, or
+    if nothing can be written there."""
     with writing(folder):
         os.makedirs(folder, exist_ok=True)
-        lock = open(path, 'a+b', buffering=0)
+        lock = open(os.path.join(folder, name), 'a+b', buffering=0)
         try:
-            _lock(lock)
+            if 'fcntl' in globals():
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)    # a forked worker has it not
+            else:
+                lock.seek(1 << 20)      # others can read what is not locked
+                msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
         except (BlockingIOError, PermissionError):
             lock.seek(0)
-            who = lock.read().decode(errors='replace') or 'another process'
+            who = lock.read().decode() or 'another process'
             sys.exit(f'{folder}: {who}: give another folder, or wait')
-        except OSError as error:
-            warn(f'{folder}: nothing keeps another process out ({error.strerror})')
+        except OSError as error:        # of some network file systems
+            warn(f'{folder}: nothing keeps another process out ({error})')
         lock.truncate(0)
-        lock.write(f'process {os.getpid()} on host {socket.gethostname()} writes there since '
-                   f'{time.strftime("%Y-%m-%d %H:%M")}'.encode())
-    _locks[path] = lock
+        since = time.strftime('%Y-%m-%d %H:%M')
+        who = f'process {os.getpid()} on host {socket.gethostname()} writes there since {since}'
+        lock.write(who.encode())
+    _locks.append(lock)
     clear_left(folder)
     return lock
-
-
-def _lock(file):
-    """Or BlockingIOError, or on Windows PermissionError."""
-    if 'fcntl' in globals():
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return
-    file.seek(1 << 20)      # others can read what is not locked
-    msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
 
 
 def own_tmp(path):
@@ -318,16 +301,6 @@ def clear_left(folder):
         with suppress(OSError):     # others clear up as well
             if time.time() - os.path.getmtime(left) > 3600:
                 os.remove(left)
-
-
-def free_name(path):
-    """path, or the first of path.1, path.2, .. that does not exist."""
-    name = path
-    i = 0
-    while os.path.lexists(name):
-        i += 1
-        name = f'{path}.{i}'
-    return name
 
 
 # --------------------------------------------------------------------------------------------------

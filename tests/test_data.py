@@ -200,7 +200,6 @@ def test_a_folder_has_one_owner(tmp_path):
         says(lambda: data.own(folder), str(folder), f'process {child.pid} on host', 'since')
         data.own(folder, '.other').close()
     lock = data.own(folder)     # it was killed
-    assert data.own(f'{folder}/../out') is lock     # this process has it
     worker = multiprocessing.get_context('fork').Process(target=time.sleep, args=(60,))
     worker.start()
     lock.close()
@@ -222,10 +221,10 @@ def full_disk():
 
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / 'file').write_text('mine')
-    says(lambda: data.own(tmp_path / 'file'), f'{tmp_path}/file', 'cannot be written (File exists)')
-    says(lambda: data.own(tmp_path / 'file/out'), f'{tmp_path}/file/out', 'cannot be written (Not a directory)')
+    says(lambda: data.own(tmp_path / 'file'), f'{tmp_path}/file', 'cannot be written', 'File exists')
+    says(lambda: data.own(tmp_path / 'file/out'), f'{tmp_path}/file/out', 'cannot be written', 'Not a directory')
     with full_disk():
-        says(lambda: data.own(tmp_path / 'out'), f'{tmp_path}/out', 'cannot be written (File too large)', 'make room')
+        says(lambda: data.own(tmp_path / 'out'), f'{tmp_path}/out', 'cannot be written', 'File too large', 'make room')
 
 
 def test_temporary_files(tmp_path):
@@ -237,7 +236,6 @@ def test_temporary_files(tmp_path):
         os.utime(file, (time.time() - age,) * 2)
     data.own(tmp_path).close()
     assert sorted(os.listdir(tmp_path)) == ['.lock', 'my.tmp', 'y.1@h.tmp']
-    assert data.free_name(path) == path and data.free_name(tmp_path / 'my.tmp') == f'{tmp_path}/my.tmp.1'
 
 
 # pictures and video ---------------------------------------------------------------------------------------------------
