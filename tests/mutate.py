@@ -188,7 +188,7 @@ MUTATIONS = [
     ('data.py', "torch.from_numpy(ds.stats['mean'])",
      "torch.from_numpy(self.labelled[0].stats['mean'][:ds.action_dim])",
      'test_data.py normalised_padded'),
-    ('data.py', "((clip['a'] - mean) / std).clamp(-5, 5)", "((clip['a'] - mean) / std)",
+    ('data.py', "(clip['a'] - mean) / std", "((clip['a'] - mean) / std).clamp(-5, 5)",
      'test_data.py normalised_padded'),
     ('data.py', 'sum(weights[s:kind.stop])', 'sum(weights[kind.start:kind.stop])',
      'test_data.py ranks_together'),
