@@ -505,7 +505,7 @@ SIZES = {  # width, layers, heads, kv_heads; parameters without the encoder, whi
 }
 
 CONFIG_DEFAULTS = dict(     # what planning and decoding read of a run, where it has no such option
-    encoder_hash='', encoder_path='', layer=-1, frame_height=0, frame_width=0, pool=1, labelled='',
+    encoder_path='', layer=-1, frame_height=0, frame_width=0, pool=1, labelled='',
     unlabelled='', camera='', action='', fps=0.0, action_mode='absolute', rotation='euler',
     cache_gb=50.0, val_share=0.1, eval_context=2)
 
@@ -1358,9 +1358,12 @@ def restore_encoder(config, stats, path=''):
     encoder = load_encoder(config['encoder'], path or config['encoder_path'], config['layer'],
                            config['frame_height'], config['frame_width'], config['pool'])
     restore_stored(encoder, stats)
-    if config['encoder_hash'] not in ('', encoder.hash):
+    known = config.get('encoder_hash', encoder.hash)
+    if known != encoder.hash:
         sys.exit(f'--encoder_path={path or config["encoder_path"]}: other weights of {encoder.name} '
-                 f'(hash {encoder.hash}) than those of training ({config["encoder_hash"]})')
+                 f'(hash {encoder.hash}) than those of training ({known})')
+    if encoder.hash and 'encoder_hash' not in config:
+        print('the checkpoint is too old to tell which weights its encoder had: not compared')
     return encoder
 
 

@@ -20,6 +20,7 @@ import importlib
 import itertools
 import json
 import math
+import mimetypes
 import os
 import re
 import runpy
@@ -54,7 +55,8 @@ horizon = 5             # model steps
 samples = 64            # candidates per iteration; adam: starts
 elites = 8              # the best of them, which the next iteration is drawn from
 iterations = 5
-init_std = 1.0          # of the first candidates of a search, in units of the actions' std
+init_std = 1.0          # of the first candidates of a search, in units of the actions' std: wider
+                        # where the data's range is beyond five of these
 warm_std = 0.0          # where a search begins from the last plan; 0 = init_std
 min_std = 0.05          # in units of the actions' std, so that the search does not collapse
 beta = 2.0              # the noise has power 1 / f^beta over a plan's rows; 0 = white
@@ -312,10 +314,11 @@ def plan(model, z_ctx, a_ctx, z_goal, o, seed=0, low=-5.0, high=5.0, a_mask=None
     std = o.init_std if mean is None else o.warm_std or o.init_std
     mean = to_rows(z_ctx.new_zeros(E, o.horizon, A) if mean is None else mean, rows, width)
     carried = None if carried is None else to_rows(carried, rows, width)
+    std = std * (torch.maximum(-low, high) / 5).clamp(min=1)    # for what is rare and large
     search = dict(cem=cem, icem=icem, mppi=mppi, adam=adam)[o.method]
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        actions, costs, elites = search(cost, mean, torch.full_like(mean, std), low, high, o,
+        actions, costs, elites = search(cost, mean, std.expand_as(mean), low, high, o,
                                         generator, deadline, carried)
     elites = to_steps(elites, rows, A)
     return to_steps(actions, rows, A), dict(cost=costs, elites=elites, imagine=imagine)
@@ -366,7 +369,7 @@ class Planner:
 
     def read_mask(self, path):
         """How white a picture is where the tokens are (N,)."""
-        white = data.read_image(path, self.frame_size).float().mean(dim=0)[None]       # (1, H, W)
+        white = self.seen(picture(path)[None]).float().mean(dim=1)                     # (1, H, W)
         white = F.adaptive_avg_pool2d(white, self.encoder.grid).flatten()
         if not white.any():
             sys.exit(f'--mask={path}: is black, wants white where the goal counts')
@@ -389,6 +392,7 @@ class Planner:
         self.a_std = rows('a_std')
         self.a_low = rows('a_low')
         self.a_high = rows('a_high')
+        self.camera = stats.get('a_camera', torch.zeros(i + 1, 2))[i].tolist()     # height, width
         # constant dimensions stay at their mean
         self.scale = torch.where(self.a_std > 1e-6, self.a_std, torch.inf)
 
@@ -407,10 +411,18 @@ class Planner:
         self.done = []          # rows executed since the context's last frame
         self.queue = []         # rows planned and not yet executed
 
+    def seen(self, x):
+        """uint8 frames (n, H, W, 3) as the encoder sees them (n, 3, height, width)."""
+        H, W = x.shape[1:3]
+        height, width = self.camera
+        if width and aspects_differ((H, W), self.camera):
+            data.warn(f'pictures of {W} x {H} pixels are squeezed otherwise than those of training, '
+                      f'which were {width:g} x {height:g}')
+        return data.resize(torch.as_tensor(x).permute(0, 3, 1, 2), self.frame_size)
+
     def latents(self, x):
         """Normalised latents (.., N, D) of uint8 frames (.., H, W, 3)."""
-        x = torch.as_tensor(x)
-        flat = data.resize(x.flatten(0, -4).permute(0, 3, 1, 2), self.frame_size)
+        flat = self.seen(x.reshape(-1, *x.shape[-3:]))
         z = encode_frames(self.encoder, flat, self.autocast)
         return standard(z, self.model.stats).unflatten(0, x.shape[:-3])
 
@@ -422,7 +434,7 @@ class Planner:
     def normalised(self, rows):
         """The inverse of physical, as rows (.., frameskip, width)."""
         rows = torch.as_tensor(rows, dtype=torch.float32)
-        return ((rows - self.a_mean) / self.scale).clamp(-5, 5).to(self.device)
+        return ((rows - self.a_mean) / self.scale).to(self.device)
 
     def begin(self, z):
         """Latents (E, Tc, N, D) of the past, between which nobody knows the actions."""
@@ -439,16 +451,17 @@ class Planner:
                              f'({self.trained["eval_context"]} of them, {self.frameskip} apart)')
         self.begin(self.latents(frames[:, n - self.past::self.frameskip]))
         if actions is not None and self.past > 1:
-            rows = np.asarray(actions)[:, 1 - self.past:].reshape(E, -1, self.frameskip, self.width)
+            rows = actions[:, 1 - self.past:].reshape(E, -1, self.frameskip, self.width)
             self.a[:, 1:, :self.used] = self.normalised(rows).flatten(2)
             self.known[:, 1:] = True
 
     def see_next(self, frames, actions):
         """One more frame (E, 1, H, W, 3), and the row that was executed where it is not the planned
         one."""
-        assert frames.shape[1] == 1, f'{frames.shape[1]} frames after one action'
+        if frames.shape[1] != 1:
+            raise ValueError(f'{frames.shape[1]} frames after one action: wants one')
         if actions is not None:
-            self.done[-1] = np.asarray(actions)
+            self.done[-1] = actions
         if len(self.done) < self.frameskip:
             return
         self.z = torch.cat((self.z[:, 1:], self.latents(frames)), dim=1)
@@ -473,6 +486,9 @@ class Planner:
             self.last_plan, info = plan(self.model, self.z, self.a, self.z_goal, o, seed,
                                         self.normalised(self.a_low), self.normalised(self.a_high),
                                         self.known, mean, carried, self.tokens)
+        if not info['cost'].isfinite().all():
+            self.reset()
+            raise ValueError('the model imagines numbers that are not finite: no action is better')
         self.last_elites = info['elites']
         rows = self.physical(self.last_plan[:, :o.replan]).flatten(1, 2).numpy()
         self.queue = list(rows.swapaxes(0, 1))
@@ -505,6 +521,15 @@ class Planner:
             frames = frames.reshape(1, -1, *frames.shape[-3:])
             actions = None if actions is None else np.asarray(actions)[None]
             return self.act(frames, goal[None], actions)[0]
+        E = len(goal if self.z is None else self.z)
+        for name, x in (('frames', frames[:, 0]), ('goal', goal)):
+            if x.dtype != np.uint8 or x.ndim != 4 or len(x) != E or x.shape[3] != 3:
+                raise ValueError(f'{name} {x.dtype} {x.shape}: wants uint8 ({E}, H, W, 3)')
+        if actions is not None:
+            actions = np.asarray(actions, float)
+            wants = (E, self.width) if self.z is not None else (E, frames.shape[1] - 1, self.width)
+            if actions.shape != wants or not np.isfinite(actions).all():
+                raise ValueError(f'actions {actions.shape}: wants finite numbers {wants}')
         if aspects_differ(frames.shape[2:], goal.shape[1:]):
             raise ValueError(
                 f'the goal picture is {goal.shape[2]} x {goal.shape[1]} pixels, the frames are '
@@ -1055,6 +1080,7 @@ def evaluate(o):
     sims = robots(o, planner)
     sim = sims[0]
     check_robot(o, planner, sim)
+    folder = own_folder(o)
     rng = np.random.default_rng(o.seed + 1_000_000)               # of no dataset
     questions = [question(world, i, rng, o.goals, o.goal_steps, planner.past)
                  for i, world in enumerate(sims)]
@@ -1087,8 +1113,7 @@ def evaluate(o):
     report = dict(env=o.env, episodes=o.episodes, budget_steps=o.budget, goals=o.goals,
                   goal_steps=o.goal_steps, seed=o.seed, methods=methods)
     print(json.dumps(report))
-    folder = folder_of(o)
-    with open(f'{folder}/plan.json', 'w') as f:
+    with data.writing(folder), open(f'{folder}/plan.json', 'w') as f:
         json.dump(report, f, indent=1)
     data.write_video(f'{folder}/plan.mp4', video, min(sim.fps, 10))
     print(f'wrote {folder}/plan.json and {folder}/plan.mp4')
@@ -1100,10 +1125,10 @@ def picture(path):
     return data.read_image(path).permute(1, 2, 0).numpy()
 
 
-def folder_of(o):
-    """Where results go, made where it is not there."""
+def own_folder(o):
+    """Where results go, and no other process writes."""
     folder = o.out_dir or os.path.dirname(o.ckpt) or '.'
-    os.makedirs(folder, exist_ok=True)
+    data.own(folder)
     return folder
 
 
@@ -1123,6 +1148,7 @@ def plan_once(o):
         if aspects_differ(x.shape, goal.shape):
             sys.exit(f'--goal={o.goal}: is {goal.shape[1]} x {goal.shape[0]} pixels, '
                      f'--start={o.start} {x.shape[1]} x {x.shape[0]}: wants the same aspect')
+    folder = own_folder(o)
     with torch.no_grad():
         planner.begin(torch.cat([planner.latents(x[None]) for x in frames])[None])
         planner.z_goal = planner.latents(goal[None])
@@ -1137,8 +1163,8 @@ def plan_once(o):
                          channel_weights(planner.model)).tolist()
     print(f'{len(rows)} actions in {planner.seconds[0]:.2f} s, {planner.iterations[0]} iterations; '
           f'latent distance to the goal {now:.4f} now, {then:.4f} imagined at the end')
-    folder = folder_of(o)
-    np.save(f'{folder}/plan.npy', rows)
+    with data.writing(folder):
+        np.save(f'{folder}/plan.npy', rows)
     z = unstandard(torch.cat((z_now, z, planner.z_goal)), planner.model.stats)
     shown = pictures(z, planner.encoder)
     goals = shown[-1:].expand_as(shown[:-1])
@@ -1148,17 +1174,29 @@ def plan_once(o):
 
 
 def arriving(folder):
-    """The paths of a folder's pictures in order of their names, also of those that are still to
-    come."""
+    """(path, picture) of a folder's pictures in order of their names, also of those that are still
+    to come. What cannot be read may be half written: it has two seconds from its last change."""
     seen = set()
+    since = {}
     while True:
-        for path in sorted(glob.glob(os.path.join(glob.escape(folder), '*.[pj][np]g'))):
-            if path in seen:
+        for path in sorted({*glob.glob(os.path.join(glob.escape(folder), '*'))} - seen):
+            kind = mimetypes.guess_type(path, strict=False)[0] or ''
+            if not kind.startswith('image/'):
+                data.warn(f'{folder}: *{os.path.splitext(path)[1]} are no pictures by their name')
+                seen.add(path)
                 continue
-            if time.time() - os.path.getmtime(path) < 0.1:      # perhaps still being written
-                break
+            try:
+                x = picture(path)
+            except SystemExit as why:
+                state = path, os.path.exists(path) and os.path.getsize(path)
+                now = time.monotonic()
+                if now < since.setdefault(state, now) + 2:
+                    break
+                print(f'{why}: skipped', flush=True)
+                x = None
             seen.add(path)
-            yield path
+            if x is not None:
+                yield path, x
         time.sleep(0.02)
 
 
@@ -1173,8 +1211,8 @@ def watch_folder(o):
           flush=True)
     frames = []
     wanted = planner.past
-    for path in arriving(o.watch):
-        frames.append(picture(path))
+    for path, x in arriving(o.watch):
+        frames.append(x)
         if len(frames) < wanted:
             continue
         begun = time.perf_counter()
