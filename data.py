@@ -1845,7 +1845,7 @@ class Clips:
 
     def action_stats(self):
         """{mean, std, low and high: (labelled datasets, A) of raw actions of a model step; width
-        and rows: (n,); camera: height and width of frames (n, 2)}."""
+        and rows: (n,)}."""
         out = {}
         for name, key in ('mean', 'mean'), ('std', 'std'), ('low', 'min'), ('high', 'max'):
             out[name] = torch.zeros(len(self.labelled), self.A)
@@ -1854,10 +1854,6 @@ class Clips:
                 row[:len(values)] = values
         out['width'] = torch.tensor([ds.action_dim * self.frameskip for ds in self.labelled])
         out['rows'] = torch.tensor([ds.rows_each * self.frameskip for ds in self.labelled])
-        out['camera'] = torch.zeros(len(self.labelled), 2)
-        for row, ds in zip(out['camera'], self.labelled):
-            shape = ds.features[ds.camera].get('shape') or [0, 0, 3]
-            row[:] = torch.tensor(shape[1:] if shape[0] == 3 else shape[:2])
         return out
 
 

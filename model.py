@@ -241,10 +241,10 @@ NAMES = {       # what is replaced, from the first line to the last
 
 def official(state):
     """{key: tensor} under ViT's names, from a file of Meta, Hugging Face (as stored or in memory)
-    or timm. Of a teacher and its student the teacher: it is what publishers give away."""
-    if 'teacher.' in ' '.join(state):
-        state = {key: value for key, value in state.items() if 'student.' not in key}
-    state = {re.sub(PREFIX, '', key): value for key, value in state.items()}
+    or timm."""
+    # a student first: its teacher, which is what publishers give away, replaces it
+    keys = sorted(state, key=lambda key: 'student.' not in key)
+    state = {re.sub(PREFIX, '', key): state[key] for key in keys}
     if 'reg_token' in state and 'pos_embed' in state:   # timm adds the class token's to it
         state['pos_embed'] = F.pad(state['pos_embed'], (0, 0, 1, 0))
     state = {rename(key): value for key, value in state.items() if not re.match(UNUSED, key)}
@@ -297,9 +297,8 @@ def read_tensors(file):
 
 def inner_state(state, file):
     """The weights in what training scripts save: the teacher's, else of the only model."""
-    names = ('teacher', 'student', 'model', 'state_dict', 'model_state_dict', 'model_ema',
-             'state_dict_ema', 'ema', 'backbone')
-    inner = [name for name in names if isinstance(state.get(name), dict)]
+    names = 'teacher student model state_dict model_state_dict model_ema state_dict_ema ema'
+    inner = [name for name in names.split() if isinstance(state.get(name), dict)]
     if len(inner) > 1 and inner[0] != 'teacher':
         sys.exit(f'{file}: has {" and ".join(inner)}: save the one that is wanted alone')
     return inner_state(state[inner[0]], file) if inner else state
@@ -373,7 +372,10 @@ class Encoder(nn.Module):
         self.dim = vit.norm.weight.shape[0]
         self.patch = vit.patch
         self.grid = (size // vit.patch // pool, width // vit.patch // pool)
-        self.hash = weights_hash(vit)
+        digest = hashlib.sha256()       # of no buffers: not all files have the periods
+        for p in vit.parameters():
+            digest.update(p.detach().flatten().view(torch.uint8).numpy())
+        self.hash = digest.hexdigest()[:16]
         moments = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])      # ImageNet's
         if name.endswith('_sat'):
             moments = torch.tensor([[0.430, 0.411, 0.296], [0.213, 0.156, 0.143]])
@@ -469,15 +471,6 @@ def load_vit(vit, name, path):
     vit.load_state_dict({key: state[key].float() for key in state}, assign=True)
 
 
-def weights_hash(module):
-    """16 hexadecimal digits of the parameters, however their file named them."""
-    digest = hashlib.sha256()
-    for name, p in sorted(module.named_parameters()):
-        digest.update(name.encode())
-        digest.update(p.detach().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
-
-
 @torch.no_grad()
 def encode_frames(encoder, x, autocast):
     """Raw latents (.., N, D), float32 on the encoder's device, of uint8 frames x (.., 3, H, W), 64
@@ -505,9 +498,9 @@ SIZES = {  # width, layers, heads, kv_heads; parameters without the encoder, whi
 }
 
 CONFIG_DEFAULTS = dict(     # what planning and decoding read of a run, where it has no such option
-    encoder_path='', layer=-1, frame_height=0, frame_width=0, pool=1, labelled='',
-    unlabelled='', camera='', action='', fps=0.0, action_mode='absolute', rotation='euler',
-    cache_gb=50.0, val_share=0.1, eval_context=2)
+    encoder='pixels', encoder_path='', layer=-1, frame_height=0, frame_width=0, pool=1, frames=4,
+    labelled='', unlabelled='', camera='', action='', fps=0.0, action_mode='absolute',
+    rotation='euler', cache_gb=50.0, val_share=0.1, frameskip=2, eval_context=2)
 
 MODEL_DEFAULTS = dict(      # what a checkpoint gets that was made before there was such an entry
     registers=4,            # learned tokens of each frame that belong to no patch
@@ -1294,41 +1287,43 @@ def load(path, device='cpu', ema=True):
             tensors = {k: f.get_tensor(k).clone() for k in f.keys()}
     except Exception as e:      # missing, cut short, something else: one line, whatever it is
         sys.exit(f'{path}: not a readable checkpoint ({one_line(e)})')
-    if not {'config', 'model', 'step'} <= metadata.keys():
-        sys.exit(f'{path}: a safetensors file, but not a checkpoint of train.py')
     for name, v in tensors.items():
         if not v.isfinite().all():
             sys.exit(f'{path}: {name} is not finite')
     averages = take_prefix(tensors, 'ema.')
     stats = take_prefix(tensors, 'stats.')
     try:
-        shape = complete(path, json.loads(metadata['model']), MODEL_DEFAULTS)
-        config = complete(path, json.loads(metadata['config']), CONFIG_DEFAULTS)
+        shape = json.loads(metadata['model'])
+        config = json.loads(metadata['config'])
         step = int(metadata['step'])
+        for given, defaults in ((shape, MODEL_DEFAULTS), (config, CONFIG_DEFAULTS)):
+            for name in defaults.keys() - given.keys():
+                given[name] = defaults[name]
+                print(f'{path}: is older than the option {name}: takes {name}={given[name]}')
         with torch.device('meta'):      # the file's tensors become the parameters
             model = WorldModel(shape)
         model.load_state_dict(tensors | averages if ema else tensors, assign=True)
         model.init_rope()
-    except Exception as e:      # of another version, or damaged: as many ways
-        sys.exit(f'{path}: not a whole checkpoint ({one_line(e)})')
+    except Exception as e:      # another file, of another version, damaged: as many ways
+        sys.exit(f'{path}: not a checkpoint of train.py, or not a whole one ({one_line(e)})')
     model.stats = stats
     model.step = step
     return model.to(device).eval(), config
-
-
-def complete(path, given, defaults):
-    """What a checkpoint says, and defaults for what there was not when it was saved."""
-    new = {k: v for k, v in defaults.items() if k not in given}
-    if new:
-        print(f'{path}: is older than some options, which are '
-              + ', '.join(f'{k}={v}' for k, v in new.items()))
-    return given | new
 
 
 def take_prefix(tensors, prefix):
     """The tensors of these names, without the prefix, out of a dict."""
     names = [k for k in tensors if k.startswith(prefix)]
     return {k.removeprefix(prefix): tensors.pop(k) for k in names}
+
+
+def robot_stats(stats, i, path):
+    """What the checkpoint at path knows of the actions of its labelled dataset i, {name: tensor}.
+    """
+    known = len(stats['a_width'])
+    if i >= known:
+        sys.exit(f'--robot={i}: {path} knows {known} labelled datasets, counted from 0')
+    return {k.removeprefix('a_'): v[i].cpu() for k, v in stats.items() if k.startswith('a_')}
 
 
 def standard(z, stats):
@@ -1351,17 +1346,13 @@ def unstandard(z, stats):
 def restore_encoder(config, stats, path=''):
     """The encoder that a checkpoint was trained with: config and model.stats are load's; path
     replaces its file."""
-    needed = 'encoder frames frameskip z_mean z_std a_mean a_std a_low a_high a_width a_rows'
-    lost = [name for name in needed.split() if name not in config | stats]
-    if lost:
-        sys.exit(f'the checkpoint lacks {", ".join(lost)}')
     encoder = load_encoder(config['encoder'], path or config['encoder_path'], config['layer'],
                            config['frame_height'], config['frame_width'], config['pool'])
     restore_stored(encoder, stats)
     known = config.get('encoder_hash', encoder.hash)
     if known != encoder.hash:
-        sys.exit(f'--encoder_path={path or config["encoder_path"]}: other weights of {encoder.name} '
-                 f'(hash {encoder.hash}) than those of training ({known})')
+        sys.exit(f'--encoder_path={path or config["encoder_path"]}: has other weights than training '
+                 f'had: their hash is {encoder.hash}, not {known}')
     if encoder.hash and 'encoder_hash' not in config:
         print('the checkpoint is too old to tell which weights its encoder had: not compared')
     return encoder

@@ -38,7 +38,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from model import (WorldModel, check_steps, compile_layers, encode_frames, half_weights, load,
-                   pictures, remember, restore_encoder, rollout, standard, unstandard)
+                   pictures, remember, restore_encoder, robot_stats, rollout, standard, unstandard)
 
 # --------------------------------------------------------------------------------------------------
 ckpt = 'out/ckpt.safetensors'
@@ -280,8 +280,7 @@ def plan(model, z_ctx, a_ctx, z_goal, o, seed=0, low=-5.0, high=5.0, a_mask=None
     low, high: bounds, numbers or (rows, width): an action is so many rows of the dataset with so
     many numbers each, and zeros up to A. mean (E, horizon, A) and carried (E, n, up to horizon, A):
     where to begin, the last plan and its elites, shifted. tokens (N,): their weights.
-    info: 'cost' (iterations, E), 'elites', 'imagine': actions (E, M, H, A) -> (E, M, H, N, D).
-    """
+    info: 'cost' (iterations, E), 'elites', 'imagine': actions (E, M, H, A) -> (E, M, H, N, D)."""
     deadline = time.perf_counter() + o.budget_ms / 1000 if o.budget_ms else math.inf
     E, Tc, A = a_ctx.shape
     rows, width = np.shape(low) or (1, A)
@@ -369,7 +368,7 @@ class Planner:
 
     def read_mask(self, path):
         """How white a picture is where the tokens are (N,)."""
-        white = self.seen(picture(path)[None]).float().mean(dim=1)                     # (1, H, W)
+        white = data.read_image(path, self.frame_size).float().mean(dim=0)[None]       # (1, H, W)
         white = F.adaptive_avg_pool2d(white, self.encoder.grid).flatten()
         if not white.any():
             sys.exit(f'--mask={path}: is black, wants white where the goal counts')
@@ -377,22 +376,17 @@ class Planner:
 
     def read_actions(self, ckpt):
         """What the checkpoint knows of the robot's actions."""
-        stats = self.model.stats
-        i = self.o.robot
-        if i >= len(stats['a_mean']):
-            sys.exit(f'--robot={i}: {ckpt} knows {len(stats["a_mean"])} labelled datasets, counted '
-                     'from 0')
-        self.used = int(stats['a_width'][i])            # of the padded width
-        self.frameskip = int(stats['a_rows'][i])        # dataset rows in a model step
+        stats = robot_stats(self.model.stats, self.o.robot, ckpt)
+        self.used = int(stats['width'])                 # of the padded width
+        self.frameskip = int(stats['rows'])             # dataset rows in a model step
         self.width = self.used // self.frameskip        # numbers in a row
 
         def rows(name):
-            return stats[name][i, :self.used].cpu().view(self.frameskip, self.width)
-        self.a_mean = rows('a_mean')
-        self.a_std = rows('a_std')
-        self.a_low = rows('a_low')
-        self.a_high = rows('a_high')
-        self.camera = stats.get('a_camera', torch.zeros(i + 1, 2))[i].tolist()     # height, width
+            return stats[name][:self.used].view(self.frameskip, self.width)
+        self.a_mean = rows('mean')
+        self.a_std = rows('std')
+        self.a_low = rows('low')
+        self.a_high = rows('high')
         # constant dimensions stay at their mean
         self.scale = torch.where(self.a_std > 1e-6, self.a_std, torch.inf)
 
@@ -411,18 +405,15 @@ class Planner:
         self.done = []          # rows executed since the context's last frame
         self.queue = []         # rows planned and not yet executed
 
-    def seen(self, x):
-        """uint8 frames (n, H, W, 3) as the encoder sees them (n, 3, height, width)."""
-        H, W = x.shape[1:3]
-        height, width = self.camera
-        if width and aspects_differ((H, W), self.camera):
-            data.warn(f'pictures of {W} x {H} pixels are squeezed otherwise than those of training, '
-                      f'which were {width:g} x {height:g}')
-        return data.resize(torch.as_tensor(x).permute(0, 3, 1, 2), self.frame_size)
-
     def latents(self, x):
         """Normalised latents (.., N, D) of uint8 frames (.., H, W, 3)."""
-        flat = self.seen(x.reshape(-1, *x.shape[-3:]))
+        x = torch.as_tensor(x)
+        H, W = x.shape[-3:-1]
+        if aspects_differ((H, W), self.frame_size):
+            height, width = self.frame_size
+            data.warn(f'pictures of {W} x {H} pixels are squeezed to {width} x {height}: right if '
+                      'those of training were')
+        flat = data.resize(x.flatten(0, -4).permute(0, 3, 1, 2), self.frame_size)
         z = encode_frames(self.encoder, flat, self.autocast)
         return standard(z, self.model.stats).unflatten(0, x.shape[:-3])
 
@@ -522,9 +513,9 @@ class Planner:
             actions = None if actions is None else np.asarray(actions)[None]
             return self.act(frames, goal[None], actions)[0]
         E = len(goal if self.z is None else self.z)
-        for name, x in (('frames', frames[:, 0]), ('goal', goal)):
-            if x.dtype != np.uint8 or x.ndim != 4 or len(x) != E or x.shape[3] != 3:
-                raise ValueError(f'{name} {x.dtype} {x.shape}: wants uint8 ({E}, H, W, 3)')
+        for x in (frames, goal[:, None]):
+            if x.dtype != np.uint8 or x.ndim != 5 or x.shape[::4] != (E, 3):
+                raise ValueError(f'pictures {x.dtype} {x.shape}: wants uint8 ({E}, n, H, W, 3)')
         if actions is not None:
             actions = np.asarray(actions, float)
             wants = (E, self.width) if self.z is not None else (E, frames.shape[1] - 1, self.width)
@@ -1182,21 +1173,16 @@ def arriving(folder):
         for path in sorted({*glob.glob(os.path.join(glob.escape(folder), '*'))} - seen):
             kind = mimetypes.guess_type(path, strict=False)[0] or ''
             if not kind.startswith('image/'):
-                data.warn(f'{folder}: *{os.path.splitext(path)[1]} are no pictures by their name')
-                seen.add(path)
                 continue
             try:
-                x = picture(path)
+                yield path, picture(path)
             except SystemExit as why:
                 state = path, os.path.exists(path) and os.path.getsize(path)
                 now = time.monotonic()
                 if now < since.setdefault(state, now) + 2:
                     break
                 print(f'{why}: skipped', flush=True)
-                x = None
             seen.add(path)
-            if x is not None:
-                yield path, x
         time.sleep(0.02)
 
 
