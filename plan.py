@@ -277,10 +277,11 @@ def plan(model, z_ctx, a_ctx, z_goal, o, seed=0, low=-5.0, high=5.0, a_mask=None
 
     z_ctx (E, Tc, N, D), z_goal (E, N, D): normalised latents. a_ctx (E, Tc, A): a_ctx[:, t] is what
     led to z_ctx[:, t], where a_mask (E, Tc) says that it is known (by default all but the first).
-    low, high: bounds, numbers or (rows, width): an action is so many rows of the dataset with so
-    many numbers each, and zeros up to A. mean (E, horizon, A) and carried (E, n, up to horizon, A):
-    where to begin, the last plan and its elites, shifted. tokens (N,): their weights.
-    info: 'cost' (iterations, E), 'elites', 'imagine': actions (E, M, H, A) -> (E, M, H, N, D)."""
+    low, high: bounds, numbers or (rows, width): an action is so many rows of so many numbers, and
+    zeros up to A. mean (E, horizon, A) and carried (E, n, up to horizon, A): where to begin, the
+    last plan and its elites, shifted. tokens (N,): their weights.
+    info: 'cost' (iterations, E), 'elites', 'imagine': actions (E, M, H, A) -> (E, M, H, N, D).
+    """
     deadline = time.perf_counter() + o.budget_ms / 1000 if o.budget_ms else math.inf
     E, Tc, A = a_ctx.shape
     rows, width = np.shape(low) or (1, A)
@@ -313,7 +314,7 @@ def plan(model, z_ctx, a_ctx, z_goal, o, seed=0, low=-5.0, high=5.0, a_mask=None
     std = o.init_std if mean is None else o.warm_std or o.init_std
     mean = to_rows(z_ctx.new_zeros(E, o.horizon, A) if mean is None else mean, rows, width)
     carried = None if carried is None else to_rows(carried, rows, width)
-    std = std * (torch.maximum(-low, high) / 5).clamp(min=1)    # for what is rare and large
+    std = std * (torch.maximum(-low, high) / 2 - 1.5).clamp(min=1)      # 1.0 within 5
     search = dict(cem=cem, icem=icem, mppi=mppi, adam=adam)[o.method]
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
