@@ -285,19 +285,22 @@ def read_tensors(file):
             state |= read_tensors(part)
         return state
     if not os.path.isfile(file):
-        sys.exit(f'{file}: no such file of weights, nor a folder with .safetensors in it')
+        sys.exit(f'--encoder_path={file}: no such file, nor a folder with .safetensors in it')
     try:
         if file.endswith('.safetensors'):
             return safetensors.torch.load_file(file)
         state = inner_state(torch.load(file, map_location='cpu', weights_only=True), file)
     except Exception as e:      # a damaged file fails in as many ways as it has readers
         sys.exit(f'{file}: cannot be read as weights ({one_line(e)})')
-    return {k: v for k, v in state.items() if torch.is_tensor(v)}
+    tensors = {k: v for k, v in state.items() if torch.is_tensor(v)}
+    if not tensors:
+        sys.exit(f'{file}: no weights in it, but {", ".join(map(str, state))[:160]}')
+    return tensors
 
 
 def inner_state(state, file):
     """The weights in what training scripts save: the teacher's, else of the only model."""
-    names = 'teacher student model state_dict model_state_dict model_ema state_dict_ema ema'
+    names = 'teacher student model state_dict model_state_dict model_ema state_dict_ema backbone'
     inner = [name for name in names.split() if isinstance(state.get(name), dict)]
     if len(inner) > 1 and inner[0] != 'teacher':
         sys.exit(f'{file}: has {" and ".join(inner)}: save the one that is wanted alone')
@@ -1300,6 +1303,8 @@ def load(path, device='cpu', ema=True):
             for name in defaults.keys() - given.keys():
                 given[name] = defaults[name]
                 print(f'{path}: is older than the option {name}: takes {name}={given[name]}')
+        if max(shape['layers'], shape['wide_layers'], *shape['grid']) > 999:
+            raise ValueError('of an absurd size')
         with torch.device('meta'):      # the file's tensors become the parameters
             model = WorldModel(shape)
         model.load_state_dict(tensors | averages if ema else tensors, assign=True)

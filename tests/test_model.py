@@ -236,7 +236,7 @@ def test_each_mistake_is_one_line(tiny, tmp_path):
     assert ends('tiny2', file, layer=3) == '--layer=3: tiny2 has blocks 0 to 2 (-1 is the last)'
     assert ends('tiny2', file, layer=-4).startswith('--layer=-4: ')
     assert ends('tiny2', 'nowhere.safetensors') == (
-        'nowhere.safetensors: no such file of weights, nor a folder with .safetensors in it')
+        '--encoder_path=nowhere.safetensors: no such file, nor a folder with .safetensors in it')
 
     wrong = put('wrong.safetensors', {**state, 'blocks.0.attn.qkv.weight': torch.zeros(192, 65)})
     assert ends('tiny2', wrong) == f'{wrong}: blocks.0.attn.qkv.weight is (192, 65), tiny2 wants (192, 64)'
@@ -253,6 +253,8 @@ def test_each_mistake_is_one_line(tiny, tmp_path):
     for value, kind in ((torch.full((64,), float('nan')), 'float32'), (torch.zeros(64, dtype=torch.int8), 'int8')):
         odd = put('odd.safetensors', {**state, 'norm.bias': value})
         assert ends('tiny2', odd) == f'{odd}: norm.bias is torch.{kind} and not finite floats'
+    torch.save({'network': state, 'epoch': 3}, tmp_path / 'none.pth')
+    assert 'none.pth: no weights in it, but network, epoch' in ends('tiny2', str(tmp_path / 'none.pth'))
     torch.save({'model': state, 'model_ema': state}, tmp_path / 'two.pth')
     assert 'two.pth: has model and model_ema: save the one' in ends('tiny2', str(tmp_path / 'two.pth'))
     assert ends('tiny3', file).startswith(f'{file}: ')
@@ -1206,7 +1208,7 @@ def test_save_then_load(tmp_path, capsys):
     assert all(torch.equal(v, kept[k]) for k, v in again.state_dict().items())
 
 
-@pytest.mark.parametrize('broken', ['keys', 'tensors', 'width', 'layers', 'json', 'types', 'nan'])
+@pytest.mark.parametrize('broken', ['keys', 'tensors', 'width', 'layers', 'absurd', 'grid', 'json', 'types', 'nan'])
 def test_what_is_no_whole_checkpoint_is_one_line(tmp_path, broken):
     net, path = world(), tmp_path / 'ckpt.safetensors'
     tensors = net.state_dict()
@@ -1219,6 +1221,8 @@ def test_what_is_no_whole_checkpoint_is_one_line(tmp_path, broken):
         tensors['a_base'] = tensors['a_base'] * float('nan')
     texts |= {'width': dict(model=json.dumps(net.config | dict(width=1 << 20))), 'json': dict(config='{'),
               'layers': dict(model=json.dumps(net.config | dict(layers=5))),
+              'absurd': dict(model=json.dumps(net.config | dict(layers=1 << 40))),
+              'grid': dict(model=json.dumps(net.config | dict(grid=[1 << 40, 1]))),
               'types': dict(model=json.dumps(net.config | dict(heads='x')))}.get(broken, {})
     safetensors.torch.save_file({k: v.contiguous() for k, v in tensors.items()}, path, texts)
     words = 'a_base is not finite' if broken == 'nan' else 'not a checkpoint of train.py, or not a whole one'
