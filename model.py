@@ -379,10 +379,11 @@ class Encoder(nn.Module):
         for p in vit.parameters():
             digest.update(p.detach().flatten().view(torch.uint8).numpy())
         self.hash = digest.hexdigest()[:16]
-        moments = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])      # ImageNet's
+        moments = [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]    # ImageNet's
         if name.endswith('_sat'):
-            moments = torch.tensor([[0.430, 0.411, 0.296], [0.213, 0.156, 0.143]])
-        self.register_buffer('mean_std', moments.view(2, 3, 1, 1), persistent=False)
+            moments = [[0.430, 0.411, 0.296], [0.213, 0.156, 0.143]]
+        moments = torch.tensor(moments).view(2, 3, 1, 1)
+        self.register_buffer('mean_std', moments, persistent=False)
 
     def forward(self, x):
         assert x.is_floating_point(), f'frames are float in [0, 1], got {x.dtype}'
@@ -458,20 +459,21 @@ def load_vit(vit, name, path):
     if said and said[-1] != source:
         sys.exit(f'{path}: weights of {said[-1]}, {name} has those of {source}: names of encoders '
                  'with _sat at their end are of sat493m')
+    missing = f'missing (there are {", ".join([*tensors][:3])}, ..)'
     state = official(tensors)
+    tensors.clear()     # large ones are held once
     expected = vit.state_dict()
     if 'periods' in expected:
         # Meta's are rounded to bfloat16, which moves features by 4e-4: use what was trained with
         state.setdefault('periods', vit.periods)
     for key in dict.fromkeys([*expected, *state]):
-        missing = f'missing (there are {", ".join([*tensors][:3])}, ..)'
         got = tuple(state[key].shape) if key in state else missing
         wants = tuple(expected[key].shape) if key in expected else 'no such weight'
         if got != wants:
             sys.exit(f'{path}: {key} is {got}, {name} wants {wants}')
-        if not state[key].is_floating_point() or not state[key].float().isfinite().all():
-            sys.exit(f'{path}: {key} is {state[key].dtype} and not finite floats')
-    vit.load_state_dict({key: state[key].float() for key in state}, assign=True)
+        if not state[key].float().isfinite().all():
+            sys.exit(f'{path}: {key} is not finite')
+    vit.load_state_dict({key: state.pop(key).float() for key in list(state)}, assign=True)
 
 
 @torch.no_grad()
@@ -1313,7 +1315,7 @@ def load(path, device='cpu', ema=True):
         sys.exit(f'{path}: not a checkpoint of train.py, or not a whole one ({one_line(e)})')
     model.stats = stats
     model.step = step
-    return model.to(device).eval(), config
+    return model.to(device).float().eval(), config      # some halve files
 
 
 def take_prefix(tensors, prefix):
@@ -1356,8 +1358,8 @@ def restore_encoder(config, stats, path=''):
     restore_stored(encoder, stats)
     known = config.get('encoder_hash', encoder.hash)
     if known != encoder.hash:
-        sys.exit(f'--encoder_path={path or config["encoder_path"]}: has other weights than training '
-                 f'had: their hash is {encoder.hash}, not {known}')
+        sys.exit(f'--encoder_path={path or config["encoder_path"]}: has other weights than those '
+                 f'of training: their hash is {encoder.hash}, not {known}')
     if encoder.hash and 'encoder_hash' not in config:
         print('the checkpoint is too old to tell which weights its encoder had: not compared')
     return encoder

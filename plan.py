@@ -316,12 +316,11 @@ def plan(model, z_ctx, a_ctx, z_goal, o, seed=0, low=-5.0, high=5.0, a_mask=None
     carried = None if carried is None else to_rows(carried, rows, width)
     std = std * (torch.maximum(-low, high) / 2 - 1.5).clamp(min=1)      # 1.0 within 5
     search = dict(cem=cem, icem=icem, mppi=mppi, adam=adam)[o.method]
-    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         actions, costs, elites = search(cost, mean, std.expand_as(mean), low, high, o,
-                                        generator, deadline, carried)
-    elites = to_steps(elites, rows, A)
-    return to_steps(actions, rows, A), dict(cost=costs, elites=elites, imagine=imagine)
+                                        torch.Generator().manual_seed(seed), deadline, carried)
+    info = dict(cost=costs, elites=to_steps(elites, rows, A), imagine=imagine)
+    return to_steps(actions, rows, A), info
 
 
 # --------------------------------------------------------------------------------------------------
@@ -409,11 +408,9 @@ class Planner:
     def latents(self, x):
         """Normalised latents (.., N, D) of uint8 frames (.., H, W, 3)."""
         x = torch.as_tensor(x)
-        H, W = x.shape[-3:-1]
-        if aspects_differ((H, W), self.frame_size):
-            height, width = self.frame_size
-            data.warn(f'pictures of {W} x {H} pixels are squeezed to {width} x {height}: right if '
-                      'those of training were')
+        if aspects_differ(x.shape[-3:-1], self.frame_size):
+            data.warn(f'pictures of {x.shape[-2]} x {x.shape[-3]} pixels are squeezed to '
+                      f'{self.frame_size[1]} x {self.frame_size[0]}: right if training did')
         flat = data.resize(x.flatten(0, -4).permute(0, 3, 1, 2), self.frame_size)
         z = encode_frames(self.encoder, flat, self.autocast)
         return standard(z, self.model.stats).unflatten(0, x.shape[:-3])
@@ -515,7 +512,7 @@ class Planner:
             return self.act(frames, goal[None], actions)[0]
         E = len(goal if self.z is None else self.z)
         for x in (frames, goal[:, None]):
-            if x.dtype != np.uint8 or x.ndim != 5 or x.shape[::4] != (E, 3):
+            if x.dtype != np.uint8 or x.shape[::4] != (E, 3):
                 raise ValueError(f'pictures {x.dtype} {x.shape}: wants uint8 ({E}, n, H, W, 3)')
         if actions is not None:
             actions = np.asarray(actions, float)
@@ -1057,13 +1054,6 @@ def check_loop(o):
 # --------------------------------------------------------------------------------------------------
 # the programs
 
-def speed(planner, E):
-    """What the report says of the searches of a planner."""
-    seconds = np.mean(planner.seconds).item() / E
-    return dict(seconds_per_plan=seconds, plans_per_second=1 / seconds,
-                iterations=float(np.mean(planner.iterations)))
-
-
 def evaluate(o):
     """The closed loop: questions, the planner beside baselines, plan.json and plan.mp4. Returns the
     report."""
@@ -1091,7 +1081,9 @@ def evaluate(o):
         asked = questions[:len(worlds)]
         poses, executed, shown, goals = play(who.act, worlds, asked, o.budget, True)
         row, reached = score(worlds, asked, poses, executed)
-        methods[name] = row | speed(who, len(worlds))
+        seconds = np.mean(who.seconds).item() / len(worlds)
+        methods[name] = row | dict(seconds_per_plan=seconds, plans_per_second=1 / seconds,
+                                   iterations=np.mean(who.iterations).item())
         if name == 'model':
             video = film(shown, goals, reached)
         if name.startswith('model, '):

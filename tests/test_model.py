@@ -250,9 +250,8 @@ def test_each_mistake_is_one_line(tiny, tmp_path):
     other = put('other.safetensors', {'features.0.weight': torch.zeros(64, 3, 3, 3)})
     assert ends('tiny2', other) == (
         f'{other}: cls_token is missing (there are features.0.weight, ..), tiny2 wants (1, 1, 64)')
-    for value, kind in ((torch.full((64,), float('nan')), 'float32'), (torch.zeros(64, dtype=torch.int8), 'int8')):
-        odd = put('odd.safetensors', {**state, 'norm.bias': value})
-        assert ends('tiny2', odd) == f'{odd}: norm.bias is torch.{kind} and not finite floats'
+    odd = put('odd.safetensors', {**state, 'norm.bias': torch.full((64,), float('nan'))})
+    assert ends('tiny2', odd) == f'{odd}: norm.bias is not finite'
     torch.save({'network': state, 'epoch': 3}, tmp_path / 'none.pth')
     assert 'none.pth: no weights in it, but network, epoch' in ends('tiny2', str(tmp_path / 'none.pth'))
     torch.save({'model': state, 'model_ema': state}, tmp_path / 'two.pth')
@@ -1201,6 +1200,10 @@ def test_save_then_load(tmp_path, capsys):
         path.write_bytes(content)
         with pytest.raises(SystemExit, match='not a readable checkpoint'):
             model.load(path)
+    half = {k: v.half() for k, v in net.state_dict().items()}
+    texts = dict(config=json.dumps(config), model=json.dumps(net.config), step='3')
+    safetensors.torch.save_file(half, path, texts)
+    assert all(torch.equal(v, half[k].float()) for k, v in model.load(path)[0].state_dict().items())
     path.write_bytes(whole)
     kept = {k: v.clone() for k, v in old.state_dict().items()}
     again = model.load(path)[0]
@@ -1242,7 +1245,7 @@ def test_another_encoder_than_that_of_training_is_refused(tiny, tmp_path, capsys
     assert model.restore_encoder(config, {}).hash == hash and not capsys.readouterr().out
     for path in (other, ''):
         config['encoder_path'] = file if path else other
-        with pytest.raises(SystemExit, match=f'--encoder_path={other}: has other weights than training had'):
+        with pytest.raises(SystemExit, match=f'--encoder_path={other}: has other weights than those of training'):
             model.restore_encoder(config, {}, path)
     pixels = model.load_encoder('pixels')
     stats = {f'encoder.{k}': v for k, v in pixels.stored().items()}
