@@ -1285,6 +1285,8 @@ def load(path, device='cpu', ema=True):
     """model, config of a checkpoint: a WorldModel in eval mode with the averaged weights where
     there are any (ema=False: the trained ones), with .stats ({name: tensor}) and .step; config is
     what save was given, and CONFIG_DEFAULTS."""
+    if not os.path.isfile(path):        # a pipe, for one, would be waited for
+        sys.exit(f'{path}: not a readable checkpoint (no such file)')
     try:
         with safetensors.safe_open(path, 'pt', device=str(device)) as f:
             metadata = f.metadata() or {}
@@ -1305,7 +1307,11 @@ def load(path, device='cpu', ema=True):
             for name in defaults.keys() - given.keys():
                 given[name] = defaults[name]
                 print(f'{path}: is older than the option {name}: takes {name}={given[name]}')
-        if max(shape['layers'], shape['wide_layers'], *shape['grid']) > 999:
+            for name, value in defaults.items():
+                if type(given[name]) is not type(value):
+                    raise TypeError(f'{name} is {given[name]}')
+        sizes = [config[name] for name in ('frame_height', 'frame_width', 'eval_context')]
+        if max(shape['layers'], shape['wide_layers'], *shape['grid'], *sizes) > 4096:
             raise ValueError('of an absurd size')
         with torch.device('meta'):      # the file's tensors become the parameters
             model = WorldModel(shape)
