@@ -1783,8 +1783,7 @@ class Clips:
     step) alone, and every rank has its part of them.
 
     A batch holds x (B, T, 3, H, W) uint8, or z (B, T, N, D) float16 once `tokens` are set (see
-    cached_latents); a (B, T, A) normalised by each dataset's mean and std, clipped at +-5, padded
-    to the widest; a_mask, z_mask (B, T); and `faults`, for count_faults. Of any 1/labelled_share
+    cached_latents); a (B, T, A) normalised by each dataset's mean and std, padded to the widest; a_mask, z_mask (B, T); and `faults`, for count_faults. Of any 1/labelled_share
     consecutive clips exactly one is labelled. All datasets of a kind share clips exactly, by
     duration or the weights given; every window of one is seen once before any again. Cameras are
     drawn by weight. A clip that cannot be read is replaced by one of its
@@ -1888,8 +1887,7 @@ class Clips:
             mean = torch.from_numpy(ds.stats['mean']).repeat(self.frameskip)
             std = torch.from_numpy(ds.stats['std']).repeat(self.frameskip)
             known = clip['a_mask'][:, None] & (std > 1e-6)      # one that never moves stays 0
-            normalised = ((clip['a'] - mean) / std).clamp(-5, 5)
-            a[:, :len(mean)] = torch.where(known, normalised, 0.0)
+            a[:, :len(mean)] = torch.where(known, (clip['a'] - mean) / std, 0.0)
         else:
             clip['a_mask'] = torch.zeros(T, dtype=torch.bool)
         clip['a'] = a

@@ -14,20 +14,21 @@ import sys
 
 import data     # before torch: it sets how threads wait
 
-import safetensors.torch
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import (encode_frames, load, pictures, read_tensors, restore_encoder, rollout, standard,
-                   unstandard)
+from model import (check_steps, encode_frames, load, pictures, read_tensors, restore_encoder,
+                   robot_stats, rollout, standard, unstandard, write_tensors)
 
 # --------------------------------------------------------------------------------------------------
 ckpt = 'out/ckpt.safetensors'
 out_dir = ''                # '' = the folder of the checkpoint
 encoder_path = ''           # the encoder's weights; '' = where training found them
 labelled = ''               # datasets to look at; '' = those of training
+unlabelled = ''             # or without their actions
+robot = 0                   # whose actions labelled has: number of training's dataset, from 0
 rows = 4                    # clips
 steps = 20                  # imagined frames of each
 K = 4                       # denoising steps per frame
@@ -49,21 +50,28 @@ if channels < 16:
 device = data.pick_device(device)
 autocast = data.autocast(device, dtype)
 model, trained = load(ckpt, device)
-k_max = model.config['k_max']
-if K < 1 or K & (K - 1) or K > k_max:
-    sys.exit(f'--K={K}: wants a power of two up to {k_max}, the k_max that {ckpt} was trained with')
+check_steps(K, model.config['k_max'])
 encode = restore_encoder(trained, model.stats, encoder_path).to(device)
 out_dir = out_dir or os.path.dirname(ckpt) or '.'
-kind = 'labelled' if labelled or trained['labelled'] else 'unlabelled'
-action = trained['action'] if kind == 'labelled' else 'none'
-sets = data.open_sets(labelled or trained[kind], trained['camera'], action, trained['fps'],
-                      trained['action_mode'], trained['rotation'], trained['cache_gb'])
+kind = 'unlabelled'
+action = 'none'
+if model.config['action_dim'] and (labelled or trained['labelled'] and not unlabelled):
+    kind = 'labelled'
+    action = trained['action']
+sets = data.open_sets(labelled or unlabelled or trained[kind], trained['camera'], action,
+                      trained['fps'], trained['action_mode'], trained['rotation'],
+                      trained['cache_gb'])
 of_kind = {'labelled': [], 'unlabelled': [], kind: sets}
 clips = data.Clips(of_kind['labelled'], of_kind['unlabelled'], trained['frames'],
                    trained['frameskip'], (encode.size, encode.width), 1, 1.0, trained['val_share'])
-if clips.A != model.config['action_dim']:
-    sys.exit(f'--labelled: actions are {clips.A} wide per model step, '
-             f'{ckpt} was trained on {model.config["action_dim"]}')
+for i, ds in enumerate(of_kind['labelled']):        # normalised as in training, whatever is in it
+    ds.stats = robot_stats(model.stats, robot if labelled else i, ckpt)
+    if ds.action_dim * trained['frameskip'] != ds.stats['width']:
+        sys.exit(f'--labelled: {ds.name} has actions {clips.A} wide per model step, this robot of '
+                 f'{ckpt} {ds.stats["width"]}: --robot names another')
+    for name in ('mean', 'std'):
+        ds.stats[name] = ds.stats[name][:ds.action_dim].numpy()
+clips.A = model.config['action_dim']
 
 
 class Decoder(nn.Module):
@@ -119,7 +127,7 @@ def get_lr(step):
     return learning_rate * min(1, (step + 1) / 50) * cosine / 2
 
 
-os.makedirs(out_dir, exist_ok=True)
+data.own(out_dir)
 if train:       # on frozen latents: no gradient reaches the encoder or the world model
     per_episode = 16
     x = clips.sample(-(-train_frames // per_episode), per_episode)
@@ -148,9 +156,7 @@ if train:       # on frozen latents: no gradient reaches the encoder or the worl
             if bar.disable:
                 print(f'decoder step {step + 1}: loss {loss:.5f}', flush=True)
     path = os.path.join(out_dir, 'decoder.safetensors')
-    tensors = {name: v.cpu().contiguous() for name, v in decoder.state_dict().items()}
-    safetensors.torch.save_file(tensors, path + '.tmp')
-    os.replace(path + '.tmp', path)
+    write_tensors(path, decoder.state_dict())
     print('wrote', path)
 
 decoder = load_decoder(out_dir, encode)

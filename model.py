@@ -14,6 +14,7 @@ arXiv:2309.16588) and DINOv3 (arXiv:2508.10104) for the encoders.
 import difflib
 import functools
 import glob
+import hashlib
 import json
 import math
 import os
@@ -65,29 +66,33 @@ class SwiGLU(nn.Module):
 #   size, width         height and width in pixels of the frames that it sees; others are resized
 #   patch, grid, dim    side of a patch in pixels; rows and columns of the tokens; D
 #   layer, pool         what the user chose of a ViT: latents on disk are keyed by both
+#   hash                of the weights as loaded, in every checkpoint; '' where stored() has them
 #   fit(x)              learns from training frames, floats (n, 3, H, W); None: nothing to learn
 #   stored()            what a checkpoint must keep: its state dict, or {} where a file has it
 #   decode(z)           tokens -> frames (B, 3, size, width) in [0, 1]; None: it has no inverse
 # and a new one is such a class and an `if` in load_encoder.
 
-# name: hub repository, then ViT's arguments: width, depth, heads, hidden, gated, registers, patch,
-# grid
-ENCODERS = {
-    'dinov2_vits14': ('facebook/dinov2-small', 384, 12, 6, 1536, False, 0, 14, 37),
-    'dinov2_vits14_reg': ('facebook/dinov2-with-registers-small', 384, 12, 6, 1536, False, 4, 14, 37),
-    'dinov2_vitb14': ('facebook/dinov2-base', 768, 12, 12, 3072, False, 0, 14, 37),
-    'dinov2_vitb14_reg': ('facebook/dinov2-with-registers-base', 768, 12, 12, 3072, False, 4, 14, 37),
-    'dinov2_vitl14': ('facebook/dinov2-large', 1024, 24, 16, 4096, False, 0, 14, 37),
-    'dinov2_vitl14_reg': ('facebook/dinov2-with-registers-large', 1024, 24, 16, 4096, False, 4, 14, 37),
-    'dinov2_vitg14': ('facebook/dinov2-giant', 1536, 40, 24, 4096, True, 0, 14, 37),
-    'dinov2_vitg14_reg': ('facebook/dinov2-with-registers-giant', 1536, 40, 24, 4096, True, 4, 14, 37),
-    'dinov3_vits16': ('facebook/dinov3-vits16-pretrain-lvd1689m', 384, 12, 6, 1536, False, 4, 16, 0),
-    'dinov3_vits16plus': ('facebook/dinov3-vits16plus-pretrain-lvd1689m', 384, 12, 6, 1536, True, 4, 16, 0),
-    'dinov3_vitb16': ('facebook/dinov3-vitb16-pretrain-lvd1689m', 768, 12, 12, 3072, False, 4, 16, 0),
-    'dinov3_vitl16': ('facebook/dinov3-vitl16-pretrain-lvd1689m', 1024, 24, 16, 4096, False, 4, 16, 0),
-    'dinov3_vith16plus': ('facebook/dinov3-vith16plus-pretrain-lvd1689m', 1280, 32, 20, 5120, True, 4, 16, 0),
-    'dinov3_vit7b16': ('facebook/dinov3-vit7b16-pretrain-lvd1689m', 4096, 40, 32, 8192, True, 4, 16, 0),
+VITS = {        # width, depth, heads, hidden, gated
+    's16': (384, 12, 6, 1536, False),
+    's16plus': (384, 12, 6, 1536, True),
+    'b16': (768, 12, 12, 3072, False),
+    'l16': (1024, 24, 16, 4096, False),
+    'h16plus': (1280, 32, 20, 5120, True),
+    '7b16': (4096, 40, 32, 8192, True),
+    'g16': (1536, 40, 24, 4096, True),      # of DINOv2 alone, which has s, b and l as well
 }
+ENCODERS = {}   # name: hub repository, then ViT's arguments: VITS' and registers, patch, grid
+for _size, _word in dict(s='small', b='base', l='large', g='giant').items():
+    _vit = VITS[f'{_size}16']
+    ENCODERS |= {
+        f'dinov2_vit{_size}14': (f'facebook/dinov2-{_word}', *_vit, 0, 14, 37),
+        f'dinov2_vit{_size}14_reg': (
+            f'facebook/dinov2-with-registers-{_word}', *_vit, 4, 14, 37)}
+for _size in ('s16', 's16plus', 'b16', 'l16', 'h16plus', '7b16'):
+    _repo = f'facebook/dinov3-vit{_size}-pretrain'
+    ENCODERS[f'dinov3_vit{_size}'] = (f'{_repo}-lvd1689m', *VITS[_size], 4, 16, 0)
+    if _size in ('l16', '7b16'):    # of satellite pictures, which are normalised in another way
+        ENCODERS[f'dinov3_vit{_size}_sat'] = (f'{_repo}-sat493m', *VITS[_size], 4, 16, 0)
 
 
 class ViTBlock(nn.Module):
@@ -187,7 +192,11 @@ class ViT(nn.Module):
 
 # The same weights go by three sets of names; official() takes them all to ViT's.
 
-PREFIX = r'^((module|teacher|backbone|model|dinov2|dinov2_with_registers|embeddings|encoder)\.)+'
+PREFIX = (      # what is left out of names
+    r'^((module|teacher|student|backbone|model|dinov2|dinov2_with_registers|embeddings|encoder|'
+    r'_orig_mod|_fsdp_wrapped_module)\.)+'
+    r'|\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.'
+    r'|(?<=blocks\.)\d+\.(?=\d)')     # of blocks in chunks
 UNUSED = r'^(mask_token$|rope_embeddings\.|local_cls_norm\.|((dino|ibot)_)?head\.|projectors\.)'
 NAMES = {       # what is replaced, from the first line to the last
     # Hugging Face: files keep older names (query, output.dense, weights_in) than models in memory
@@ -233,7 +242,9 @@ NAMES = {       # what is replaced, from the first line to the last
 def official(state):
     """{key: tensor} under ViT's names, from a file of Meta, Hugging Face (as stored or in memory)
     or timm."""
-    state = {re.sub(PREFIX, '', key): value for key, value in state.items()}
+    # a student first: its teacher, which is what publishers give away, replaces it
+    keys = sorted(state, key=lambda key: 'student.' not in key)
+    state = {re.sub(PREFIX, '', key): state[key] for key in keys}
     if 'reg_token' in state and 'pos_embed' in state:   # timm adds the class token's to it
         state['pos_embed'] = F.pad(state['pos_embed'], (0, 0, 1, 0))
     state = {rename(key): value for key, value in state.items() if not re.match(UNUSED, key)}
@@ -274,21 +285,26 @@ def read_tensors(file):
             state |= read_tensors(part)
         return state
     if not os.path.isfile(file):
-        sys.exit(f'{file}: no such file')
+        sys.exit(f'--encoder_path={file}: no such file, nor a folder with .safetensors in it')
     try:
         if file.endswith('.safetensors'):
             return safetensors.torch.load_file(file)
-        state = inner_state(torch.load(file, map_location='cpu', weights_only=True))
+        state = inner_state(torch.load(file, map_location='cpu', weights_only=True), file)
     except Exception as e:      # a damaged file fails in as many ways as it has readers
         sys.exit(f'{file}: cannot be read as weights ({one_line(e)})')
-    return {k: v for k, v in state.items() if torch.is_tensor(v)}
+    tensors = {k: v for k, v in state.items() if torch.is_tensor(v)}
+    if not tensors:
+        sys.exit(f'{file}: no weights in it, but {", ".join(map(str, state))[:160]}')
+    return tensors
 
 
-def inner_state(state):
-    for key in ('model', 'teacher', 'state_dict'):
-        if isinstance(state.get(key), dict):
-            return inner_state(state[key])
-    return state
+def inner_state(state, file):
+    """The weights in what training scripts save: the teacher's, else of the only model."""
+    names = 'teacher student model state_dict model_state_dict model_ema state_dict_ema backbone'
+    inner = [name for name in names.split() if isinstance(state.get(name), dict)]
+    if len(inner) > 1 and inner[0] != 'teacher':
+        sys.exit(f'{file}: has {" and ".join(inner)}: save the one that is wanted alone')
+    return inner_state(state[inner[0]], file) if inner else state
 
 
 def one_line(error):
@@ -303,6 +319,7 @@ class Pixels(nn.Module):
     hash = ''
     layer = -1
     pool = 1
+    hash = ''
 
     def __init__(self, size, width, patch, dim=24):
         super().__init__()
@@ -360,8 +377,15 @@ class Encoder(nn.Module):
         self.dim = vit.norm.weight.shape[0]
         self.patch = vit.patch
         self.grid = (size // vit.patch // pool, width // vit.patch // pool)
-        imagenet = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
-        self.register_buffer('mean_std', imagenet.view(2, 3, 1, 1), persistent=False)
+        digest = hashlib.sha256()       # of no buffers: not all files have the periods
+        for p in vit.parameters():
+            digest.update(p.detach().flatten().view(torch.uint8).numpy())
+        self.hash = digest.hexdigest()[:16]
+        moments = [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]    # ImageNet's
+        if name.endswith('_sat'):
+            moments = [[0.430, 0.411, 0.296], [0.213, 0.156, 0.143]]
+        moments = torch.tensor(moments).view(2, 3, 1, 1)
+        self.register_buffer('mean_std', moments, persistent=False)
 
     def forward(self, x):
         assert x.is_floating_point(), f'frames are float in [0, 1], got {x.dtype}'
@@ -427,16 +451,30 @@ def download_weights(name, repo):
 
 
 def load_vit(vit, name, path):
-    state = official(read_tensors(path))
+    tensors = read_tensors(path)
+    # DINOv3 of satellite pictures has the same shapes: its files' names tell, or what only its
+    # training used
+    source = 'sat493m' if name.endswith('_sat') else 'lvd1689m'
+    said = re.findall('sat493m|lvd1689m', path.lower())
+    if name == 'dinov3_vitl16' and 'local_cls_norm.' in ' '.join(tensors):
+        said.append('sat493m')
+    if said and said[-1] != source:
+        sys.exit(f'{path}: weights of {said[-1]}, {name} has those of {source}: names of encoders '
+                 'with _sat at their end are of sat493m')
+    missing = f'missing (there are {", ".join([*tensors][:3])}, ..)'
+    state = official(tensors)
+    tensors.clear()     # large ones are held once
     expected = vit.state_dict()
     if 'periods' in expected:
         # Meta's are rounded to bfloat16, which moves features by 4e-4: use what was trained with
         state.setdefault('periods', vit.periods)
-    for key in [*expected, *state]:
-        got = tuple(state[key].shape) if key in state else 'missing'
+    for key in dict.fromkeys([*expected, *state]):
+        got = tuple(state[key].shape) if key in state else missing
         wants = tuple(expected[key].shape) if key in expected else 'no such weight'
         if got != wants:
             sys.exit(f'{path}: {key} is {got}, {name} wants {wants}')
+        if not state[key].float().isfinite().all():
+            sys.exit(f'{path}: {key} is not finite')
     vit.load_state_dict({key: state.pop(key).float() for key in list(state)}, assign=True)
 
 
@@ -465,6 +503,11 @@ SIZES = {  # width, layers, heads, kv_heads; parameters without the encoder, whi
     'base': (768, 20, 12, 4),     # 120M
     'large': (1280, 24, 20, 4),   # 400M
 }
+
+CONFIG_DEFAULTS = dict(     # what planning and decoding read of a run, where it has no such option
+    encoder='pixels', encoder_path='', layer=-1, frame_height=0, frame_width=0, pool=1, frames=4,
+    labelled='', unlabelled='', camera='', action='', fps=0.0, action_mode='absolute',
+    rotation='euler', cache_gb=50.0, val_share=0.1, frameskip=2, eval_context=2)
 
 MODEL_DEFAULTS = dict(      # what a checkpoint gets that was made before there was such an entry
     registers=4,            # learned tokens of each frame that belong to no patch
@@ -499,6 +542,11 @@ def model_config(size, dim, grid, action_dim, **overrides):
     check('layers', c['layers'] >= 2, 'at least 2, the second is the first time layer')
     check('k_max', k_max > 1 and k_max & (k_max - 1) == 0, 'a power of two, 2 at least')
     return c
+
+
+def check_steps(K, k_max):
+    if K < 1 or K & (K - 1) or K > k_max:
+        sys.exit(f'--K={K}: wants a power of two up to {k_max}, the k_max of the model')
 
 
 def frame_tokens(c):
@@ -1215,43 +1263,82 @@ def save(path, model, config, ema={}, stats={}, step=0, weights=None):
     tensors = dict(weights or model.state_dict())
     tensors |= {f'ema.{k}': v for k, v in ema.items()}
     tensors |= {f'stats.{k}': v for k, v in stats.items()}
-    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     versions = dict(torch=torch.__version__, python=sys.version.split()[0])
     metadata = dict(config=json.dumps(config), model=json.dumps(model.config), step=str(step),
                     versions=json.dumps(versions))
-    safetensors.torch.save_file(tensors, f'{path}.tmp', metadata)
-    os.replace(f'{path}.tmp', path)
+    write_tensors(path, tensors, metadata)
+
+
+def write_tensors(path, tensors, metadata=None):
+    """Write a safetensors file, aside and then renamed."""
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    aside = f'{path}.tmp'
+    try:
+        with open(aside, 'wb'):
+            mode = os.stat(aside).st_mode   # for all who may read: safetensors makes private files
+        safetensors.torch.save_file(tensors, aside, metadata)
+        os.chmod(aside, mode)
+        os.replace(aside, path)
+    except (OSError, safetensors.SafetensorError) as error:
+        sys.exit(f'{path}: cannot be written ({one_line(error)}); what was there before stays')
 
 
 def load(path, device='cpu', ema=True):
     """model, config of a checkpoint: a WorldModel in eval mode with the averaged weights where
     there are any (ema=False: the trained ones), with .stats ({name: tensor}) and .step; config is
-    what save was given."""
+    what save was given, and CONFIG_DEFAULTS."""
+    if not os.path.isfile(path):        # a pipe, for one, would be waited for
+        sys.exit(f'{path}: not a readable checkpoint (no such file)')
     try:
         with safetensors.safe_open(path, 'pt', device=str(device)) as f:
             metadata = f.metadata() or {}
-            tensors = {k: f.get_tensor(k) for k in f.keys()}
+            # copies: what is mapped would change with the file
+            tensors = {k: f.get_tensor(k).clone() for k in f.keys()}
     except Exception as e:      # missing, cut short, something else: one line, whatever it is
         sys.exit(f'{path}: not a readable checkpoint ({one_line(e)})')
-    if not {'config', 'model', 'step'} <= metadata.keys():
-        sys.exit(f'{path}: a safetensors file, but not a checkpoint of train.py')
-    c = json.loads(metadata['model'])
-    new = {k: v for k, v in MODEL_DEFAULTS.items() if k not in c}
-    if new:
-        defaults = ', '.join(f'{k}={v}' for k, v in new.items())
-        print(f'{path}: is older than some of the model\'s options, which are {defaults}')
-    model = WorldModel(c | new).to(device)
+    for name, v in tensors.items():
+        if not v.isfinite().all():
+            sys.exit(f'{path}: {name} is not finite')
     averages = take_prefix(tensors, 'ema.')
-    model.stats = take_prefix(tensors, 'stats.')
-    model.load_state_dict(tensors | averages if ema else tensors)
-    model.step = int(metadata['step'])
-    return model.eval(), json.loads(metadata['config'])
+    stats = take_prefix(tensors, 'stats.')
+    try:
+        shape = json.loads(metadata['model'])
+        config = json.loads(metadata['config'])
+        step = int(metadata['step'])
+        for given, defaults in ((shape, MODEL_DEFAULTS), (config, CONFIG_DEFAULTS)):
+            for name in defaults.keys() - given.keys():
+                given[name] = defaults[name]
+                print(f'{path}: is older than the option {name}: takes {name}={given[name]}')
+            for name, value in defaults.items():
+                if type(given[name]) is not type(value):
+                    raise TypeError(f'{name} is {given[name]}')
+        sizes = [config[name] for name in ('frame_height', 'frame_width', 'eval_context')]
+        if max(shape['layers'], shape['wide_layers'], *shape['grid'], *sizes) > 4096:
+            raise ValueError('of an absurd size')
+        with torch.device('meta'):      # the file's tensors become the parameters
+            model = WorldModel(shape)
+        model.load_state_dict(tensors | averages if ema else tensors, assign=True)
+        model.init_rope()
+    except Exception as e:      # another file, of another version, damaged: as many ways
+        sys.exit(f'{path}: not a checkpoint of train.py, or not a whole one ({one_line(e)})')
+    model.stats = stats
+    model.step = step
+    return model.to(device).float().eval(), config      # some halve files
 
 
 def take_prefix(tensors, prefix):
     """The tensors of these names, without the prefix, out of a dict."""
     names = [k for k in tensors if k.startswith(prefix)]
     return {k.removeprefix(prefix): tensors.pop(k) for k in names}
+
+
+def robot_stats(stats, i, path):
+    """What the checkpoint at path knows of the actions of its labelled dataset i, {name: tensor}.
+    """
+    known = len(stats['a_width'])
+    if i >= known:
+        sys.exit(f'--robot={i}: {path} knows {known} labelled datasets, counted from 0')
+    return {k.removeprefix('a_'): v[i].cpu() for k, v in stats.items() if k.startswith('a_')}
 
 
 def standard(z, stats):
@@ -1277,12 +1364,21 @@ def restore_encoder(config, stats, path=''):
     encoder = load_encoder(config['encoder'], path or config['encoder_path'], config['layer'],
                            config['frame_height'], config['frame_width'], config['pool'])
     restore_stored(encoder, stats)
+    known = config.get('encoder_hash', encoder.hash)
+    if known != encoder.hash:
+        sys.exit(f'--encoder_path={path or config["encoder_path"]}: has other weights than those '
+                 f'of training: their hash is {encoder.hash}, not {known}')
+    if encoder.hash and 'encoder_hash' not in config:
+        print('the checkpoint is too old to tell which weights its encoder had: not compared')
     return encoder
 
 
 def restore_stored(encoder, stats):
     """Give an encoder back what its stored() has put into a checkpoint's stats."""
     stored = take_prefix(dict(stats), 'encoder.')
+    if stored.keys() != encoder.stored().keys():
+        sys.exit(f'the checkpoint has {[*stored]} of the encoder, {encoder.name} wants '
+                 f'{[*encoder.stored()]}')
     if stored:
         encoder.load_state_dict(stored)
 

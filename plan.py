@@ -20,6 +20,7 @@ import importlib
 import itertools
 import json
 import math
+import mimetypes
 import os
 import re
 import runpy
@@ -36,8 +37,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from model import (WorldModel, compile_layers, encode_frames, half_weights, load, pictures,
-                   remember, restore_encoder, rollout, standard, unstandard)
+from model import (WorldModel, check_steps, compile_layers, encode_frames, half_weights, load,
+                   pictures, remember, restore_encoder, robot_stats, rollout, standard, unstandard)
 
 # --------------------------------------------------------------------------------------------------
 ckpt = 'out/ckpt.safetensors'
@@ -54,7 +55,8 @@ horizon = 5             # model steps
 samples = 64            # candidates per iteration; adam: starts
 elites = 8              # the best of them, which the next iteration is drawn from
 iterations = 5
-init_std = 1.0          # of the first candidates of a search, in units of the actions' std
+init_std = 1.0          # of the first candidates of a search, in units of the actions' std: wider
+                        # where the data's range is beyond five of these
 warm_std = 0.0          # where a search begins from the last plan; 0 = init_std
 min_std = 0.05          # in units of the actions' std, so that the search does not collapse
 beta = 2.0              # the noise has power 1 / f^beta over a plan's rows; 0 = white
@@ -275,9 +277,9 @@ def plan(model, z_ctx, a_ctx, z_goal, o, seed=0, low=-5.0, high=5.0, a_mask=None
 
     z_ctx (E, Tc, N, D), z_goal (E, N, D): normalised latents. a_ctx (E, Tc, A): a_ctx[:, t] is what
     led to z_ctx[:, t], where a_mask (E, Tc) says that it is known (by default all but the first).
-    low, high: bounds, numbers or (rows, width): an action is so many rows of the dataset with so
-    many numbers each, and zeros up to A. mean (E, horizon, A) and carried (E, n, up to horizon, A):
-    where to begin, the last plan and its elites, shifted. tokens (N,): their weights.
+    low, high: bounds, numbers or (rows, width): an action is so many rows of so many numbers, and
+    zeros up to A. mean (E, horizon, A) and carried (E, n, up to horizon, A): where to begin, the
+    last plan and its elites, shifted. tokens (N,): their weights.
     info: 'cost' (iterations, E), 'elites', 'imagine': actions (E, M, H, A) -> (E, M, H, N, D).
     """
     deadline = time.perf_counter() + o.budget_ms / 1000 if o.budget_ms else math.inf
@@ -312,13 +314,13 @@ def plan(model, z_ctx, a_ctx, z_goal, o, seed=0, low=-5.0, high=5.0, a_mask=None
     std = o.init_std if mean is None else o.warm_std or o.init_std
     mean = to_rows(z_ctx.new_zeros(E, o.horizon, A) if mean is None else mean, rows, width)
     carried = None if carried is None else to_rows(carried, rows, width)
+    std = std * (torch.maximum(-low, high) / 2 - 1.5).clamp(min=1)      # 1.0 within 5
     search = dict(cem=cem, icem=icem, mppi=mppi, adam=adam)[o.method]
-    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        actions, costs, elites = search(cost, mean, torch.full_like(mean, std), low, high, o,
-                                        generator, deadline, carried)
-    elites = to_steps(elites, rows, A)
-    return to_steps(actions, rows, A), dict(cost=costs, elites=elites, imagine=imagine)
+        actions, costs, elites = search(cost, mean, std.expand_as(mean), low, high, o,
+                                        torch.Generator().manual_seed(seed), deadline, carried)
+    info = dict(cost=costs, elites=to_steps(elites, rows, A), imagine=imagine)
+    return to_steps(actions, rows, A), info
 
 
 # --------------------------------------------------------------------------------------------------
@@ -345,12 +347,9 @@ class Planner:
         self.autocast = data.autocast(self.device, o.dtype)
         self.model, self.trained = load(ckpt, self.device)
         self.model.requires_grad_(False)
-        k_max = self.model.config['k_max']
+        check_steps(o.K, self.model.config['k_max'])
         if not self.model.config['action_dim']:
             sys.exit(f'{ckpt}: was trained without actions, there is nothing to search')
-        if o.K & (o.K - 1) or o.K > k_max:
-            sys.exit(f'--K={o.K}: wants a power of two up to {k_max}, the k_max that {ckpt} was '
-                     'trained with')
         self.make_fast()
         encoder = restore_encoder(self.trained, self.model.stats, o.encoder_path)
         self.encoder = encoder.to(self.device)
@@ -377,21 +376,17 @@ class Planner:
 
     def read_actions(self, ckpt):
         """What the checkpoint knows of the robot's actions."""
-        stats = self.model.stats
-        i = self.o.robot
-        if i >= len(stats['a_mean']):
-            sys.exit(f'--robot={i}: {ckpt} knows {len(stats["a_mean"])} labelled datasets, counted '
-                     'from 0')
-        self.used = int(stats['a_width'][i])            # of the padded width
-        self.frameskip = int(stats['a_rows'][i])        # dataset rows in a model step
+        stats = robot_stats(self.model.stats, self.o.robot, ckpt)
+        self.used = int(stats['width'])                 # of the padded width
+        self.frameskip = int(stats['rows'])             # dataset rows in a model step
         self.width = self.used // self.frameskip        # numbers in a row
 
         def rows(name):
-            return stats[name][i, :self.used].cpu().view(self.frameskip, self.width)
-        self.a_mean = rows('a_mean')
-        self.a_std = rows('a_std')
-        self.a_low = rows('a_low')
-        self.a_high = rows('a_high')
+            return stats[name][:self.used].view(self.frameskip, self.width)
+        self.a_mean = rows('mean')
+        self.a_std = rows('std')
+        self.a_low = rows('low')
+        self.a_high = rows('high')
         # constant dimensions stay at their mean
         self.scale = torch.where(self.a_std > 1e-6, self.a_std, torch.inf)
 
@@ -413,6 +408,9 @@ class Planner:
     def latents(self, x):
         """Normalised latents (.., N, D) of uint8 frames (.., H, W, 3)."""
         x = torch.as_tensor(x)
+        if aspects_differ(x.shape[-3:-1], self.frame_size):
+            data.warn(f'pictures of {x.shape[-2]} x {x.shape[-3]} pixels are squeezed to '
+                      f'{self.frame_size[1]} x {self.frame_size[0]}: right if training did')
         flat = data.resize(x.flatten(0, -4).permute(0, 3, 1, 2), self.frame_size)
         z = encode_frames(self.encoder, flat, self.autocast)
         return standard(z, self.model.stats).unflatten(0, x.shape[:-3])
@@ -425,7 +423,7 @@ class Planner:
     def normalised(self, rows):
         """The inverse of physical, as rows (.., frameskip, width)."""
         rows = torch.as_tensor(rows, dtype=torch.float32)
-        return ((rows - self.a_mean) / self.scale).clamp(-5, 5).to(self.device)
+        return ((rows - self.a_mean) / self.scale).to(self.device)
 
     def begin(self, z):
         """Latents (E, Tc, N, D) of the past, between which nobody knows the actions."""
@@ -442,16 +440,17 @@ class Planner:
                              f'({self.trained["eval_context"]} of them, {self.frameskip} apart)')
         self.begin(self.latents(frames[:, n - self.past::self.frameskip]))
         if actions is not None and self.past > 1:
-            rows = np.asarray(actions)[:, 1 - self.past:].reshape(E, -1, self.frameskip, self.width)
+            rows = actions[:, 1 - self.past:].reshape(E, -1, self.frameskip, self.width)
             self.a[:, 1:, :self.used] = self.normalised(rows).flatten(2)
             self.known[:, 1:] = True
 
     def see_next(self, frames, actions):
         """One more frame (E, 1, H, W, 3), and the row that was executed where it is not the planned
         one."""
-        assert frames.shape[1] == 1, f'{frames.shape[1]} frames after one action'
+        if frames.shape[1] != 1:
+            raise ValueError(f'{frames.shape[1]} frames after one action: wants one')
         if actions is not None:
-            self.done[-1] = np.asarray(actions)
+            self.done[-1] = actions
         if len(self.done) < self.frameskip:
             return
         self.z = torch.cat((self.z[:, 1:], self.latents(frames)), dim=1)
@@ -476,6 +475,9 @@ class Planner:
             self.last_plan, info = plan(self.model, self.z, self.a, self.z_goal, o, seed,
                                         self.normalised(self.a_low), self.normalised(self.a_high),
                                         self.known, mean, carried, self.tokens)
+        if not info['cost'].isfinite().all():
+            self.reset()
+            raise ValueError('the model imagines numbers that are not finite: no action is better')
         self.last_elites = info['elites']
         rows = self.physical(self.last_plan[:, :o.replan]).flatten(1, 2).numpy()
         self.queue = list(rows.swapaxes(0, 1))
@@ -508,6 +510,15 @@ class Planner:
             frames = frames.reshape(1, -1, *frames.shape[-3:])
             actions = None if actions is None else np.asarray(actions)[None]
             return self.act(frames, goal[None], actions)[0]
+        E = len(goal if self.z is None else self.z)
+        for x in (frames, goal[:, None]):
+            if x.dtype != np.uint8 or x.shape[::4] != (E, 3):
+                raise ValueError(f'pictures {x.dtype} {x.shape}: wants uint8 ({E}, n, H, W, 3)')
+        if actions is not None:
+            actions = np.asarray(actions, float)
+            wants = (E, self.width) if self.z is not None else (E, frames.shape[1] - 1, self.width)
+            if actions.shape != wants or not np.isfinite(actions).all():
+                raise ValueError(f'actions {actions.shape}: wants finite numbers {wants}')
         if aspects_differ(frames.shape[2:], goal.shape[1:]):
             raise ValueError(
                 f'the goal picture is {goal.shape[2]} x {goal.shape[1]} pixels, the frames are '
@@ -1043,13 +1054,6 @@ def check_loop(o):
 # --------------------------------------------------------------------------------------------------
 # the programs
 
-def speed(planner, E):
-    """What the report says of the searches of a planner."""
-    seconds = np.mean(planner.seconds).item() / E
-    return dict(seconds_per_plan=seconds, plans_per_second=1 / seconds,
-                iterations=float(np.mean(planner.iterations)))
-
-
 def evaluate(o):
     """The closed loop: questions, the planner beside baselines, plan.json and plan.mp4. Returns the
     report."""
@@ -1058,6 +1062,7 @@ def evaluate(o):
     sims = robots(o, planner)
     sim = sims[0]
     check_robot(o, planner, sim)
+    folder = own_folder(o)
     rng = np.random.default_rng(o.seed + 1_000_000)               # of no dataset
     questions = [question(world, i, rng, o.goals, o.goal_steps, planner.past)
                  for i, world in enumerate(sims)]
@@ -1076,7 +1081,9 @@ def evaluate(o):
         asked = questions[:len(worlds)]
         poses, executed, shown, goals = play(who.act, worlds, asked, o.budget, True)
         row, reached = score(worlds, asked, poses, executed)
-        methods[name] = row | speed(who, len(worlds))
+        seconds = np.mean(who.seconds).item() / len(worlds)
+        methods[name] = row | dict(seconds_per_plan=seconds, plans_per_second=1 / seconds,
+                                   iterations=np.mean(who.iterations).item())
         if name == 'model':
             video = film(shown, goals, reached)
         if name.startswith('model, '):
@@ -1090,8 +1097,7 @@ def evaluate(o):
     report = dict(env=o.env, episodes=o.episodes, budget_steps=o.budget, goals=o.goals,
                   goal_steps=o.goal_steps, seed=o.seed, methods=methods)
     print(json.dumps(report))
-    folder = folder_of(o)
-    with open(f'{folder}/plan.json', 'w') as f:
+    with data.writing(folder), open(f'{folder}/plan.json', 'w') as f:
         json.dump(report, f, indent=1)
     data.write_video(f'{folder}/plan.mp4', video, min(sim.fps, 10))
     print(f'wrote {folder}/plan.json and {folder}/plan.mp4')
@@ -1103,10 +1109,10 @@ def picture(path):
     return data.read_image(path).permute(1, 2, 0).numpy()
 
 
-def folder_of(o):
-    """Where results go, made where it is not there."""
+def own_folder(o):
+    """Where results go, and no other process writes."""
     folder = o.out_dir or os.path.dirname(o.ckpt) or '.'
-    os.makedirs(folder, exist_ok=True)
+    data.own(folder)
     return folder
 
 
@@ -1126,6 +1132,7 @@ def plan_once(o):
         if aspects_differ(x.shape, goal.shape):
             sys.exit(f'--goal={o.goal}: is {goal.shape[1]} x {goal.shape[0]} pixels, '
                      f'--start={o.start} {x.shape[1]} x {x.shape[0]}: wants the same aspect')
+    folder = own_folder(o)
     with torch.no_grad():
         planner.begin(torch.cat([planner.latents(x[None]) for x in frames])[None])
         planner.z_goal = planner.latents(goal[None])
@@ -1140,8 +1147,8 @@ def plan_once(o):
                          channel_weights(planner.model)).tolist()
     print(f'{len(rows)} actions in {planner.seconds[0]:.2f} s, {planner.iterations[0]} iterations; '
           f'latent distance to the goal {now:.4f} now, {then:.4f} imagined at the end')
-    folder = folder_of(o)
-    np.save(f'{folder}/plan.npy', rows)
+    with data.writing(folder):
+        np.save(f'{folder}/plan.npy', rows)
     z = unstandard(torch.cat((z_now, z, planner.z_goal)), planner.model.stats)
     shown = pictures(z, planner.encoder)
     goals = shown[-1:].expand_as(shown[:-1])
@@ -1151,17 +1158,24 @@ def plan_once(o):
 
 
 def arriving(folder):
-    """The paths of a folder's pictures in order of their names, also of those that are still to
-    come."""
+    """(path, picture) of a folder's pictures in order of their names, also of those that are still
+    to come. What cannot be read may be half written: it has two seconds from its last change."""
     seen = set()
+    since = {}
     while True:
-        for path in sorted(glob.glob(os.path.join(glob.escape(folder), '*.[pj][np]g'))):
-            if path in seen:
+        for path in sorted({*glob.glob(os.path.join(glob.escape(folder), '*'))} - seen):
+            kind = mimetypes.guess_type(path, strict=False)[0] or ''
+            if not kind.startswith('image/'):
                 continue
-            if time.time() - os.path.getmtime(path) < 0.1:      # perhaps still being written
-                break
+            try:
+                yield path, picture(path)
+            except SystemExit as why:
+                state = path, os.path.exists(path) and os.path.getsize(path)
+                now = time.monotonic()
+                if now < since.setdefault(state, now) + 2:
+                    break
+                print(f'{why}: skipped', flush=True)
             seen.add(path)
-            yield path
         time.sleep(0.02)
 
 
@@ -1176,8 +1190,8 @@ def watch_folder(o):
           flush=True)
     frames = []
     wanted = planner.past
-    for path in arriving(o.watch):
-        frames.append(picture(path))
+    for path, x in arriving(o.watch):
+        frames.append(x)
         if len(frames) < wanted:
             continue
         begun = time.perf_counter()

@@ -136,10 +136,20 @@ MUTATIONS = [
     # the checkpoint
     ('model.py', 'tensors | averages if ema else tensors', 'averages | tensors if ema else tensors',
      'test_model.py save_then_load'),
-    ('model.py', ".save_file(tensors, f'{path}.tmp', metadata)\n"
-     "    os.replace(f'{path}.tmp', path)",
-     '.save_file(tensors, path, metadata)',
+    ('model.py', "aside = f'{path}.tmp'", 'aside = path',
      'test_model.py save_that_is_killed'),
+    ('model.py', 'os.chmod(aside, mode)', 'pass',
+     'test_model.py save_then_load'),
+    ('model.py', 'f.get_tensor(k).clone()', 'f.get_tensor(k)',
+     'test_model.py save_then_load'),
+    ('model.py', 'known != encoder.hash', 'False',
+     'test_model.py another_encoder'),
+    ('model.py', "'student.' not in key", "'student.' in key",
+     'test_model.py split_files'),
+    ('decode.py', 'robot if labelled else i', 'i',
+     'test_decode.py robot_named'),
+    ('plan.py', '.clamp(min=1)      # 1.0', '.clamp(1, 1)      # 1.0',
+     'test_plan.py rare_and_large'),
     ('model.py', "return z + stats['z_mean']", "return z - stats['z_mean']",
      'test_model.py normalised_and_back'),
 
@@ -206,7 +216,7 @@ MUTATIONS = [
     ('data.py', "torch.from_numpy(ds.stats['mean'])",
      "torch.from_numpy(self.labelled[0].stats['mean'][:ds.action_dim])",
      'test_data.py normalised_padded'),
-    ('data.py', "((clip['a'] - mean) / std).clamp(-5, 5)", "((clip['a'] - mean) / std)",
+    ('data.py', "(clip['a'] - mean) / std", "((clip['a'] - mean) / std).clamp(-5, 5)",
      'test_data.py normalised_padded'),
     ('data.py', 'sum(weights[s:kind.stop])', 'sum(weights[kind.start:kind.stop])',
      'test_data.py ranks_together'),
@@ -343,7 +353,7 @@ MUTATIONS = [
      'test_plan.py what_the_search_is_given'),
     ('plan.py', 'self.known[:, 0] = False', 'self.known[:, 0] = True',
      'test_plan.py what_the_search_is_given'),
-    ('plan.py', 'self.done[-1] = np.asarray(actions)', 'pass',
+    ('plan.py', 'self.done[-1] = actions', 'pass',
      'test_plan.py what_the_search_is_given'),
 
     # the closed loop

@@ -1145,7 +1145,7 @@ def test_where_a_labelled_clip_stands_in_a_batch_is_random(world):
 def test_actions_are_normalised_padded_and_masked(world, monkeypatch):
     c = clips(world, share=0.5)
     assert c.A == 2 * 4
-    monkeypatch.setitem(c.sets[0].stats, 'std', c.sets[0].stats['std'] / 20)     # many are beyond +-5
+    monkeypatch.setitem(c.sets[0].stats, 'std', c.sets[0].stats['std'] / 20)     # rare and large, many are beyond +-5
     for s, e, start, camera in (pick for step in range(3) for pick in c.picks(step)):
         clip = c.clip(s, e, start, camera, 3)
         assert e in c.train[s] and e not in c.val[s]
@@ -1157,9 +1157,9 @@ def test_actions_are_normalised_padded_and_masked(world, monkeypatch):
         for t in (1, 2):
             assert clip['a_mask'][t] == clip['z_mask'][t]
             if clip['z_mask'][t]:
-                want = rows[start + 2 * (t - 1):start + 2 * t].ravel().clip(-5, 5)
+                want = rows[start + 2 * (t - 1):start + 2 * t].ravel()
                 assert np.allclose(clip['a'][t, :len(want)], want, atol=1e-5) and not clip['a'][t, len(want):].any()
-                assert s == 1 or (np.abs(want) == 5).any()
+                assert s == 1 or (np.abs(want) > 5).any()
     stats = c.action_stats()
     assert stats['width'].tolist() == [4, 8] and stats['std'][0, 4:].tolist() == [0] * 4
     assert (stats['low'] <= stats['mean']).all() and (stats['low'] < stats['high'])[1].all()

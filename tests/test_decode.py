@@ -1,12 +1,13 @@
 import shutil
 
 import av
+import numpy as np
 import pytest
 import torch
 
 import data
 import model
-from conftest import ends, script
+from conftest import SMALL, ends, script
 
 
 def test_rollout_pictures(trained, tmp_path, capsys):
@@ -24,6 +25,34 @@ def test_rollout_pictures(trained, tmp_path, capsys):
     first, again, imagined = strip[:, :420, :140].float().unflatten(1, (3, 140)).unbind(1)
     assert (first - again).abs().mean() < 20, 'the latents of a frame look like the frame'
     assert (again - imagined).abs().mean() < 1, 'the context is not imagined'
+
+
+def test_actions_are_those_of_the_robot_named_wherever_the_data_is(trained, demo, tmp_path):
+    """Another recording of a robot is normalised as training was; a model of video looks at any."""
+    labelled = demo[0].partition('=')[2]
+    for name, scale, width in ('slow', 0.2, 2), ('wide', 1.0, 3):
+        with data.Writer(tmp_path / name, 10) as writer:
+            for e in range(2):
+                for x, a in zip(data.LeRobot(labelled).frames(e, range(7)), data.LeRobot(labelled).rows(e)):
+                    writer.add(x.permute(1, 2, 0).numpy(), scale * np.resize(a, width))
+                writer.end_episode('')
+    slow, wide = tmp_path / 'slow', tmp_path / 'wide'
+    options = f'--out_dir={tmp_path}/d', '--rows=1', '--steps=2', '--K=1'
+    ckpt = f'--ckpt={trained}/ckpt.safetensors'
+    g = script('decode.py', ckpt, f'--labelled={slow}', *options)
+    rows, stats = g['sets'][0].rows(g['clips'].val[0][0])[:2].ravel(), g['model'].stats
+    assert torch.allclose(g['batch']['a'][0, 1], (torch.tensor(rows) - stats['a_mean'][0]) / stats['a_std'][0], atol=1e-5)
+    assert '--robot=1: ' in ends('decode.py', ckpt, f'--labelled={slow}', '--robot=1', *options)
+    assert 'wide has actions 6 wide per model step, this robot of' in ends('decode.py', ckpt, f'--labelled={wide}', *options)
+    assert not script('decode.py', ckpt, f'--unlabelled={wide}', *options)['batch']['a_mask'].any()
+    for kinds, name in ((('', demo[1]), 'video'), ((f'{labelled},{wide}', '--unlabelled='), 'two')):
+        script('train.py', f'--labelled={kinds[0]}', kinds[1], *SMALL, '--max_steps=1', f'--out_dir={tmp_path}/{name}')
+    for option in ('labelled', 'unlabelled'):
+        g = script('decode.py', f'--ckpt={tmp_path}/video/ckpt.safetensors', f'--{option}={wide}', *options)
+        assert g['kind'] == 'unlabelled' and g['batch']['a'].shape[2] == 0
+    ckpt = f'--ckpt={tmp_path}/two/ckpt.safetensors'
+    assert script('decode.py', ckpt, f'--labelled={slow}', *options)['batch']['a'].shape[2] == 6
+    assert script('decode.py', ckpt, f'--labelled={wide}', '--robot=1', *options)['batch']['a_mask'].any()
 
 
 def test_a_decoder_is_trained_and_used(trained, tmp_path, capsys):

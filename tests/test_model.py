@@ -3,6 +3,7 @@ import http.server
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -174,12 +175,47 @@ def test_pytorch_files_and_split_files_load(tiny, tmp_path):
     file, state = tiny
     x = torch.rand(1, 3, 28, 28)
     want = model.load_encoder('tiny2', file, height=28)(x)
-    torch.save({'model': {'state_dict': {'module.' + k: v for k, v in state.items()}}, 'epoch': 3}, tmp_path / 'x.pth')
+    named = lambda prefix, state: {prefix + k: v for k, v in state.items()}
+    student = {k: v + 1 for k, v in state.items()}
+    chunked = {re.sub(r'blocks\.(\d)', lambda m: f'blocks.{int(m[1]) // 2}.{m[1]}', k): v for k, v in state.items()}
+    wrapped = {k.replace('attn.', '_checkpoint_wrapped_module.attn.'): v for k, v in state.items()}
+    files = [{'model': {'state_dict': named('module.', state)}, 'epoch': 3}, {'model_state_dict': chunked},
+             {'model_ema': named('_orig_mod.', state), 'optimizer': {'state': {}}}, named('student.backbone.', state),
+             {'student': named('backbone.', student), 'teacher': named('backbone.', state)},
+             {'model': named('teacher.backbone.', state) | named('student.backbone.', student)
+              | {'student.dino_head.last_layer.weight': torch.zeros(3)}},
+             {'teacher': named('module._fsdp_wrapped_module.backbone.', wrapped)}]
+    for i, content in enumerate(files):
+        torch.save(content, tmp_path / f'{i}.pth')
     (tmp_path / 'split').mkdir()
     for i in range(2):
         save_file(dict([*state.items()][i::2]), tmp_path / 'split' / f'part-{i}.safetensors')
-    for name in ('x.pth', 'split'):
-        assert torch.equal(model.load_encoder('tiny2', str(tmp_path / name), height=28)(x), want)
+    for name in (*(f'{i}.pth' for i in range(len(files))), 'split'):
+        encoder = model.load_encoder('tiny2', str(tmp_path / name), height=28)
+        assert torch.equal(encoder(x), want) and encoder.hash == model.load_encoder('tiny2', file, height=28).hash, name
+
+
+def test_satellite_weights_are_told_apart_and_normalised_as_they_were_trained(tiny, tmp_path, monkeypatch):
+    """By the name of their file, or for the one size where it tells by what only their training used."""
+    arguments = model.ENCODERS['tiny3']
+    for name in ('tiny3_sat', 'dinov3_vitl16', 'dinov3_vitl16_sat', 'dinov3_vit7b16'):
+        monkeypatch.setitem(model.ENCODERS, name, arguments)
+    state = meta3(model.ViT(*arguments[1:]).state_dict())
+    both = state | {'local_cls_norm.weight': torch.ones(64), 'local_cls_norm.bias': torch.zeros(64)}
+    names = {}
+    for name, content in (('sat493m', both), ('lvd1689m', state), ('any', both), ('plain', state)):
+        names[name] = str(tmp_path / f'x_pretrain_{name}-0123.safetensors')
+        save_file(content, names[name])
+    for name, file in (('tiny3', 'sat493m'), ('tiny3_sat', 'lvd1689m'), ('dinov3_vitl16', 'any')):
+        source = 'lvd1689m' if file == 'lvd1689m' else 'sat493m'
+        assert f'{names[file]}: weights of {source}, {name} has those of' in ends(name, names[file], height=32)
+    x = torch.rand(1, 3, 32, 32)
+    for name, file, moments in (('tiny3_sat', 'sat493m', ([.430, .411, .296], [.213, .156, .143])),
+                                ('dinov3_vitl16_sat', 'plain', ([.430, .411, .296], [.213, .156, .143])),
+                                ('dinov3_vit7b16', 'any', ([.485, .456, .406], [.229, .224, .225]))):
+        encoder = model.load_encoder(name, names[file], height=32)
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in moments)
+        torch.testing.assert_close(encoder(x), encoder.vit((x - mean) / std))
 
 
 def ends(*args, **options):
@@ -199,18 +235,27 @@ def test_each_mistake_is_one_line(tiny, tmp_path):
     assert ends('tiny2', file, height=-14).startswith('--frame_height=-14: ')
     assert ends('tiny2', file, layer=3) == '--layer=3: tiny2 has blocks 0 to 2 (-1 is the last)'
     assert ends('tiny2', file, layer=-4).startswith('--layer=-4: ')
-    assert ends('tiny2', 'nowhere.safetensors') == 'nowhere.safetensors: no such file'
+    assert ends('tiny2', 'nowhere.safetensors') == (
+        '--encoder_path=nowhere.safetensors: no such file, nor a folder with .safetensors in it')
 
     wrong = put('wrong.safetensors', {**state, 'blocks.0.attn.qkv.weight': torch.zeros(192, 65)})
     assert ends('tiny2', wrong) == f'{wrong}: blocks.0.attn.qkv.weight is (192, 65), tiny2 wants (192, 64)'
     less = put('less.safetensors', {k: v for k, v in state.items() if k != 'blocks.1.norm2.bias'})
-    assert ends('tiny2', less) == f'{less}: blocks.1.norm2.bias is missing, tiny2 wants (64,)'
+    there = ', '.join(sorted(state)[:3])
+    assert ends('tiny2', less) == f'{less}: blocks.1.norm2.bias is missing (there are {there}, ..), tiny2 wants (64,)'
     more = put('more.safetensors', {**state, 'blocks.3.norm2.bias': torch.zeros(64)})
     assert ends('tiny2', more) == f'{more}: blocks.3.norm2.bias is (64,), tiny2 wants no such weight'
     registers = put('registers.safetensors', {**state, 'register_tokens': torch.zeros(1, 4, 64)})
     assert ends('tiny2', registers).startswith(f'{registers}: registers is (1, 4, 64), tiny2 wants no such weight')
     other = put('other.safetensors', {'features.0.weight': torch.zeros(64, 3, 3, 3)})
-    assert ends('tiny2', other) == f'{other}: cls_token is missing, tiny2 wants (1, 1, 64)'
+    assert ends('tiny2', other) == (
+        f'{other}: cls_token is missing (there are features.0.weight, ..), tiny2 wants (1, 1, 64)')
+    odd = put('odd.safetensors', {**state, 'norm.bias': torch.full((64,), float('nan'))})
+    assert ends('tiny2', odd) == f'{odd}: norm.bias is not finite'
+    torch.save({'network': state, 'epoch': 3}, tmp_path / 'none.pth')
+    assert 'none.pth: no weights in it, but network, epoch' in ends('tiny2', str(tmp_path / 'none.pth'))
+    torch.save({'model': state, 'model_ema': state}, tmp_path / 'two.pth')
+    assert 'two.pth: has model and model_ema: save the one' in ends('tiny2', str(tmp_path / 'two.pth'))
     assert ends('tiny3', file).startswith(f'{file}: ')
     assert ends('dinov2_vits14', file) == f'{file}: cls_token is (1, 1, 64), dinov2_vits14 wants (1, 1, 384)'
 
@@ -1131,7 +1176,7 @@ def test_a_graph_of_a_frame_serves_later_rollouts(monkeypatch, objective):
 # checkpoint and pictures ----------------------------------------------------------------------------------------------
 
 def test_save_then_load(tmp_path, capsys):
-    net, path, config = world(), tmp_path / 'ckpt.safetensors', dict(a=1, b=0.5, c='x', d=True)
+    net, path, config = world(), tmp_path / 'ckpt.safetensors', model.CONFIG_DEFAULTS | dict(a=1, b=0.5, c='x', d=True)
     averages = {k: v + 1 for k, v in net.named_parameters()}
     model.save(path, net, config, averages, {'z_mean': torch.arange(3.0)}, step=7)
     for ema in (True, False):
@@ -1140,18 +1185,73 @@ def test_save_then_load(tmp_path, capsys):
         assert again.stats['z_mean'].tolist() == [0, 1, 2]
         assert all(torch.equal(p, averages[k] if ema else dict(net.named_parameters())[k])
                    for k, p in again.named_parameters())
-    assert [p.name for p in tmp_path.iterdir()] == ['ckpt.safetensors']
+    assert [p.name for p in tmp_path.iterdir()] == ['ckpt.safetensors'] and not capsys.readouterr().out
+    (tmp_path / 'any').touch()
+    assert path.stat().st_mode == (tmp_path / 'any').stat().st_mode, 'who may read other files may read this one'
     del net.config['action_on'], net.config['soft_cap']     # a checkpoint from before there were these
-    model.save(path, net, config)
-    assert model.load(path)[0].config == again.config and 'action_on=all' in capsys.readouterr().out
+    model.save(path, net, {k: v for k, v in config.items() if k not in ('pool', 'eval_context')})
+    old, back = model.load(path)
+    said = capsys.readouterr().out
+    assert old.config == again.config and back == config
+    assert all(f'{path}: is older than the option {text}' in said and said.count('\n') == 4 for text in (
+        'action_on: takes action_on=all', 'soft_cap:', 'pool: takes pool=1', 'eval_context:'))
     whole = path.read_bytes()
     for content in (whole[:len(whole) // 2], b'', b'nonsense'):
         path.write_bytes(content)
         with pytest.raises(SystemExit, match='not a readable checkpoint'):
             model.load(path)
-    safetensors.torch.save_file({'x': torch.ones(1)}, path)
-    with pytest.raises(SystemExit, match='not a checkpoint of train.py'):
+    half = {k: v.half() for k, v in net.state_dict().items()}
+    texts = dict(config=json.dumps(config), model=json.dumps(net.config), step='3')
+    safetensors.torch.save_file(half, path, texts)
+    assert all(torch.equal(v, half[k].float()) for k, v in model.load(path)[0].state_dict().items())
+    path.write_bytes(whole)
+    kept = {k: v.clone() for k, v in old.state_dict().items()}
+    again = model.load(path)[0]
+    path.write_bytes(whole[:-4096] + bytes(4096))       # in place, as some copy
+    assert all(torch.equal(v, kept[k]) for k, v in again.state_dict().items())
+
+
+@pytest.mark.parametrize('broken', ['keys', 'tensors', 'width', 'layers', 'absurd', 'grid', 'json', 'types', 'nan'])
+def test_what_is_no_whole_checkpoint_is_one_line(tmp_path, broken):
+    net, path = world(), tmp_path / 'ckpt.safetensors'
+    tensors = net.state_dict()
+    texts = dict(config=json.dumps(model.CONFIG_DEFAULTS), model=json.dumps(net.config), step='3')
+    if broken == 'keys':
+        del texts['step']
+    if broken == 'tensors':
+        del tensors['a_base']
+    if broken == 'nan':
+        tensors['a_base'] = tensors['a_base'] * float('nan')
+    texts |= {'width': dict(model=json.dumps(net.config | dict(width=1 << 20))), 'json': dict(config='{'),
+              'layers': dict(model=json.dumps(net.config | dict(layers=5))),
+              'absurd': dict(model=json.dumps(net.config | dict(layers=1 << 40))),
+              'grid': dict(model=json.dumps(net.config | dict(grid=[1 << 40, 1]))),
+              'types': dict(model=json.dumps(net.config | dict(heads='x')))}.get(broken, {})
+    safetensors.torch.save_file({k: v.contiguous() for k, v in tensors.items()}, path, texts)
+    words = 'a_base is not finite' if broken == 'nan' else 'not a checkpoint of train.py, or not a whole one'
+    with pytest.raises(SystemExit, match=words) as error:
         model.load(path)
+    assert '\n' not in error.value.code and error.value.code.startswith(str(path))
+
+
+def test_another_encoder_than_that_of_training_is_refused(tiny, tmp_path, capsys):
+    file, state = tiny
+    other = str(tmp_path / 'other.safetensors')
+    save_file(state | {'norm.bias': state['norm.bias'] + 1e-3}, other)
+    config = model.CONFIG_DEFAULTS | dict(encoder='tiny2', encoder_path=file, frame_height=28)
+    hash = model.restore_encoder(config, {}).hash
+    assert re.fullmatch('[0-9a-f]{16}', hash) and 'not compared' in capsys.readouterr().out
+    config['encoder_hash'] = hash
+    assert model.restore_encoder(config, {}).hash == hash and not capsys.readouterr().out
+    for path in (other, ''):
+        config['encoder_path'] = file if path else other
+        with pytest.raises(SystemExit, match=f'--encoder_path={other}: has other weights than those of training'):
+            model.restore_encoder(config, {}, path)
+    pixels = model.load_encoder('pixels')
+    stats = {f'encoder.{k}': v for k, v in pixels.stored().items()}
+    assert model.restore_encoder(model.CONFIG_DEFAULTS | dict(encoder_hash=''), stats).hash == ''
+    with pytest.raises(SystemExit, match='the checkpoint has .*mean.* of the encoder, pixels wants'):
+        model.restore_encoder(model.CONFIG_DEFAULTS, {'encoder.mean': pixels.mean})
 
 
 def test_frames_are_encoded_whatever_their_shape_and_number():
@@ -1185,6 +1285,14 @@ def test_a_save_that_is_killed_leaves_the_last_one(tmp_path, monkeypatch):
 
     monkeypatch.setattr(safetensors.torch, 'save_file', killed)
     with pytest.raises(KeyboardInterrupt):
+        model.save(path, world(), {})
+    assert path.read_bytes() == whole
+
+    def full(tensors, file, *metadata):
+        raise safetensors.SafetensorError('No space left on device')
+
+    monkeypatch.setattr(safetensors.torch, 'save_file', full)
+    with pytest.raises(SystemExit, match='ckpt.safetensors: cannot be written .*No space left.* stays'):
         model.save(path, world(), {})
     assert path.read_bytes() == whole
 

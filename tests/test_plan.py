@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -369,6 +370,18 @@ def test_a_mean_is_where_a_search_begins():     # with its own standard deviatio
         assert (drawn[:, 1:].std(dim=1) - want).abs().max() < 0.05
 
 
+@pytest.mark.parametrize('method', ['cem', 'icem', 'mppi'])
+def test_what_is_rare_and_large_is_found(method):
+    """A trigger that one row in a hundred pulls: ten standard deviations from its mean."""
+    for far in (9.95, 31.6):
+        low, high = torch.tensor([[-0.1, -2.0]]), torch.tensor([[far, 2.0]])
+        world, goal = World(), torch.tensor([far, -0.6]).expand(2, 3, 2)
+        found, _ = find(world, *nowhere(), goal, low=low, high=high, horizon=1, method=method)
+        told = torch.cat([c['a'] for c in world.calls if not c['commit']])
+        assert (found[:, 0, 0] > 0.75 * far).all() and (found[:, 0, 1] + 0.6).abs().max() < 0.6
+        assert (told >= low).all() and (told <= high).all() and told[..., 0].max() > 0.8 * far
+
+
 @pytest.mark.parametrize('method', PLANNERS)
 def test_a_time_budget_is_kept(method, monkeypatch):
     """On a machine on which nothing but passes takes time: 10 ms of context, 20 each iteration."""
@@ -522,7 +535,7 @@ def test_robots_at_once_do_what_each_does_alone(controller, planned):
 def by_the_numbers(p, rows):
     """Rows (.., n, width) as the model knows actions: n at a time, in numpy."""
     mean, std = (p.model.stats[f'a_{k}'][0].numpy() for k in ('mean', 'std'))
-    return ((rows.reshape(*rows.shape[:-2], -1) - mean) / std).clip(-5, 5)
+    return ((rows.reshape(*rows.shape[:-2], -1) - mean) / std)
 
 
 @pytest.mark.parametrize('replan', [1, 3])
@@ -563,7 +576,8 @@ def test_what_the_search_is_given(controller, planned, replan, told):
         assert np.allclose(np.stack(got, axis=1), want[:, :len(got)], atol=1e-6)
         low = by_the_numbers(p, p.model.stats['a_low'][0].numpy().reshape(f, 2)).reshape(f, 2)
         assert np.allclose(call['low'], low, atol=1e-5) and (call['low'] < call['high']).all()
-        assert (p.normalised(p.a_high + 9) == 5).all(), 'actions further off are never seen in training'
+        far = by_the_numbers(p, p.a_high.numpy() + 9).reshape(f, 2)
+        assert far.min() > 99 and np.allclose(p.normalised(p.a_high + 9), far), 'the model is told what was executed'
     assert len({call['seed'] for call in planned}) == len(planned), 'other noise in every search'
 
 
@@ -613,8 +627,31 @@ def test_a_goal_is_encoded_once(controller, planned, monkeypatch):
     assert torch.allclose(planned[-1]['z_goal'], p.latents(goals[:, 1]), atol=1e-5)
 
 
-def test_what_act_refuses(controller):
+def test_what_act_refuses(controller, monkeypatch):
     p, x = controller(), film(1, 3)[0]
+    goal, rows = x[0], np.zeros((2, 2))
+    pairs = x[None].repeat(2, 0), x[:2]         # of two robots
+    for given, words in (((x / 255, goal), 'pictures float64'), ((x.transpose(0, 3, 1, 2), goal), 'wants uint8 .1, n, H'),
+                         ((x, goal.mean(-1, keepdims=True)), 'wants uint8'), ((x[None].repeat(3, 0), x[:2]), 'wants uint8 .2'),
+                         ((x, goal, rows[:, :1]), 'actions .1, 2, 1.: wants finite numbers .1, 2, 2'),
+                         ((x, goal, rows[:1]), 'wants finite'), ((x, goal, rows * np.nan), 'wants finite')):
+        with pytest.raises(ValueError, match=words):
+            p.act(*given)
+        assert p.z is None, 'it may be asked again'
+    p.act(x, goal, rows)
+    for given, words in (((x[0], goal, [0.0, 0.0, 0.0]), 'actions .1, 3.: wants finite numbers .1, 2'),
+                         ((x[0], goal, [0.0, np.inf]), 'wants finite'), ((x, goal), '3 frames after one action'),
+                         (pairs, 'wants uint8 .1, n'), ((pairs[0][:, 0], pairs[1]), 'wants uint8 .1, n')):
+        with pytest.raises(ValueError, match=words):
+            p.act(*given)
+    assert p.act(x[0], goal, [0.0, 0.01]).shape == (2,)
+    p.reset()
+    monkeypatch.setattr(plan, 'distance', lambda z, *_: z.mean(dim=(-2, -1)) * np.nan)
+    with pytest.raises(ValueError, match='not finite'):
+        p.act(x, goal)
+    monkeypatch.undo()
+    p.act(x, goal)
+    p.reset()
     with pytest.raises(ValueError, match=r'\b2 frames.* 3\b') as error:
         p.act(x[:2], x[0])
     assert '\n' not in str(error.value)
@@ -623,6 +660,18 @@ def test_what_act_refuses(controller):
     p.act(x, data.demo_draw(data.demo_start(1, np.random.default_rng(5)), 96)[0])      # larger, but of the same aspect
     with pytest.raises(SystemExit, match='--samples: wants'):
         controller(samples=0)
+
+
+def test_pictures_of_another_aspect_are_told_once(controller, planned, capsys):
+    p, x = controller(), film(1, 5)[0]
+    p.act(x[:3], x[0])
+    assert not capsys.readouterr().err
+    p.reset()
+    data._warned.clear()
+    for t in (2, 3, 4):
+        p.act(x[:3, 14:50] if t == 2 else x[t, 14:50], x[0, 14:50])
+    line, = capsys.readouterr().err.splitlines()
+    assert line.startswith('pictures of 64 x 36 pixels are squeezed to 28 x 28')
 
 
 @pytest.mark.parametrize('method', PLANNERS)
@@ -890,6 +939,20 @@ def test_each_mistake_is_one_line(trained, tmp_path, given, words):
     assert words.format(**names) in line and {*os.listdir(tmp_path)} == before
 
 
+def test_a_folder_in_which_another_process_writes(trained, tmp_path):
+    now, goal = pictures(tmp_path)
+    given = f'--ckpt={trained}/ckpt.safetensors', f'--out_dir={tmp_path}/o'
+    with subprocess.Popen([sys.executable, '-c', f'import data; data.own({str(tmp_path / "o")!r}); print(flush=True); input()'],
+                          cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        for name, *options in (('plan.py', *QUICK), ('plan.py', f'--start={now}', f'--goal={goal}', *QUICK), ('decode.py',)):
+            assert f'{tmp_path}/o: process {other.pid} ' in ends(name, *given, *options)
+        assert os.listdir(tmp_path / 'o') == ['.lock']
+        other.kill()
+    (tmp_path / 'file').touch()
+    assert f'{tmp_path}/file: ' in ends('plan.py', given[0], f'--out_dir={tmp_path}/file', *QUICK)
+
+
 def test_another_robots_checkpoint(tmp_path):
     rng = np.random.default_rng(0)
     for key, scale, words in (('action.hand', .05, '--env=demo: has no action.hand'),
@@ -939,32 +1002,34 @@ def test_the_mask_reaches_the_search(tmp_path, controller, planned):
 
 
 def test_watching_a_folder(trained, tmp_path, monkeypatch, capsys):
-    """A line of actions for every picture from the first moment with enough of them; Ctrl-C is the ordinary end."""
+    """A line of actions for every picture from the first moment with enough of them; Ctrl-C is the ordinary end. What
+    is still being written is waited for, whatever its clock says, and what stays half is named and skipped."""
     folder, waits = tmp_path / 'frames', itertools.count()
     folder.mkdir()
     _, goal = pictures(tmp_path, 6)
     (folder / 'notes.txt').write_text('no picture')
+    names = [f'frame{i}{ending}' for i, ending in enumerate(('.png', '.jpeg', '.JPG', '.bmp', '.webp', '.PNG'))]
 
-    def sleep(seconds):     # meanwhile: a new picture every second time, which is perhaps still being written at first
+    def sleep(seconds):     # meanwhile: half a picture, and it stays so for a second; frame 3 for ever
         if threading.current_thread() is not threading.main_thread():       # of an earlier test
             return really_sleep(seconds)
-        i, old = divmod(next(waits), 2)
+        i, tenths = divmod(next(waits), 10)
+        clock[0] += 0.25 if i == 3 else 0.1
         if i == 6:
             raise KeyboardInterrupt
-        if not old:
-            (folder / f'frame{i}.png').write_bytes((tmp_path / f'{i}.png').read_bytes()[:100])
-            os.utime(folder / f'frame{i}.png', (time.time() + 9, time.time() + 9))
-        else:
-            (folder / f'frame{i}.png').write_bytes((tmp_path / f'{i}.png').read_bytes())
-            os.utime(folder / f'frame{i}.png', (1, 1))
-    really_sleep = time.sleep
+        whole = (tmp_path / f'{i}.png').read_bytes()
+        (folder / names[i]).write_bytes(whole if tenths == 9 and i != 3 else whole[:100])
+        os.utime(folder / names[i], (time.time() + 999, time.time() + 999))
+    really_sleep, clock = time.sleep, [0.0]
     monkeypatch.setattr(time, 'sleep', sleep)
+    monkeypatch.setattr(time, 'monotonic', lambda: clock[0])
     with pytest.raises(SystemExit) as end:
         script('plan.py', f'--ckpt={trained}/ckpt.safetensors', f'--watch={folder}', f'--goal={goal}', *QUICK)
     assert end.value.code is None
     first, *lines = capsys.readouterr().out.splitlines()
     assert 'first 3 pictures' in first and len(lines) == 4
-    for i, line in enumerate(lines, 2):                          # the third picture is the first with an answer
+    assert lines.pop(1) == f'{folder}/frame3.bmp: not a readable picture (Invalid data found when processing input): skipped'
+    for i, line in zip((2, 4, 5), lines, strict=True):          # the third picture is the first with an answer
         name, *numbers, milliseconds, unit = line.split()
-        assert name == f'frame{i}.png' and len(numbers) == 2 and unit == 'ms)' and milliseconds[0] == '('
+        assert name == names[i] and len(numbers) == 2 and unit == 'ms)' and milliseconds[0] == '('
         assert all(abs(float(v)) <= data.DEMO_STEP + 1e-6 for v in numbers)

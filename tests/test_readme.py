@@ -3,8 +3,10 @@ import ast
 import re
 
 import pytest
+import torch
 
 import data
+import model
 from conftest import ROOT
 
 TEXT = (ROOT / 'README.md').read_text()
@@ -54,6 +56,25 @@ def test_every_option_named_in_the_text_exists():
                  'tests/bench_plan', 'tests/ablate'):
         known |= constants(f'{name}.py').keys()
     assert {o for o in re.findall(r'`--(\w+)', TEXT)} <= known
+
+
+@pytest.mark.parametrize('env', ['demo', 'gym_pusht/PushT-v0'])
+def test_the_control_loop_runs_as_printed(trained, tmp_path, monkeypatch, env):
+    if env != 'demo':
+        pytest.importorskip('gym_pusht', reason='gym-pusht is not installed')
+    loop, = re.findall(r'```python\n(.*?)```', TEXT, re.S)
+    assert f"'{env}'" in loop
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'out').symlink_to(trained)
+    data.write_image('goal.png', torch.zeros(3, 64, 64, dtype=torch.uint8))
+    names = {}
+    exec(loop.replace("'demo'", f"'{env}'").replace('budget_ms=100.0', 'budget_ms=5.0'), names)
+    assert names['action'].shape == (2,) and len(names['planner'].seconds) == 10
+
+
+def test_old_checkpoints_get_the_defaults_of_training():
+    trains = constants('train.py') | dict(labelled='', unlabelled='')       # whose data nobody knows
+    assert model.CONFIG_DEFAULTS == {k: trains[k] for k in model.CONFIG_DEFAULTS}
 
 
 def test_pictures_exist():
