@@ -4,7 +4,7 @@ spliced, and with values, keys, types and lengths of their JSON, tables and weig
 
     python tests/fuzz.py --n=100000                 # under an hour on one core
     python tests/fuzz.py --only=video --n=2000
-    python tests/fuzz.py --first=1234 --n=1         # one input again, with its traceback; its files stay
+    python tests/fuzz.py --first=1234 --n=1         # one input again: its traceback, and its files
 
 A find, and exit code 1, is any end but a value or one line of the project's own; a process that dies; an
 input that takes more than 10 seconds or 2 GiB; a file written or a program begun outside the scratch folder.
@@ -16,6 +16,7 @@ import glob
 import io
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import random
@@ -25,7 +26,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import textwrap
 import time
 import traceback
 from pathlib import Path
@@ -52,25 +52,28 @@ only = ''           # kinds, comma-separated; '' = all
 seed = 0
 seconds = 10        # of a processor, that an input may take; three times as many on the clock
 gigabytes = 2.0     # of memory that it may take
-config = data.override(globals(), sys.argv[1:] if __name__ == '__main__' else [])
+config = data.override(globals(), sys.argv[1:])
 # --------------------------------------------------------------------------------------------------
 
 WORDS = ('', ' ', '.', '..', '../../outside', '/etc/passwd', '{x.__class__}', '{episode_index.__class__}', '{0}', '{', '{}',
          '{episode_index:9999999999d}', '{chunk_index:>999999999}', '%03d', '\0', '\ud800', 'a' * 5000, 'é/日本', 'nan', 'v2.0',
          'v3.0', '1e999', '9' * 5000, 'None', '<f4', 'float32', 'int64', 'video', 'image', 'a\nb', 'a/b', 'a:2', ',', '*')
-VALUES = (*WORDS, 0, -1, 1, 2, 7, 0.5, -0.5, 1e-300, 1e308, math.inf, -math.inf, math.nan, 255, 10 ** 5, 2 ** 31 - 1, 2 ** 31,
-          2 ** 32, 2 ** 63 - 1, 2 ** 63, 10 ** 30, -2 ** 63, None, True, False, [], {}, [[]], [1, 2, 3], [0] * 1000, {'a': 1},
-          [None], ['a'])
+VALUES = (*WORDS, 0, -1, 1, 2, 7, .5, -.5, 1e-300, 1e308, math.inf, -math.inf, math.nan, 255, 10 ** 5, 2 ** 31 - 1, 2 ** 31, 2 ** 32,
+          2 ** 63 - 1, 2 ** 63, 10 ** 30, -2 ** 63, None, True, False, [], {}, [[]], [1, 2, 3], [0] * 1000, {'a': 1}, [None], ['a'])
 PIECES = (b'\0', b'\xff', b'\xff' * 4, b'\xff' * 8, b'\0' * 8, b'\x7f\xff\xff\xff', b'\x80\0\0\0', b'NaN', b'1e999', b'"', b'\n',
           b'[' * 100000, b'{"a":' * 50000, b'9' * 5000, b'\\ud800', b'\xef\xbb\xbf', b'version https://git-lfs')
-TYPES = (pa.string(), pa.large_string(), pa.binary(), pa.bool_(), pa.int8(), pa.int64(), pa.uint64(), pa.float16(), pa.null(),
-         pa.float64(), pa.decimal128(20, 3), pa.timestamp('ns'), pa.date32(), pa.list_(pa.float32()), pa.list_(pa.float32(), 2),
-         pa.list_(pa.list_(pa.float64())), pa.large_list(pa.int8()), pa.dictionary(pa.int32(), pa.string()),
-         pa.struct([('bytes', pa.binary()), ('path', pa.string())]), pa.map_(pa.string(), pa.int8()))
+TYPES = (pa.string(), pa.binary(), pa.bool_(), pa.int8(), pa.int64(), pa.uint64(), pa.float16(), pa.float64(), pa.null(), pa.date32(),
+         pa.decimal128(20, 3), pa.timestamp('ns'), pa.list_(pa.float32()), pa.list_(pa.float32(), 2), pa.large_list(pa.int8()),
+         pa.list_(pa.list_(pa.float64())), pa.dictionary(pa.int32(), pa.string()), pa.map_(pa.string(), pa.int8()),
+         pa.struct([('bytes', pa.binary()), ('path', pa.string())]))
+PICTURES = dict(png='rgb24', mjpeg='yuvj420p', bmp='bgr24', gif='rgb8', tiff='rgb24', libwebp='yuv420p', ppm='rgb24')
+VIDEOS = dict(mp4='libx264', mkv='libx264', ts='libx264', avi='mpeg4', webm='libvpx-vp9', mov='mpeg4')
 TINY = 32, 2, 2, 64, False, 0, 14, 4        # of a ViT, as in model.ENCODERS
-SEEDS = ''                                  # the folder of unchanged files, in the scratch folder
 TRAIN = (*SMALL, '--frames=3', '--context=3', '--eval_context=1', '--val_share=0.4', '--unlabelled=', '--workers=0')
 SEARCH = dict(samples=4, elites=2, iterations=1, horizon=2)
+SCRATCH = os.path.realpath(tempfile.mkdtemp(prefix='fuzz'))
+SEEDS = f'{SCRATCH}/seeds'          # what is mutated
+NOT_WRITTEN = pa.ArrowException, TypeError, ValueError, LookupError, OverflowError, RecursionError, AttributeError
 
 
 # mutations; with rng None everything stays as it is
@@ -82,6 +85,8 @@ def bytes_of(rng, content, other):
         near = rng.randrange(min(size, 200))            # headers are at the beginning or at the end
         at = rng.choice((rng.randrange(size), near, size - 1 - near))
         end = at + rng.choice((1, 2, 4, 8, 40, size))
+        piece = rng.choice(PIECES)
+        number = rng.choice((0, 1, 255, 4096, 65535, 10 ** 6, 2 ** 31 - 1, 2 ** 32 - 1))
         way = rng.randrange(9)
         if way < 3 and content:
             content[at] ^= 1 << rng.randrange(8)
@@ -90,10 +95,8 @@ def bytes_of(rng, content, other):
         elif way == 4:
             content[at:at] = content[at:end] * rng.choice((1, 2, 50))
         elif way == 5:
-            piece = rng.choice(PIECES)
             content[at:rng.choice((at, at + len(piece)))] = piece
         elif way == 6:
-            number = rng.choice((0, 1, 255, 4096, 65535, 10 ** 6, 2 ** 31 - 1, 2 ** 32 - 1))
             content[at:at + 4] = number.to_bytes(4, rng.choice(('big', 'little')))
         elif way == 7:
             content[at:] = other[rng.randrange(len(other)):]
@@ -113,10 +116,9 @@ def places(x):
 def tree_of(rng, x):
     """Values, keys, types and lengths of dicts and lists, changed in place."""
     for _ in range(rng.choice((1, 1, 1, 2, 3, 8)) if rng else 0):
-        there = list(places(x))
-        if not there:
-            break
+        there = list(places(x)) or [([0], 0)]
         box, key = rng.choice(there)
+        other, name = rng.choice(there)
         value = box[key]
         way = rng.randrange(8)
         if way == 0:
@@ -124,7 +126,6 @@ def tree_of(rng, x):
         elif way == 1 and isinstance(box, dict):
             box[rng.choice((*WORDS, f'{key}{key}'))] = box.pop(key)
         elif way == 2:
-            other, name = rng.choice(there)
             box[key] = pickle.loads(pickle.dumps(other[name]))
         elif way == 3 and isinstance(box, list):
             box += [value] * rng.choice((1, 3))
@@ -135,9 +136,6 @@ def tree_of(rng, x):
         else:
             box[key] = rng.choice(VALUES)
     return x
-
-
-NOT_WRITTEN = pa.ArrowException, TypeError, ValueError, LookupError, OverflowError, RecursionError, AttributeError
 
 
 def table_of(rng, path):
@@ -158,8 +156,9 @@ def table_of(rng, path):
     pq.write_table(pa.table(columns), path, rng.choice((1, 2, 100)) if rng else 100)
 
 
-def header_of(rng, content):
+def header_of(rng, path):
     """A safetensors file with another header; the JSON in its metadata is changed as well."""
+    content = Path(path).read_bytes()
     end = 8 + int.from_bytes(content[:8], 'little')
     header = json.loads(content[8:end])
     texts = header.get('__metadata__', {})
@@ -169,65 +168,61 @@ def header_of(rng, content):
     for name, value in texts.items():
         texts[name] = value if isinstance(value, str) else json.dumps(value)
     header = json.dumps(header).encode()
-    return len(header).to_bytes(8, 'little') + header + content[end:]
+    Path(path).write_bytes(len(header).to_bytes(8, 'little') + header + content[end:])
+
+
+def json_of(rng, path):
+    text = Path(path).read_text()
+    lines = text.splitlines() if path.endswith('l') else [text]
+    Path(path).write_text('\n'.join(map(json.dumps, tree_of(rng, [*map(json.loads, lines)]))))
+
+
+def torch_of(rng, path):
+    buffer = io.BytesIO()
+    torch.save(tree_of(rng, torch.load(path, weights_only=True)), buffer)
+    Path(path).write_bytes(buffer.getvalue())
+
+
+BY_ENDING = dict(json=json_of, jsonl=json_of, parquet=table_of, safetensors=header_of, pt=torch_of, pth=torch_of)
 
 
 def change(rng, path):
     """A file in a way of its kind, or byte by byte; a few become something else."""
-    with open(path, 'rb') as f:
-        content = f.read()
+    content = Path(path).read_bytes()
     way = rng.random() if rng else 0.5
+    deep = BY_ENDING.get(path.rpartition('.')[2])
     if way < 0.01:
         os.remove(path)
-        return rng.choice((os.mkdir, os.mkfifo, str, lambda x: os.symlink(x, x)))(path)
-    ending = os.path.splitext(path)[1]
-    try:
-        if ending == '.safetensors' and way < 0.7:
-            content = header_of(rng, content)
-        elif ending == '.parquet' and way < 0.7:
-            return table_of(rng, path)
-        elif ending in ('.pt', '.pth') and way < 0.7:
-            buffer = io.BytesIO()
-            torch.save(tree_of(rng, torch.load(path, weights_only=True)), buffer)
-            content = buffer.getvalue()
-        elif ending in ('.json', '.jsonl') and way < 0.7:
-            lines = content.splitlines() if ending == '.jsonl' else [content]
-            content = '\n'.join(map(json.dumps, tree_of(rng, [*map(json.loads, lines)]))).encode()
-        else:
-            content = bytes_of(rng, content, Path(some(rng, '[pvw]*s/*.*')).read_bytes())
-    except NOT_WRITTEN:
-        content = content[1:]
-    with open(path, 'wb') as f:
-        f.write(content)
+        rng.choice((os.mkdir, os.mkfifo, str, lambda x: os.symlink(x, x)))(path)
+    elif deep and way < 0.7:
+        with contextlib.suppress(NOT_WRITTEN):
+            deep(rng, path)
+    else:
+        Path(path).write_bytes(bytes_of(rng, content, Path(some(rng, '[pvw]*s/*.*')).read_bytes()))
 
 
-def some(rng, pattern, folder=''):
+def some(rng, pattern, folder=SEEDS):
     """One of the files that fit."""
-    found = sorted(glob.glob(f'{folder or SEEDS}/{pattern}', recursive=True))
+    found = sorted(glob.glob(f'{folder}/{pattern}', recursive=True))
     return rng.choice(found) if rng else found[0]
 
 
 # what reads them: functions of (rng, an empty folder)
 
-def use(root, *options):
-    """What training does with a dataset."""
-    ds = data.LeRobot(root, *options)
-    for e in range(min(3, len(ds.episodes))):
-        with fine():
-            clip = ds.clip(e, 0, 3, 1, (16, 24))
-            assert clip['x'].shape == (3, 3, 16, 24) and clip['a'].isfinite().all()
-        with fine():
-            ds.frames(e, [ds.episodes[e].length - 1], 0, ds.cameras[-1])
-    data.Clips([ds][:ds.action_dim], [ds][ds.action_dim:], 3, 1, (16, 24), 2, 1.0, 0.3)[0]
-
-
 def dataset(pattern):
+    """A reader as training is one."""
     def read(rng, place):
-        path = some(rng, f'*/{pattern}')
-        root = '/'.join(path.split('/')[:len(SEEDS.split('/')) + 1])
-        shutil.copytree(root, f'{place}/d')
-        change(rng, path.replace(root, f'{place}/d'))
-        use(f'{place}/d')
+        name, _, rest = some(rng, f'*/{pattern}').removeprefix(f'{SEEDS}/').partition('/')
+        root = shutil.copytree(f'{SEEDS}/{name}', f'{place}/d')
+        change(rng, f'{root}/{rest}')
+        ds = data.LeRobot(root)
+        for e in range(min(3, len(ds.episodes))):
+            with fine():
+                clip = ds.clip(e, 0, 3, 1, (16, 24))
+                assert clip['x'].shape == (3, 3, 16, 24) and clip['a'].isfinite().all()
+            with fine():
+                ds.frames(e, [ds.episodes[e].length - 1], 0, ds.cameras[-1])
+        data.Clips([ds][:ds.action_dim], [ds][ds.action_dim:], 3, 1, (16, 24), 2, 1.0, 0.3)[0]
     return read
 
 
@@ -259,50 +254,50 @@ def weights(rng, place):
     assert encoder(torch.zeros(1, 3, 28, 28)).shape == (1, 4, 32)
 
 
+def encoded(folder):
+    """A batch by the latents in a folder."""
+    ds = data.LeRobot(f'{SEEDS}/v3')
+    cpu = torch.device('cpu')
+    encode = model.load_encoder('pixels', height=14, width=21)
+    clips = data.Clips([ds], [], 3, 1, (14, 21), 2, 1.0, 0.3)
+    clips.tokens = data.cached_latents([ds], encode, cpu, data.autocast(cpu, 'float32'), folder)
+    return clips[0]
+
+
 def latents(rng, place):
     shutil.copytree(f'{SEEDS}/latents', f'{place}/latents')
     change(rng, some(rng, 'latents/*/*', place))
-    ds = data.LeRobot(f'{SEEDS}/v3')
-    encode = model.load_encoder('pixels', height=14, width=21)
-    clips = data.Clips([ds], [], 3, 1, (14, 21), 2, 1.0, 0.3)
-    cpu = torch.device('cpu')
-    clips.tokens = data.cached_latents([ds], encode, cpu, data.autocast(cpu, 'float32'), f'{place}/latents')
-    assert clips[0]['z'].shape == (2, 3, 6, 24)
+    assert encoded(f'{place}/latents')['z'].shape == (2, 3, 6, 24)
 
 
 def options(rng, place):
-    """What is accepted can be counted with, and opens a dataset or says why not."""
-    name = rng.choice(('train.py', 'plan.py', 'decode.py', 'data.py')) if rng else 'train.py'
-    block = re.findall(r'# -{40,}\n((?:(?! *# -{40,}).*\n)+?) *config = ', (ROOT / name).read_text('utf8'))[-1]
-    g = dict(__doc__='')
-    exec(textwrap.dedent(block), g)
-    del g['__builtins__']
+    """What is accepted can be counted with; and opens a dataset, or says why not."""
+    g = json.loads(Path(some(rng, 'options/*')).read_text())
     argv = []
     for _ in range(rng.choice((1, 1, 2, 3)) if rng else 0):
         text = f'--{rng.choice(list(g))}={rng.choice(VALUES)}'
-        argv.append(rng.choice((text, text, text, bytes_of(rng, text.encode('utf8', 'replace'), b'-').decode('utf8', 'replace'))))
-    for name, value in data.override(g, argv).items():
-        if isinstance(value, (int, float)):
-            assert abs(value) < (math.inf if isinstance(value, float) else 2 ** 63), f'--{name}={value} is accepted'
-    if rng:
-        word, camera, action = rng.sample(WORDS, 3)
-        path = rng.choice((word, f'{SEEDS}/v3:{word}', f'{SEEDS}/v3,{word}'))
-        camera = rng.choice(('', camera, f'top:{camera}', f'{camera},top'))
-        data.open_sets(path, camera, rng.choice(('', action, f'action,{action}')), g.get('fps', 0.0))
+        other = bytes_of(rng, text.encode('utf8', 'replace'), b'-').decode('utf8', 'replace')
+        argv.append(rng.choice((text, text, text, other)))
+    for name, value in data.override(g | dict(__doc__=''), argv).items():
+        most = 2 ** 63 if type(value) is int else math.inf
+        assert isinstance(value, str) or abs(value) < most, f'--{name}={value} is accepted'
+    word, camera, action = rng.sample(WORDS, 3) if rng else ('', '', '')
+    paths = word, f'{SEEDS}/v3:{word}', f'{SEEDS}/v3,{word}'
+    data.open_sets(rng.choice(paths) if rng else '', f'{camera},top', action, g.get('fps', 0.0))
 
 
 def scripts(rng, place):
     """What a run leaves behind, for what goes on from it and looks at it; pictures for plan.py."""
     out = shutil.copytree(f'{SEEDS}/out', f'{place}/out')
-    shutil.copy(f'{SEEDS}/pictures/a.png', out)
-    names = ['optim.pt', 'optim.pt', 'ckpt.safetensors', 'log.jsonl', 'decoder.safetensors', 'a.png']
-    name = rng.choice(names) if rng else 'optim.pt'
-    change(rng, f'{out}/{name}')
+    goal = shutil.copy(some(rng, 'pictures/*'), place)
+    names = [f'{out}/optim.pt', f'{out}/optim.pt', f'{out}/ckpt.safetensors', f'{out}/log.jsonl', f'{out}/decoder.safetensors', goal]
+    path = rng.choice(names) if rng else goal
+    change(rng, path)
     ckpt = f'--ckpt={out}/ckpt.safetensors'
-    if name == 'a.png':
-        pictures = f'--start={SEEDS}/pictures/a.png', f'--goal={out}/a.png', f'--mask={out}/a.png'
-        script('plan.py', ckpt, *pictures, *(f'--{key}={value}' for key, value in SEARCH.items()))
-    elif name == 'decoder.safetensors' or rng and rng.random() < 0.2:
+    if path == goal:
+        search = [f'--{key}={value}' for key, value in SEARCH.items()]
+        script('plan.py', ckpt, f'--start={SEEDS}/pictures/a.png', f'--goal={goal}', f'--mask={goal}', *search)
+    elif 'decoder' in path or rng.random() < 0.2:
         script('decode.py', ckpt, '--rows=1', '--steps=2')
     else:
         script('train.py', *TRAIN, f'--labelled={SEEDS}/v3', '--resume=True', '--max_steps=3', f'--out_dir={out}')
@@ -311,31 +306,27 @@ def scripts(rng, place):
 KINDS = {       # how many of a hundred, and what reads them
     'info': (14, dataset('meta/info.json')), 'lines': (10, dataset('meta/*s*.json*')), 'table': (18, dataset('**/*.parquet')),
     'video': (14, dataset('videos/**/*.mp4')), 'videos': (5, videos), 'picture': (14, picture), 'checkpoint': (8, checkpoint),
-    'weights': (6, weights), 'latents': (4, latents), 'options': (6.7, options), 'scripts': (0.3, scripts)}
+    'weights': (6, weights), 'latents': (4, latents), 'options': (6, options), 'scripts': (1, scripts)}
 
 
 def make_seeds():
-    """What is changed, as small as may be: by the project's own writers, and by others'."""
+    """What is mutated, as small as may be, by the project's own writers and by others'; all kinds can read it."""
     lengths = 6, 5, 7
     write_lerobot(f'{SEEDS}/v3', [episode(length, i) for i, length in enumerate(lengths)], 10)
     write_v2(f'{SEEDS}/v2', 'v2.1', lengths=lengths)
-    shutil.copy(f'{SEEDS}/v3/meta/stats.json', f'{SEEDS}/v2/meta')
     write_v2(f'{SEEDS}/image', 'v2.0', lengths=lengths, image=True)
     stats = json.loads(Path(f'{SEEDS}/v3/meta/stats.json').read_text())
+    Path(f'{SEEDS}/v2/meta/stats.json').write_text(json.dumps(stats))
     lines = [json.dumps(dict(episode_index=i, stats=stats)) for i in range(3)]
     Path(f'{SEEDS}/image/meta/episodes_stats.jsonl').write_text('\n'.join(lines))
-    for name in ('pictures', 'videos', 'weights'):
+    for name in ('pictures', 'videos', 'weights', 'options'):
         os.mkdir(f'{SEEDS}/{name}')
     shot = np.random.default_rng(0).integers(0, 255, (32, 48, 3), np.uint8)
-    for ending, codec, kind in (('png', 'png', 'rgb24'), ('jpg', 'mjpeg', 'yuvj420p'), ('bmp', 'bmp', 'bgr24'),
-                                ('gif', 'gif', 'rgb8'), ('tif', 'tiff', 'rgb24'), ('webp', 'libwebp', 'yuv420p'),
-                                ('ppm', 'ppm', 'rgb24')):
-        Path(f'{SEEDS}/pictures/a.{ending}').write_bytes(coded(shot, codec, kind))
-    for ending, codec, kind, rate in (('mp4', 'libx264', 'yuv420p', 10), ('mkv', 'libx264', 'yuv420p', 30),
-                                      ('ts', 'libx264', 'yuv420p', 25), ('avi', 'mpeg4', 'yuv420p', 10),
-                                      ('webm', 'libvpx-vp9', 'yuv420p', 25), ('mov', 'mjpeg', 'yuvj420p', 10)):
+    for codec, kind in PICTURES.items():
+        Path(f'{SEEDS}/pictures/a.{codec}').write_bytes(coded(shot, codec, kind))
+    for ending, codec in VIDEOS.items():
         with av.open(f'{SEEDS}/videos/a.{ending}', 'w') as container:
-            stream = container.add_stream(codec, rate, width=48, height=32, pix_fmt=kind)
+            stream = container.add_stream(codec, 25, width=48, height=32, pix_fmt='yuv420p')
             for i in range(6):
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(shot.clip(20 * i, 255), 'rgb24')))
             container.mux(stream.encode(None))
@@ -343,15 +334,14 @@ def make_seeds():
     safetensors.torch.save_file(state, f'{SEEDS}/weights/tiny2.safetensors')
     torch.save({'model': state}, f'{SEEDS}/weights/tiny2.pth')
     os.chdir(SEEDS)
-    script('train.py', *TRAIN, f'--labelled={SEEDS}/v3', '--max_steps=2', '--out_dir=out')
-    script('decode.py', '--train=True', '--train_steps=2', '--train_frames=32', '--rows=1', '--steps=2')
-    sets = [data.LeRobot(f'{SEEDS}/v3')]
-    cpu = torch.device('cpu')
-    encode = model.load_encoder('pixels', height=14, width=21)
-    data.cached_latents(sets, encode, cpu, data.autocast(cpu, 'float32'), f'{SEEDS}/latents')
-    for name, (_, read) in KINDS.items():       # what is not changed must be read
-        os.mkdir(f'{SEEDS}/../{name}')
-        read(None, f'{SEEDS}/../{name}')
+    train = script('train.py', *TRAIN, f'--labelled={SEEDS}/v3', '--max_steps=2', '--out_dir=out')
+    decode = script('decode.py', '--train=True', '--train_steps=2', '--train_frames=32', '--rows=1', '--steps=2')
+    for name, g in dict(train=train, decode=decode, plan=vars(plan)).items():
+        Path(f'{SEEDS}/options/{name}').write_text(json.dumps(g['config']))
+    encoded(f'{SEEDS}/latents')
+    for name, (_, read) in KINDS.items():
+        os.mkdir(f'{SCRATCH}/{name}')
+        read(None, f'{SCRATCH}/{name}')
 
 
 # one input, and many
@@ -368,74 +358,45 @@ def fine():
     except Find:
         raise
     except BaseException as error:
-        why = fault(error)
-        if why:
-            raise Find(why) from error
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.startswith(f'{ROOT}/')]
+        own = isinstance(error, (data.Bad, data.Away, SystemExit))
+        own = own or type(error) is ValueError and frames[-1].line.startswith('raise')
+        text = str(error)
+        cause = error
+        while cause:
+            if isinstance(cause, MemoryError) or re.search('allocate.*memory|memory.*alloc', str(cause)):
+                own = False
+                text = f'memory: {cause} {text}'
+            cause = cause.__context__
+        if not own or not text or '\n' in text:
+            frame = [f for f in frames if f.filename != __file__] or frames
+            where = f'{os.path.basename(frame[-1].filename)}:{frame[-1].lineno}'
+            raise Find(f'{type(error).__name__} at {where}: {" ".join(text.split())[:160]}') from error
 
 
-def fault(error):
-    name = type(error).__name__
-    text = str(error)
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.startswith(f'{ROOT}/')]
-    own = isinstance(error, (data.Bad, data.Away, SystemExit)) or name == 'ValueError' and frames[-1].line.startswith('raise')
-    cause = error
-    while cause:
-        if isinstance(cause, MemoryError) or re.search('allocate.*memory|memory.*alloc', str(cause)):
-            own = False
-            text = f'memory: {cause} {text}'
-        cause = cause.__context__
-    if own and text and '\n' not in text:
-        return ''
-    frames = [f for f in frames if f.filename != __file__] or frames
-    where = [f'{os.path.basename(f.filename)}:{f.lineno}' for f in frames[-1:]]
-    return f'{name} at {"".join(where)}: {" ".join(text.split())[:160]}'
+WRITES = {'open': 0, 'os.mkdir': 0, 'os.remove': 0, 'os.rmdir': 0, 'os.truncate': 0, 'os.chmod': 0, 'os.rename': 1, 'os.link': 1,
+          'os.symlink': 1}      # {event of an audit: number of its argument that is a path}
 
 
 def guard(event, arguments):
     """An audit hook: ends an input that writes elsewhere, or begins a program."""
-    path = ''
-    if event == 'open' and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
-        path = arguments[0]
-    elif event in ('os.mkdir', 'os.remove', 'os.rmdir', 'os.truncate', 'os.chmod'):
-        path = arguments[0]
-    elif event in ('os.rename', 'os.link', 'os.symlink'):
-        path = arguments[1]
-    elif event in ('subprocess.Popen', 'os.system', 'os.exec', 'os.posix_spawn'):
+    path = arguments[WRITES[event]] if event in WRITES else None
+    if path is None or isinstance(path, int) or event == 'open' and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
+        path = SCRATCH
+    if event in ('subprocess.Popen', 'os.system', 'os.exec', 'os.posix_spawn') \
+            or not os.path.realpath(path).startswith((SCRATCH, os.devnull)):
         raise Find(f'{event} {arguments}')
-    if path and isinstance(path, (str, os.PathLike)) and path != os.devnull:
-        if not os.path.realpath(path).startswith(os.path.dirname(SEEDS)):
-            raise Find(f'{event} of {path}')
-
-
-def attempt(i, log):
-    """Try input i; the log has that it began, and what was wrong with its end."""
-    rng = random.Random(f'{seed} {i}')
-    names = only.split(',') if only else list(KINDS)
-    kind = rng.choices(names, [KINDS[name][0] for name in names])[0]
-    print(json.dumps([i, kind, 'begun']), file=log)
-    place = f'{os.path.dirname(SEEDS)}/{i}'
-    os.mkdir(place)
-    os.chdir(place)
-    data._warned.clear()
-    why = ''
-    try:
-        with fine():
-            KINDS[kind][1](rng, place)
-    except Find as find:
-        why = str(find)
-        if n == 1:
-            traceback.print_exc()
-    if n > 1:
-        shutil.rmtree(place)
-    print(json.dumps([i, kind, why]), file=log)
 
 
 def work(begin, log, stack):
     """Inputs, one after the other, until one of them ends this process."""
     faulthandler.enable(stack)
     for number in (signal.SIGPROF, signal.SIGALRM):
-        signal.signal(number, signal.SIG_DFL)
         faulthandler.register(number, stack, chain=True)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    if n > 1:
+        os.dup2(nowhere, 2)
     sys.addaudithook(guard)
     size = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize() + int(gigabytes * 2 ** 30)
     resource.setrlimit(resource.RLIMIT_AS, (size, size))
@@ -446,65 +407,72 @@ def work(begin, log, stack):
         attempt(i, log)
 
 
-def forked(call, *arguments):
-    """How a process of this call ended, as os.waitpid says it."""
-    child = os.fork()
-    if child:
-        return os.waitpid(child, 0)[1]
-    code = 1
+def attempt(i, log):
+    """Try input i; the log has that it began, and what was wrong with its end."""
+    rng = random.Random(f'{seed} {i}')
+    names = only.split(',') if only else list(KINDS)
+    kind = rng.choices(names, [KINDS[name][0] for name in names])[0]
+    print(json.dumps([i, kind, '']), file=log)
+    place = f'{SCRATCH}/{i}'
+    os.mkdir(place)
+    os.chdir(place)
+    data._warned.clear()
     try:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for number in (1,) if n == 1 or call is make_seeds else (1, 2):
-            os.dup2(nowhere, number)
-        call(*arguments)
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
+        with fine():
+            KINDS[kind][1](rng, place)
+    except Find as find:
+        print(json.dumps([i, kind, str(find)]), file=log)
+        if n == 1:
+            traceback.print_exc()
+    if n > 1:
+        shutil.rmtree(place)
+
+
+def run(call, *arguments):
+    """The exit code of a process, or minus the signal that ended it."""
+    child = multiprocessing.get_context('fork').Process(target=call, args=arguments)
+    child.start()
+    child.join()
+    return child.exitcode
 
 
 def main():
-    global SEEDS
-    scratch = os.path.realpath(tempfile.mkdtemp(prefix='fuzz'))
-    SEEDS = f'{scratch}/seeds'
+    begun = time.monotonic()
     os.mkdir(SEEDS)
     tempfile.tempdir = SEEDS
     torch.set_num_threads(1)
     model.ENCODERS['tiny2'] = ('nobody/tiny2', *TINY)
-    begun = time.monotonic()
-    if forked(make_seeds):
-        sys.exit('what is not mutated cannot be read')
+    with open(f'{SCRATCH}/seeds.txt', 'w') as f, contextlib.redirect_stdout(f):
+        if run(make_seeds):
+            sys.exit('what is not mutated cannot be read')
     made = time.monotonic() - begun
     begin = first
-    finds = collections.defaultdict(list)       # {(kind, why, numbers apart): [(input, why)]}
-    counts = collections.Counter()
+    finds = collections.defaultdict(list)       # {(kind, exception and place): [(input, why)]}
+    kinds = {}                                  # {input: kind}
     while begin < first + n:
-        with open(f'{scratch}/log', 'w+', buffering=1) as log, open(f'{scratch}/stack', 'w+') as stack:
-            status = forked(work, begin, log, stack)
-            log.seek(0)
-            lines = [json.loads(line) for line in log]
+        with open(f'{SCRATCH}/log', 'w+', buffering=1) as log, open(f'{SCRATCH}/stack', 'w+') as stack:
+            code = run(work, begin, log, stack)
+            lines = [json.loads(line) for line in Path(log.name).read_text().splitlines()]
             calls = re.findall(f'File "{ROOT}/(?!tests)(.*)", line (\\d+)', Path(stack.name).read_text())
-            begin, kind, why = lines[-1]
-            if status:
-                why = signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else 'exit'
-                lines[-1][2] = f'{why} at {":".join(calls[0])}: ' if calls else f'{why} '
-            begin += 1
-            for i, kind, why in lines:
-                if why != 'begun':
-                    counts[kind] += 1
-                if why not in ('begun', ''):
-                    finds[kind, why.partition(':')[0] + why.partition(':')[2][:5]].append((i, why))
-            if sys.stderr.isatty() or n > 10000:
-                print(f'{begin - first:,} of {n:,}, {sum(map(len, finds.values()))} finds of {len(finds)} kinds, '
-                      f'{time.monotonic() - begun:.0f} s', file=sys.stderr)
+        begin, kind, _ = lines[-1]
+        if code:
+            why = signal.Signals(-code).name if code < 0 else f'exit code {code}'
+            lines.append([begin, kind, f'{why} at {":".join(calls[0]) if calls else "?"}: '])
+        begin += 1
+        for i, kind, why in lines:
+            kinds[i] = kind
+            if why:
+                finds[kind, why[:why.find(': ')]].append((i, why))
+        if n > 10000:
+            print(f'{begin - first:,} inputs, {len(finds)} kinds of finds, {time.monotonic() - begun:.0f} s', file=sys.stderr)
     for (kind, _), found in sorted(finds.items(), key=lambda item: -len(item[1])):
         print(f'{len(found):6} {kind:10} --first={found[0][0]}: {found[0][1]}')
-    print(f'{n:,} inputs in {time.monotonic() - begun:.0f} s ({made:.0f} s to make what is mutated): {sum(map(len, finds.values()))} finds of {len(finds)} kinds;', dict(counts))
+    print(f'{n:,} inputs in {time.monotonic() - begun:.0f} s, {made:.0f} of them to make what is mutated: {sum(map(len, finds.values()))} '
+          f'finds of {len(finds)} kinds', dict(collections.Counter(kinds.values())))
     if n == 1:
-        print('files:', scratch)
+        print('files:', SCRATCH)
     else:
-        shutil.rmtree(scratch)
+        shutil.rmtree(SCRATCH)
     sys.exit(bool(finds))
 
 
