@@ -55,16 +55,20 @@ gigabytes = 2.0     # of memory that it may take
 config = data.override(globals(), sys.argv[1:])
 # --------------------------------------------------------------------------------------------------
 
-WORDS = ('', ' ', '.', '..', '../../outside', '/etc/passwd', '{x.__class__}', '{episode_index.__class__}', '{0}', '{', '{}',
-         '{episode_index:9999999999d}', '{chunk_index:>999999999}', '%03d', '\0', '\ud800', 'a' * 5000, 'é/日本', 'nan', 'v2.0',
-         'v3.0', '1e999', '9' * 5000, 'None', '<f4', 'float32', 'int64', 'video', 'image', 'a\nb', 'a/b', 'a:2', ',', '*')
-VALUES = (*WORDS, 0, -1, 1, 2, 7, .5, -.5, 1e-300, 1e308, math.inf, -math.inf, math.nan, 255, 10 ** 5, 2 ** 31 - 1, 2 ** 31, 2 ** 32,
-          2 ** 63 - 1, 2 ** 63, 10 ** 30, -2 ** 63, None, True, False, [], {}, [[]], [1, 2, 3], [0] * 1000, {'a': 1}, [None], ['a'])
-PIECES = (b'\0', b'\xff', b'\xff' * 4, b'\xff' * 8, b'\0' * 8, b'\x7f\xff\xff\xff', b'\x80\0\0\0', b'NaN', b'1e999', b'"', b'\n',
-          b'[' * 100000, b'{"a":' * 50000, b'9' * 5000, b'\\ud800', b'\xef\xbb\xbf', b'version https://git-lfs')
-TYPES = (pa.string(), pa.binary(), pa.bool_(), pa.int8(), pa.int64(), pa.uint64(), pa.float16(), pa.float64(), pa.null(), pa.date32(),
-         pa.decimal128(20, 3), pa.timestamp('ns'), pa.list_(pa.float32()), pa.list_(pa.float32(), 2), pa.large_list(pa.int8()),
-         pa.list_(pa.list_(pa.float64())), pa.dictionary(pa.int32(), pa.string()), pa.map_(pa.string(), pa.int8()),
+WORDS = ('', ' ', '.', '..', '../../outside', '/etc/passwd', '{x.__class__}', '{episode_index.__class__}', '{0}', '{',
+         '{episode_index:9999999999d}', '{chunk_index:>999999999}', '%03d', '\0', '\ud800', 'a' * 5000, 'é/日本', 'nan',
+         'v2.0', 'v3.0', '1e999', '9' * 5000, 'None', '<f4', 'float32', 'int64', 'video', 'image', 'a\nb', 'a/b', 'a:2',
+         '{}', ',', '*')
+VALUES = (*WORDS, 0, -1, 1, 2, 7, .5, -.5, 1e-300, 1e308, math.inf, -math.inf, math.nan, 255, 10 ** 5, 2 ** 31 - 1,
+          2 ** 31, 2 ** 32, 2 ** 63 - 1, 2 ** 63, 10 ** 30, -2 ** 63, None, True, False, [], {}, [[]], [1, 2, 3],
+          [0] * 1000, {'a': 1}, [None], ['a'])
+PIECES = (b'\0', b'\xff', b'\xff' * 4, b'\xff' * 8, b'\0' * 8, b'\x7f\xff\xff\xff', b'\x80\0\0\0', b'NaN', b'1e999',
+          b'[' * 100000, b'{"a":' * 50000, b'9' * 5000, b'\\ud800', b'\xef\xbb\xbf', b'version https://git-lfs', b'"',
+          b'\n')
+TYPES = (pa.string(), pa.binary(), pa.bool_(), pa.int8(), pa.int64(), pa.uint64(), pa.float16(), pa.float64(),
+         pa.null(), pa.date32(), pa.decimal128(20, 3), pa.timestamp('ns'), pa.list_(pa.float32()),
+         pa.list_(pa.float32(), 2), pa.large_list(pa.int8()), pa.list_(pa.list_(pa.float64())),
+         pa.dictionary(pa.int32(), pa.string()), pa.map_(pa.string(), pa.int8()),
          pa.struct([('bytes', pa.binary()), ('path', pa.string())]))
 PICTURES = dict(png='rgb24', mjpeg='yuvj420p', bmp='bgr24', gif='rgb8', tiff='rgb24', libwebp='yuv420p', ppm='rgb24')
 VIDEOS = dict(mp4='libx264', mkv='libx264', ts='libx264', avi='mpeg4', webm='libvpx-vp9', mov='mpeg4')
@@ -290,8 +294,8 @@ def scripts(rng, place):
     """What a run leaves behind, for what goes on from it and looks at it; pictures for plan.py."""
     out = shutil.copytree(f'{SEEDS}/out', f'{place}/out')
     goal = shutil.copy(some(rng, 'pictures/*'), place)
-    names = [f'{out}/optim.pt', f'{out}/optim.pt', f'{out}/ckpt.safetensors', f'{out}/log.jsonl', f'{out}/decoder.safetensors', goal]
-    path = rng.choice(names) if rng else goal
+    names = 'optim.pt', 'optim.pt', 'ckpt.safetensors', 'log.jsonl', 'decoder.safetensors', goal
+    path = os.path.join(out, rng.choice(names) if rng else goal)
     change(rng, path)
     ckpt = f'--ckpt={out}/ckpt.safetensors'
     if path == goal:
@@ -304,9 +308,10 @@ def scripts(rng, place):
 
 
 KINDS = {       # how many of a hundred, and what reads them
-    'info': (10, dataset('meta/info.json')), 'lines': (9, dataset('meta/*s*.json*')), 'table': (15, dataset('**/*.parquet')),
-    'video': (11, dataset('videos/**/*.mp4')), 'videos': (4, videos), 'picture': (19, picture), 'checkpoint': (11, checkpoint),
-    'weights': (8, weights), 'latents': (5, latents), 'options': (7.5, options), 'scripts': (0.5, scripts)}
+    'info': (10, dataset('meta/info.json')), 'lines': (9, dataset('meta/*s*.json*')),
+    'table': (15, dataset('**/*.parquet')), 'video': (11, dataset('videos/**/*.mp4')), 'videos': (4, videos),
+    'picture': (19, picture), 'checkpoint': (11, checkpoint), 'weights': (8, weights), 'latents': (5, latents),
+    'options': (7.5, options), 'scripts': (0.5, scripts)}
 
 
 def make_seeds():
@@ -374,8 +379,8 @@ def fine():
             raise Find(f'{type(error).__name__} at {where}: {" ".join(text.split())[:160]}') from error
 
 
-WRITES = {'open': 0, 'os.mkdir': 0, 'os.remove': 0, 'os.rmdir': 0, 'os.truncate': 0, 'os.chmod': 0, 'os.rename': 1, 'os.link': 1,
-          'os.symlink': 1}      # {event of an audit: number of its argument that is a path}
+WRITES = {'open': 0, 'os.mkdir': 0, 'os.remove': 0, 'os.rmdir': 0, 'os.truncate': 0, 'os.chmod': 0, 'os.rename': 1,
+          'os.link': 1, 'os.symlink': 1}      # {event of an audit: number of its argument that is a path}
 
 
 def guard(event, arguments):
@@ -464,11 +469,11 @@ def main():
             if why:
                 finds[kind, why[:why.find(': ')]].append((i, why))
         if n > 10000:
-            print(f'{begin - first:,} inputs, {len(finds)} kinds of finds, {time.monotonic() - begun:.0f} s', file=sys.stderr)
+            print(f'{begin - first:,} inputs, {len(finds)} kinds of finds', file=sys.stderr)
     for (kind, _), found in sorted(finds.items(), key=lambda item: -len(item[1])):
         print(f'{len(found):6} {kind:10} --first={found[0][0]}: {found[0][1]}')
-    print(f'{n:,} inputs in {time.monotonic() - begun:.0f} s, {made:.0f} of them to make what is mutated: {sum(map(len, finds.values()))} '
-          f'finds of {len(finds)} kinds', dict(collections.Counter(kinds.values())))
+    print(f'{n:,} inputs in {time.monotonic() - begun:.0f} s, {made:.0f} of them to make what is mutated:',
+          f'{sum(map(len, finds.values()))} finds of {len(finds)} kinds', dict(collections.Counter(kinds.values())))
     if n == 1:
         print('files:', SCRATCH)
     else:

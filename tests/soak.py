@@ -12,6 +12,7 @@ import glob
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -56,10 +57,10 @@ def state(pid):
     total = np.zeros(3)
     for p in family(pid):
         try:
-            pss = [line for line in Path(f'/proc/{p}/smaps_rollup').read_text().splitlines() if line.startswith('Pss:')]
-            total += int(pss[0].split()[1]) / 1e3, len(os.listdir(f'/proc/{p}/fd')), len(os.listdir(f'/proc/{p}/task'))
-        except (OSError, IndexError):
-            pass
+            pss = re.search(r'Pss: *(\d+)', Path(f'/proc/{p}/smaps_rollup').read_text())[1]
+            total += int(pss) / 1e3, len(os.listdir(f'/proc/{p}/fd')), len(os.listdir(f'/proc/{p}/task'))
+        except (OSError, TypeError):
+            pass        # it has just ended
     return total
 
 
@@ -132,14 +133,17 @@ data.write_demo('unlabelled', 6, False, 2)
 os.mkdir('frames')
 x = data.LeRobot('labelled').frames(0, range(40))
 data.write_image('goal.png', x[39])
-print('| | times | minutes | MB early | MB end | files early | end | threads early | end | MB an hour | a second early | end |')
+print('| | times | minutes | MB early | end | files early | end | threads early | end | MB/h | a second early | end |')
 print('|' + '---|' * 12)
 python = sys.executable
-measure('training', [python, f'{ROOT}/train.py', '--labelled=labelled', '--unlabelled=unlabelled', *SMALL, '--workers=2',
-                     '--cache=False', '--max_steps=10000000', '--log_interval=5', '--eval_interval=200', '--save_interval=50'],
-        steps, limit=minutes)
-measure('rollouts', [python, __file__, '--part=rollouts', f'--rollouts={rollouts}'], lambda: lines('rollouts.txt'), rollouts)
-measure('plans', [python, __file__, '--part=plans', f'--plans={plans}'], lambda: lines('plans.txt'), plans)
-measure('watch', [python, f'{ROOT}/plan.py', '--watch=frames', '--goal=goal.png', *(f'--{k}={v}' for k, v in SEARCH.items())],
-        lambda: lines('watch.txt'), pictures, feed=feed)
+files = '--labelled=labelled', '--unlabelled=unlabelled'
+often = '--log_interval=5', '--eval_interval=200', '--save_interval=50', '--max_steps=10000000'
+search = [f'--{name}={value}' for name, value in SEARCH.items()]
+# without a cache the workers decode video all the time
+measure('training', [python, f'{ROOT}/train.py', *files, *SMALL, *often, '--workers=2', '--cache=False'], steps,
+        limit=minutes)
+for part, count in (('rollouts', rollouts), ('plans', plans)):
+    measure(part, [python, __file__, f'--part={part}', f'--{part}={count}'], lambda: lines(f'{part}.txt'), count)
+measure('watch', [python, f'{ROOT}/plan.py', '--watch=frames', '--goal=goal.png', *search], lambda: lines('watch.txt'),
+        pictures, feed=feed)
 print(f'{os.cpu_count()} cores, torch {torch.__version__}, {time.strftime("%F")}, in {os.getcwd()}')

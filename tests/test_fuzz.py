@@ -1,5 +1,4 @@
 """python -m pytest tests/test_fuzz.py: files made to do harm, and three thousand mutated ones (fuzz.py)."""
-import json
 import os
 import pickle
 import subprocess
@@ -69,8 +68,10 @@ def test_what_says_it_is_of_absurd_size_is_not_decoded(tmp_path, reader):
     refused(READERS[reader], path)
 
 
-LISTS = {'hls': '#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:1,\na.ts\n#EXT-X-ENDLIST\n', 'concat': 'ffconcat version 1.0\nfile a.ts\n',
-         'sdp': 'v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\na=rtpmap:96 H264/90000\n'}
+LISTS = {'hls': '#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:1,\na.ts\n#EXT-X-ENDLIST\n',
+         'concat': 'ffconcat version 1.0\nfile a.ts\n',
+         'sdp': 'v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\n'
+                'a=rtpmap:96 H264/90000\n'}
 
 
 @pytest.mark.parametrize('reader', READERS)
@@ -113,16 +114,18 @@ def test_a_pickle_runs_no_code(trained, demo, tmp_path, write, name):
     assert (tmp_path / 'harm').exists()
 
 
-@pytest.mark.parametrize('word', ['{x.__class__}', '{episode_index.__class__}', '{episode_index.real}', '{episode_index!r}',
-                                  '{episode_index:999999999d}', '{video_key[0]}', '../../d/x', '/etc/passwd', 'a/../../../x', '\0'])
+@pytest.mark.parametrize('word', [
+    '{x.__class__}', '{episode_index.__class__}', '{episode_index.real}', '{episode_index!r}', '{video_key[0]}',
+    '{episode_index:999999999d}', '../../d/x', '/etc/passwd', 'a/../../../x', '\0'])
 @pytest.mark.parametrize('path', ['data_path', 'video_path'])
 def test_a_template_reads_nothing_and_leads_nowhere(tmp_path, path, word):
     refused(data.LeRobot, edit_info(write_v2(tmp_path / 'd', 'v2.1', lengths=(3, 3)), **{path: word}))
 
 
+@pytest.mark.skipif(sys.platform != 'linux', reason='/proc, and limits of memory that hold')
 def test_three_thousand_mutated_files():
     """In two processes, which share nothing."""
-    command = sys.executable, f'{ROOT}/tests/fuzz.py', '--n=1500'
-    jobs = [subprocess.Popen([*command, f'--first={first}'], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            for first in (0, 1500)]
-    assert [job.communicate()[0] for job in jobs] and not any(job.returncode for job in jobs)
+    command = [sys.executable, f'{ROOT}/tests/fuzz.py', '--n=1500']
+    jobs = [subprocess.Popen([*command, f'--first={first}'], stdout=subprocess.PIPE, text=True) for first in (0, 1500)]
+    said = [job.communicate()[0] for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0], '\n'.join(said)
