@@ -458,7 +458,8 @@ def main():
         with open(f'{SCRATCH}/log', 'w+', buffering=1) as log, open(f'{SCRATCH}/stack', 'w+') as stack:
             code = run(work, begin, log, stack)
             lines = [json.loads(line) for line in Path(log.name).read_text().splitlines()]
-            calls = re.findall(f'File "{ROOT}/(?!tests)(.*)", line (\\d+)', Path(stack.name).read_text().rpartition('Current')[2])
+            thread = Path(stack.name).read_text().rpartition('Current')[2]
+            calls = re.findall(f'File "{ROOT}/(?!tests)(.*)", line (\\d+)', thread)
         begin, kind, _ = lines[-1]
         if code:
             why = signal.Signals(-code).name if code < 0 else f'exit code {code}'

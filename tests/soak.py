@@ -77,8 +77,8 @@ def measure(name, command, done, all_of=math.inf, limit=math.inf, feed=None):
         time.sleep(min(1, max(0.05, (time.monotonic() - begun) / 300)))     # measuring costs, too
     if child.poll() is None:
         child.send_signal(signal.SIGTERM)
-    if child.wait() not in (0, -signal.SIGTERM) or len(samples) < 30:
-        sys.exit(f'{name} ended too early: {Path(f"{name}.txt").read_text()[-500:]}')
+    if child.wait() not in (0, -signal.SIGTERM) or len(samples) < 9:
+        sys.exit(f'{name}: measured {len(samples)} times, which is too few: {Path(f"{name}.txt").read_text()[-500:]}')
     t, count, memory, files, threads = np.array(samples).T
     k = max(3, len(t) // 30)
     early = slice(k, 2 * k)
