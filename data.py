@@ -1783,11 +1783,11 @@ class Clips:
     step) alone, and every rank has its part of them.
 
     A batch holds x (B, T, 3, H, W) uint8, or z (B, T, N, D) float16 once `tokens` are set (see
-    cached_latents); a (B, T, A) normalised by each dataset's mean and std, padded to the widest; a_mask, z_mask (B, T); and `faults`, for count_faults. Of any 1/labelled_share
-    consecutive clips exactly one is labelled. All datasets of a kind share clips exactly, by
-    duration or the weights given; every window of one is seen once before any again. Cameras are
-    drawn by weight. A clip that cannot be read is replaced by one of its
-    dataset.
+    cached_latents); a (B, T, A) normalised by each dataset's mean and std, padded to the widest;
+    a_mask, z_mask (B, T); and `faults`, for count_faults. Of any 1/labelled_share consecutive clips
+    exactly one is labelled. All datasets of a kind share clips exactly, by duration or the weights
+    given; every window of one is seen once before any again. Cameras are drawn by weight. A clip
+    that cannot be read is replaced by one of its dataset.
     """
     labelled: list
     unlabelled: list

@@ -316,7 +316,6 @@ class Pixels(nn.Module):
     seen frames, they are those of a generic picture (correlation e^(-distance / patch)). Latents
     are not whitened here: what divides them (train.py's `whiten`) has an exponent of its own."""
     name = 'pixels'
-    hash = ''
     layer = -1
     pool = 1
     hash = ''
@@ -364,7 +363,6 @@ class Encoder(nn.Module):
     """A ViT with the resize and the normalisation that it was trained with."""
     fit = None
     decode = None
-    hash = ''
 
     def __init__(self, name, vit, layer, size, width, pool):
         super().__init__()
