@@ -27,7 +27,7 @@ import socket
 import sys
 import threading
 import time
-from collections import OrderedDict, defaultdict, deque
+from collections import defaultdict, deque
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
@@ -45,9 +45,7 @@ except ImportError:         # Windows
 os.environ.setdefault('GOMP_SPINCOUNT', '20000')
 
 import av  # noqa: E402
-import huggingface_hub.constants
-import huggingface_hub.errors
-import huggingface_hub.utils
+import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -55,7 +53,6 @@ import pyarrow.parquet as pq
 import torch
 from huggingface_hub.file_download import http_get
 from torch.utils.data import DataLoader, default_collate, get_worker_info
-from tqdm import tqdm
 
 
 # --------------------------------------------------------------------------------------------------
@@ -104,8 +101,8 @@ CHOICES = {
 
 def check(name, value):
     """End the script with one line unless an option's value is within LIMITS or one of CHOICES."""
-    least, most = LIMITS.get(name, (-math.inf, math.inf))
-    if type(value) in (int, float) and not least <= value <= most:      # nor nan
+    least, most = LIMITS.get(name, (value, value))
+    if not least <= value <= most:      # nor nan
         bounds = f'{least} or more' if value < least else f'{least} to {most}'
         sys.exit(f'--{name}: wants {bounds}, got {value}')
     if value not in CHOICES.get(name, [value]):
@@ -151,11 +148,9 @@ def given(argv):
 
 
 def pick_device(name, index=0):
-    """torch.device of 'auto' (CUDA, else MPS, else CPU) or of a name; index: this process's GPU."""
-    if name == 'auto' and torch.cuda.is_available():
-        name = 'cuda'
-    elif name == 'auto':
-        name = 'mps' if torch.backends.mps.is_available() else 'cpu'
+    """torch.device of 'auto' (CUDA, MPS, .., else CPU) or of a name; index: this process's GPU."""
+    if name == 'auto':
+        name = str(torch.accelerator.current_accelerator(check_available=True) or 'cpu')
     try:
         device = torch.device(f'cuda:{index}' if name == 'cuda' else name)
         torch.zeros(1, device=device).item()
@@ -198,29 +193,37 @@ class Bad(ValueError):
         self.path = path
 
 
-class Outside(Bad):
-    """A path that leaves the dataset's folder."""
-
-
 class Away(Exception):
     """The hub cannot be reached for long: no fault of the data, so nothing is skipped because of
     it."""
 
 
-_warned = set()     # lines that were printed, or in a worker go with its next batch
+_warned = set()     # lines, or causes, that were printed or in a worker go with its next batch
 _unsent = []        # the latter
 
 
-def warn(line, everywhere=False):
-    """Print a line about the data once, by the first process or everywhere; what a worker has to
-    say goes with its next batch."""
-    if line in _warned:
+def warn(line, everywhere=False, cause=''):
+    """Print a line about the data once, or the first line of a cause, by the first process or
+    everywhere; what a worker has to say goes with its next batch."""
+    if (cause or line) in _warned:
         return
-    _warned.add(line)
+    _warned.add(cause or line)
     if get_worker_info() is not None:
         _unsent.append(line)
     elif everywhere or os.environ.get('RANK', '0') == '0':
         print(line, file=sys.stderr, flush=True)
+
+
+TELL = 10       # seconds between lines of progress
+_told = {}      # {what: when there was a line}
+
+
+def progress(what, done):
+    """Print how much of something is done, unless a line of it, or its beginning, is fresh."""
+    now = time.monotonic()
+    if now > _told.setdefault(what, now) + TELL:
+        _told[what] = now
+        print(what, done, flush=True)
 
 
 def one_line_a_cause(faults):
@@ -268,13 +271,13 @@ def writing(path):
 _locks = []     # open files; a lock ends with its process, however that ends
 
 
-def own(folder, name='.lock'):
+def own(folder):
     """Make a folder where there is none, and keep out other processes that ask for the same, until
     the open file that this returns is closed. One line ends the program if another was first, or
     if nothing can be written there."""
     with writing(folder):
         os.makedirs(folder, exist_ok=True)
-        lock = open(os.path.join(folder, name), 'a+b', buffering=0)
+        lock = open(f'{folder}/.lock', 'a+b', buffering=0)
         try:
             if 'fcntl' in globals():
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)    # a forked worker has it not
@@ -313,7 +316,6 @@ SAFE = {'protocol_whitelist': 'file', 'max_pixels': str(1 << 27)}
 STRICT = SAFE | {'protocol_whitelist': 'none', 'err_detect': 'explode'}
 MAX_OPEN = 8    # videos kept open per process; one holds a decoder's frames, a few MB
 GO_ON = 30      # frames over which a video is read on, not sought: a key frame may be far back
-TELL = 10       # seconds between lines of progress
 
 
 def _rgb(frame, size):
@@ -346,9 +348,7 @@ def _picture(content, size):
     if content[:2] == b'\xff\xd8' and b'\xff\xd9' not in content:
         raise Bad('truncated')
     with av.open(io.BytesIO(content), options=STRICT) as container:
-        if not container.streams.video or container.format.name == 'tty':  # of text: ANSI art
-            raise Bad('no picture in it')
-        container.streams.video[0].codec_context.options = STRICT
+        video_stream(container).codec_context.options = STRICT
         frame = next(container.decode(video=0), None)
         if frame is None or frame.is_corrupt:
             raise Bad('truncated')
@@ -360,8 +360,7 @@ def read_image(path, size=0):
     try:
         rgb = _picture(Path(path).read_bytes(), size)
     except (OSError, ValueError, av.FFmpegError) as error:
-        why = getattr(error, 'strerror', None) or error
-        sys.exit(f'{path}: not a readable picture of up to 134 megapixels ({why})')
+        sys.exit(f'{path}: not a readable picture of up to 134 megapixels ({error})')
     return torch.from_numpy(rgb.copy()).permute(2, 0, 1)
 
 
@@ -384,7 +383,7 @@ def write_image(path, x):
 
 def exact_rate(fps):
     """30000 / 1001 of 29.97 as well."""
-    return Fraction(fps).limit_denominator(1001) or Fraction(1, 1001)
+    return Fraction(fps).limit_denominator(1001)
 
 
 def _encode(container, rgb, i, fps, **options):
@@ -421,8 +420,9 @@ def write_video(path, x, fps):
 
 
 def video_stream(container):
-    if not container.streams.video:
-        raise Bad('no video stream')
+    # any text is a "tty", of ANSI art
+    if not container.streams.video or container.format.name == 'tty':
+        raise Bad('no picture in it')
     return container.streams.video[0]
 
 
@@ -458,8 +458,7 @@ class Video:
         self.container = av.open(path)
         self.stream = video_stream(self.container)
         self.codec = self.stream.codec_context
-        self.codec.thread_type = 'NONE'     # frame threads delay every seek; we have processes
-        self.codec.thread_count = 1
+        self.codec.thread_count = 1         # more delay every seek; we have processes
         key = path, os.stat(path).st_mtime_ns
         if key not in _times:
             _times[key] = frame_times(self.container)
@@ -543,19 +542,17 @@ class Video:
         self.last = last
 
 
-_videos = OrderedDict()     # open ones, the one used last at the end
+_videos = {}    # open ones, the one used last at the end
 
 
 def open_video(path):
     """A Video of a small LRU. A forked worker must not share its parent's file position: pid is a
     key."""
     key = os.getpid(), path
-    if key not in _videos:
-        _videos[key] = Video(path)
-        if len(_videos) > MAX_OPEN:
-            _videos.popitem(last=False)[1].container.close()
-    _videos.move_to_end(key)
-    return _videos[key]
+    _videos[key] = video = _videos.pop(key, None) or Video(path)
+    if len(_videos) > MAX_OPEN:
+        _videos.pop(next(iter(_videos))).container.close()
+    return video
 
 
 def video_times(path):
@@ -611,14 +608,12 @@ def ask_hub(what, call, first=False):
         try:
             return call()
         except (OSError, ValueError, huggingface_hub.errors.HTTPError) as error:    # httpx's, too
-            answer = getattr(error, 'response', None)
-            if answer is None:
-                answer = getattr(error.__cause__, 'response', None)
+            answer = getattr(error, 'response', None) or getattr(error.__cause__, 'response', None)
             why = str(error.__cause__ or error)
             pause = wait
             hopeless = first or huggingface_hub.constants.HF_HUB_OFFLINE or getattr(
                 error, 'errno', None) in OUR_DISK
-            if answer is not None:
+            if answer:
                 hopeless = False
                 why = f'{answer.status_code} {answer.headers.get("X-Error-Code", "")}'
                 limit = huggingface_hub.utils.parse_ratelimit_headers(answer.headers)
@@ -628,7 +623,7 @@ def ask_hub(what, call, first=False):
                 elif after.isdigit():       # may be a date
                     pause = max(wait, int(after) + 1)
             why = f'not to be had from the hub ({" ".join(why.split())})'
-            if answer is not None and answer.status_code in (401, 403, 404):
+            if answer and answer.status_code in (401, 403, 404):
                 raise Bad(why, what) from None
             if hopeless or time.monotonic() + pause > end:
                 raise Away(f'{what}: {why}') from None
@@ -658,24 +653,21 @@ class Hub:
         self.cache_gb = cache_gb
         self.endpoint = os.environ.get('HF_ENDPOINT')
         folder = f'{HUB_HOME}/{self.repo.replace("/", "--")}/'
-        self.root = folder + self.revision
-        if os.path.exists(f'{self.root}/meta/.whole'):
-            return
         api = huggingface_hub.HfApi(self.endpoint)
-        asked = self.revision or 'main'
-        known = Path(f'{folder}{asked.replace("/", "--")}.sha')      # what it was the last time
-        try:
-            info = ask_hub(name, lambda: api.dataset_info(
-                self.repo, revision=self.revision or None), first=True)
-            self.revision = info.sha or asked       # of some mirrors
-            with writing(known):
-                make_folder_of(known)
-                known.write_text(self.revision)
-        except Away as error:
-            if not known.exists():
-                raise
-            self.revision = known.read_text()
-            warn(f'{error}: goes on with what came last, {self.revision}')
+        if not os.path.exists(f'{folder}{self.revision}/meta/.whole'):
+            asked = self.revision or 'main'
+            known = Path(f'{folder}{asked.replace("/", "--")}.sha')      # what it was the last time
+            try:
+                info = ask_hub(name, lambda: api.dataset_info(self.repo, revision=asked), True)
+                self.revision = info.sha or asked       # of some mirrors
+                with writing(known):
+                    make_folder_of(known)
+                    known.write_text(self.revision)
+            except Away as error:
+                if not known.exists():
+                    raise
+                self.revision = known.read_text()
+                warn(f'{error}: goes on with what came last, {self.revision}')
         self.root = folder + self.revision
         if os.path.exists(f'{self.root}/meta/.whole'):
             return
@@ -749,13 +741,12 @@ def inside(root, template, **values):
     try:
         path = FIELD.sub(lambda field: format(values[field[1]], field[2] or ''), template)
         path = os.path.normpath(os.path.join(root, path))
-        outside = os.path.commonpath([path, root]) != root
+        if os.path.commonpath([path, root]) != root:
+            raise ValueError(f'refused: {path} is not in the dataset')
         if '\0' in path or re.search('[{}]', FIELD.sub('', template)):
             raise ValueError('no path')
     except (LookupError, TypeError, ValueError) as error:
         raise Bad(f'cannot make a path from {template!r} and {values} ({error!r})', root) from None
-    if outside:
-        raise Outside(f'refused: {template!r} leads out of the dataset, to {path}', root)
     real = _real(os.path.dirname(path))
     if os.path.islink(path) or os.path.commonpath([real, _real(root)]) != _real(root):
         warn(f'{root}: has symbolic links, which are followed')
@@ -767,7 +758,7 @@ def inside(root, template, **values):
 
 TEXT = '(large_)?(str|utf|text|binary)|bytes|image|video|audio|lang'  # what is no number
 STATS = 'mean', 'std', 'min', 'max'
-PROBE = 1 << 12     # bytes of a file that are looked at in three places, to know it again
+PROBE = 1 << 12     # bytes of a file that are looked at in two places, to know it again
 QUANTILES = {'q01': .01, 'q10': .1, 'q50': .5, 'q90': .9, 'q99': .99}
 
 
@@ -775,8 +766,8 @@ def _pool(parts):
     """Statistics of a whole from those of its parts, dicts of arrays with a count of rows;
     quantiles are averaged."""
     whole = {}
-    for name in set.intersection(*map(set, parts)):
-        whole[name] = np.stack([np.asarray(part[name], np.float64) for part in parts])
+    for name in parts[0]:
+        whole[name] = np.stack([np.float64(part[name]) for part in parts])
     parts = whole
     count = parts['count'].sum(0)
     weight = (parts['count'] / count).reshape(-1, *[1] * (parts['mean'].ndim - 1))
@@ -794,14 +785,11 @@ def _describe(x):
     return out | dict(zip(QUANTILES, np.quantile(x, list(QUANTILES.values()), axis=0)))
 
 
-def _table(path, names=(), needed=()):
-    """The named columns of a parquet file, those it has; without names, all."""
+def _table(path, names=()):
+    """The named columns of a parquet file, those it has; without names, all but statistics."""
     file = pq.ParquetFile(path, memory_map=True)
-    there = file.schema_arrow.names
-    for name in set(needed) - set(there):
-        raise Bad(f'no column {name}')
-    # threads cost more than small files take
-    return file.read([name for name in names or there if name in there], use_threads=False)
+    names = names or [name for name in file.schema_arrow.names if not name.startswith('stats/')]
+    return file.read(names, use_threads=False)      # they cost more than small files take
 
 
 @lru_cache(maxsize=32)
@@ -809,9 +797,11 @@ def _columns(path, needed):
     """{name: float32 (rows, width)} of the columns needed; float64 (rows,) of those that number the
     rows, as far as a table has them."""
     with reading(path):
-        table = _table(path, ('episode_index', 'frame_index', 'timestamp', *needed), needed)
+        table = _table(path, ('episode_index', 'frame_index', 'timestamp', *needed))
+        for name in set(needed).difference(table.column_names):
+            raise Bad(f'no column {name}')
         rows = np.arange(table.num_rows)
-        out = dict(row=rows, frame_index=rows, timestamp=np.full(len(rows), np.nan))
+        out = dict(row=rows, frame_index=rows, timestamp=rows * np.nan)
         for name in set(table.column_names).difference(needed):
             with suppress(Bad):
                 values = _numbers(name, table[name])
@@ -827,10 +817,10 @@ def _numbers(name, column):
     another width than most."""
     row = np.flatnonzero(column.is_valid())     # of each number
     values = column.combine_chunks().drop_null()
-    while isinstance(values.type, (pa.ListType, pa.LargeListType, pa.FixedSizeListType)):
-        row = row[pc.list_parent_indices(values)]
-        values = values.flatten()
     try:
+        while pa.types.is_nested(values.type):
+            row = row[pc.list_parent_indices(values)]
+            values = values.flatten()
         values = values.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
     except pa.ArrowException:
         raise Bad(f'{name} is {column.type}, not numbers') from None
@@ -868,8 +858,7 @@ class Episode:
     data: dict      # what its table's path is made of
     video: dict     # {camera: what its video's path is made of}; pictures in the table have none
     start: dict     # {camera: when it begins in that video, in seconds}
-    base: dict      # {camera: number of its first frame in that video}, see _locate
-    room: dict      # {camera: frames from there until the next episode's}
+    span: dict      # {camera: range of that video's frames until the next episode}, see _locate
     length: int = 0     # frames at the rate asked for, as all else counts them
     fault: Bad = None   # what makes it shorter than stated
 
@@ -892,7 +881,6 @@ class LeRobot:
         self.weight = 0.0       # among other datasets, see open_sets
         self.action_mode = action_mode
         self.rotation = rotation
-        self.told = set()       # causes of oddities
         self.hub = None
         try:
             if HUB_NAME.fullmatch(self.name) and not os.path.isdir(root):
@@ -905,7 +893,6 @@ class LeRobot:
                 self._choose_cameras(camera)
                 self._choose_actions(action)
                 self._read_episodes()
-                self.tasks = self._read_tasks()
             except Bad:
                 raise
             except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
@@ -927,8 +914,8 @@ class LeRobot:
     def files(self, e, camera=''):
         """{file: its camera, or '' for a table} that clips by a camera, or all chosen, are read
         from."""
-        files = {self.place(e): ''} if self.action_keys else {}
-        for key in [camera] if camera else self.chosen:
+        files = {}
+        for key in *self.action_keys, *([camera] if camera else self.chosen):
             files[self.place(e, key)] = key if key in e.video else ''
         return files
 
@@ -940,21 +927,22 @@ class LeRobot:
             try:
                 return call(path, *arguments)
             except Bad:
-                if not self.hub or attempt == 2 or os.path.exists(path):
+                if attempt == 2 or os.path.exists(path):
                     raise
 
-    def load(self, name):
-        """What a file of metadata holds: a list of rows unless it is .json; {} if there is none."""
-        path = f'{self.root}/{name}'
-        if not os.path.isfile(path):
-            return {}
-        with reading(path):
-            if name.endswith('.parquet'):
-                return _table(path).to_pylist()
-            text = Path(path).read_text('utf8')
-            if name.endswith('.json'):
-                return json.loads(text)
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
+    def load(self, pattern):
+        """What files of metadata hold: a list of rows, empty if there are none, unless .json."""
+        rows = []
+        for path in sorted(glob.glob(f'{glob.escape(self.root)}/{pattern}')):
+            with reading(path):
+                if path.endswith('.parquet'):
+                    rows += _table(path).to_pylist()
+                    continue
+                text = Path(path).read_text('utf8')
+                if path.endswith('.json'):
+                    return json.loads(text)
+                rows += [json.loads(line) for line in text.splitlines() if line.strip()]
+        return rows
 
     # metadata
 
@@ -976,16 +964,8 @@ class LeRobot:
         self.info = info
         self.v3 = version == 'v3.0'
         self.features = info.get('features')
-        paths = dict(data=info.get('data_path'), video=info.get('video_path'))
-        if self.features is None and 'video_keys' in info:      # the first dialect of v2.0
-            videos = info.get('videos') or {}
-            paths['video'] = videos.get('videos_path')
-            self.features = {}
-            for name, kind in dict(keys='float32', image_keys='image', video_keys='video').items():
-                for key in info.get(name) or []:
-                    shape = (info.get('shapes') or {}).get(key)
-                    self.features[key] = dict(dtype=kind, shape=shape, info=videos.get(key))
-        self.paths = {kind: path or PATHS[version[:2]][kind] for kind, path in paths.items()}
+        self.paths = {kind: info.get(f'{kind}_path') or path
+                      for kind, path in PATHS[version[:2]].items()}
         self.native = info.get('fps')
         if self.features is None or type(self.native) is str or not 0 < self.native < math.inf:
             sys.exit(f'{where}: wants features and fps, a number above 0, has {", ".join(info)} '
@@ -1018,8 +998,7 @@ class LeRobot:
         numeric = [key for key, feature in self.features.items()
                    if not re.match(TEXT, str(feature.get('dtype')))]
         keys = [key for key in ('action', 'actions') if key in numeric][:1]
-        if not keys:
-            keys = [key for key in numeric if key.startswith('action.')]
+        keys = keys or [key for key in numeric if key.startswith('action.')]
         if action:
             keys = [] if action == 'none' else [key.strip() for key in action.split(',')]
         for key in set(keys) - set(numeric):
@@ -1041,71 +1020,41 @@ class LeRobot:
     def _read_episodes(self):
         videos = [key for key in self.chosen if self.features[key]['dtype'] == 'video']
         source = 'meta/episodes/*/*.parquet' if self.v3 else 'meta/episodes.jsonl'
-        rows = self._read_shards(videos) if self.v3 else self.load(source)
+        rows = self.load(source)
         if not rows:
-            raise Bad(f'has no episodes: nothing in {source}, where '
-                      f'{self.info["codebase_version"]} has them; there is {os.listdir(self.root + "/meta")}', self.root)
+            version = self.info['codebase_version']
+            there = os.listdir(f'{self.root}/meta')
+            raise Bad(f'has no episodes: nothing in {source}, where {version} has them; there is '
+                      f'{there}', self.root)
         episodes = {}
         for row in rows:
-            if 'episode_index' not in row or 'length' not in row:
-                raise Bad('episodes.jsonl: a line without episode_index and length', self.root)
             i = int(row['episode_index'])
             length = int(row['length'])
             start = dict.fromkeys(videos, 0)
             if self.v3:
                 place = numbers_of_file(row, 'data')
                 video = {key: numbers_of_file(row, f'videos/{key}') for key in videos}
+                # to_timestamp is off by a frame in some datasets
                 start = {key: row[f'videos/{key}/from_timestamp'] or 0 for key in videos}
             else:
                 chunk = i // (self.info.get('chunks_size') or 1000)
                 place = dict(episode_index=i, episode_chunk=chunk, total_episodes=len(rows),
                              chunk_index=chunk, file_index=i)
                 video = dict.fromkeys(videos, place)
-            tasks = row.get('tasks') or []
-            if not isinstance(tasks, list):
-                tasks = [str(tasks)]
-            episodes[i] = Episode(i, length, length, tasks, place, video, start, {}, {})
+            tasks = np.atleast_1d(row.get('tasks') or []).tolist()
+            episodes[i] = Episode(i, length, length, tasks, place, video, start, {})
         if len(episodes) < len(rows):
             warn(f'{self.root}: its metadata list {len(rows) - len(episodes)} episodes again: the '
                  'last entry of each counts')
         self.listed = self.episodes = [episodes[i] for i in sorted(episodes)]
 
-    def _read_shards(self, videos):
-        """The rows of meta/episodes."""
-        needed = ['episode_index', 'length', 'data/chunk_index', 'data/file_index']
-        for key in videos:      # to_timestamp is off by a frame in some datasets
-            needed += [f'videos/{key}/chunk_index', f'videos/{key}/file_index',
-                       f'videos/{key}/from_timestamp']
-        rows = []
-        for path in sorted(glob.glob(glob.escape(f'{self.root}/meta/episodes') + '/*/*.parquet')):
-            with reading(path):
-                rows += _table(path, ['tasks', *needed], needed).to_pylist()
-        return rows
-
-    def _read_tasks(self):
-        """{number: words}. In v3.0 these are pandas' index: their column may have any name."""
-        tasks = {}
-        for row in self.load('meta/tasks.parquet' if self.v3 else 'meta/tasks.jsonl'):
-            number = row.pop('task_index')
-            tasks[number] = row.get('task') or list(row.values())[0]
-        return tasks
-
     def _compare(self):
         """Find how much of every episode is there, name once what differs, drop what has nothing.
         """
         if not self.hub:
-            frames = sum(e.stated for e in self.episodes)
-            for name, count in ('total_episodes', len(self.episodes)), ('total_frames', frames):
-                if self.info.get(name, count) != count:
-                    warn(f'{self.root}: info.json says {name} {self.info[name]}, its episodes make '
-                         f'{count}')
-            told = time.monotonic() + 2
             for i, e in enumerate(self.episodes):
                 self._measure(e)
-                if time.monotonic() > told:
-                    told = time.monotonic() + TELL
-                    print(f'{self.name}: looked at {i:,} of {len(self.episodes):,} episodes',
-                          flush=True)
+                progress(f'{self.name}: looked at', f'{i:,} of {len(self.episodes):,} episodes')
         empty = Bad('an episode is empty', self.root)
         dropped = [e.fault or empty for e in self.listed if e.usable < 1]
         self.episodes = [e for e in self.listed if e.usable > 0]
@@ -1133,22 +1082,20 @@ class LeRobot:
             for path, camera in self.files(e).items():
                 if camera:
                     self._locate(e, camera)
-                n = e.room[camera] if camera else len(self._rows_of(e)['row'])
+                n = len(e.span[camera]) if camera else len(self._rows_of(e)['row'])
                 if n != e.stated:
                     e.fault = Bad(f'has {n} frames of episode {e.index}, the metadata say '
                                   f'{e.stated}', path)
                 e.usable = min(e.usable, n)
             if self.action_keys and e.usable:
                 self._action_columns(e)
-        except Outside:
-            raise
         except Bad as error:
             e.usable = 0
             e.fault = error
 
     def _locate(self, e, camera):
-        """Set base and room of an episode, and of all that share its video."""
-        if camera in e.base:
+        """Set the span of an episode, and of all that share its video."""
+        if camera in e.span:
             return
         path = self.place(e, camera)
         times = self.read(video_times, path)
@@ -1165,15 +1112,14 @@ class LeRobot:
         if abs(length[worst] - room[worst]) > abs(length.sum() - len(times)):
             raise Bad(f'episode {users[worst].index} of length {length[worst]} has {room[worst]} '
                       'frames until the next from_timestamp: meta/episodes is wrong', path)
-        for o, base, n in zip(users, first.tolist(), room.tolist()):
-            o.base[camera] = base
-            o.room[camera] = n
+        for o, begin, n in zip(users, first.tolist(), room.tolist()):
+            o.span[camera] = range(begin, begin + n)
 
     def _read_stats(self):
         """{mean, std, min and max: (action_dim,) float32}; measured if the dataset has none that
         fit, without the rows that are not finite."""
         if self.action_mode == 'absolute':
-            with suppress(KeyError, ValueError, TypeError):  # incomplete, or do not fit
+            with suppress(LookupError, ValueError, TypeError):  # incomplete, or do not fit
                 return self._stored_stats()
         parts = []
         why = Bad(f'no finite row in {", ".join(self.action_keys)}', self.root)
@@ -1194,7 +1140,7 @@ class LeRobot:
         return {name: pooled[name].astype(np.float32) for name in STATS}
 
     def _stored_stats(self):
-        stats = self.load('meta/stats.json')
+        stats = self.load('meta/stats.json') or {}
         if not stats:
             lines = [line.get('stats', {}) for line in self.load('meta/episodes_stats.jsonl')]
             for key in self.action_keys:
@@ -1226,8 +1172,9 @@ class LeRobot:
         late = np.abs(out['timestamp'] - out['frame_index'] / self.native).max(initial=0)
         out['odd'] = late > 0.5 / self.native
         if out['odd']:
-            self._tell(e, f'timestamps are up to {late:.3g} s off the grid of {self.native} frames '
-                       'a second')
+            warn(f'{self.name}, episode {e.index}: timestamps are up to {late:.3g} s off the grid '
+                 f'of {self.native} frames a second (others like it are not named)',
+                 cause=f'{self.name} timestamps')
         return out
 
     def _where(self, episode, camera):
@@ -1241,7 +1188,7 @@ class LeRobot:
         if camera not in e.video:
             return self._rows_of(e)['row']
         self._locate(e, camera)
-        frames = e.base[camera] + np.arange(e.room[camera])
+        frames = np.array(e.span[camera])
         if not self.action_keys or len(frames) <= e.usable:
             return frames
         rows = self._rows_of(e)
@@ -1306,16 +1253,10 @@ class LeRobot:
                           f'{e.usable, width} by info.json', path)
         wrong = ~np.isfinite(np.concatenate(list(columns.values()), 1)).all(1)
         if wrong.any():
-            self._tell(e, f'{wrong.sum()} rows of {", ".join(self.action_keys)} are not as many '
-                       'finite numbers as most: masked')
+            warn(f'{self.name}, episode {e.index}: {wrong.sum()} rows of '
+                 f'{", ".join(self.action_keys)} are not as many finite numbers as most: masked '
+                 '(others like it are not named)', cause=f'{self.name} rows')
         return columns
-
-    def _tell(self, e, line):
-        """What is odd in an episode, unless another with the same cause was named."""
-        cause = re.sub(r'\d+', '#', line)
-        if cause not in self.told:
-            self.told.add(cause)
-            warn(f'{self.name}, episode {e.index}: {line} (others like it are not named)')
 
     def frames(self, episode, numbers, size=0, camera=''):
         """uint8 (n, 3, H, W) of a camera, the first chosen if none is named, at numbers of frames.
@@ -1347,11 +1288,11 @@ class LeRobot:
                 group = int(np.searchsorted(ends, row, 'right'))
                 column = _row_group(path, group, camera)
                 cell = column[int(row - ends[group])].as_py()
-                if not isinstance(cell, dict):
-                    cell = {'path' if isinstance(cell, str) else 'bytes': cell}
-                content = cell.get('bytes')
-                if not content and cell.get('path'):        # a file beside the table
-                    beside = inside(self.root, '{path}', path=cell['path'])
+                content = cell
+                if isinstance(cell, dict):
+                    content = cell.get('bytes') or cell.get('path')
+                if isinstance(content, str):        # a file beside the table
+                    beside = inside(self.root, '{path}', path=content)
                     content = self.read(Path.read_bytes, Path(beside))
                 if not isinstance(content, bytes):
                     raise Bad(f'{camera}, {column.type}, has no picture in row {row}')
@@ -1393,13 +1334,13 @@ class LeRobot:
         found = hashlib.sha256()
         paths = []
         for i, e in enumerate(self.episodes):
-            for key in [camera] if camera else self.chosen:
+            for key in [camera] if camera else [*self.chosen, *self.action_keys]:
                 found.update(self._where(i, key)[:e.usable].tobytes())
-            paths += [self.place(e, camera)] if camera else self.files(e)
+                paths.append(self.place(e, key))
         for path in dict.fromkeys(paths):
             size = os.path.getsize(path)
             with open(path, 'rb') as f:
-                for at in 0, size // 2, max(0, size - PROBE):
+                for at in 0, size // 2:
                     f.seek(at)
                     found.update(f.read(PROBE))
             found.update(b'%d' % size)
@@ -1415,11 +1356,9 @@ def weighted(text):
     """
     out = []
     for part in text.split(','):
-        name, _, weight = part.strip().rpartition(':')
-        if name and re.fullmatch(r'\d*\.?\d+', weight):
-            out.append((name, float(weight)))
-        elif part.strip():
-            out.append((part.strip(), None))
+        match = re.fullmatch(r'(.+?)(:(\d*\.?\d+))?', part.strip())
+        if match:
+            out.append((match[1], match[3] and float(match[3])))
     return out
 
 
@@ -1537,7 +1476,6 @@ class Writer:
         self.number = -1        # of the present files: ...
         self.videos = {}        # ... {camera: container}
         self.sizes = {}         # ... {camera: bytes}
-        self.told = time.monotonic()
         self._begin_episode()
 
     def __enter__(self):
@@ -1620,9 +1558,7 @@ class Writer:
         self.total += L
         self.first += L
         self._begin_episode()
-        if time.monotonic() > self.told + TELL:
-            self.told = time.monotonic()
-            print(f'writing {self.root}: {i + 1} episodes, {self.total:,} frames', flush=True)
+        progress(f'writing {self.root}:', f'{i + 1} episodes, {self.total:,} frames')
 
     def _write_rows(self, columns):
         self.features = {}
@@ -1691,9 +1627,8 @@ def _shown(path):
     """Yield the frames of any video, the seconds from its beginning until halfway to the next
     frame, and its frames a second."""
     with reading(path), av.open(path, options=SAFE) as container:
-        stream = next(iter(container.streams.video), None)
-        # any text is a "tty"
-        if stream is None or stream.start_time is None or container.format.name == 'tty':
+        stream = video_stream(container)
+        if stream.start_time is None:
             raise Bad('no video with times in it')
         stream.thread_type = 'AUTO'
         start = float(stream.start_time * stream.time_base)
@@ -1889,7 +1824,7 @@ class Clips:
             known = clip['a_mask'][:, None] & (std > 1e-6)      # one that never moves stays 0
             a[:, :len(mean)] = torch.where(known, (clip['a'] - mean) / std, 0.0)
         else:
-            clip['a_mask'] = torch.zeros(T, dtype=torch.bool)
+            clip['a_mask'].zero_()
         clip['a'] = a
         del clip['task']
         return clip
@@ -2059,12 +1994,11 @@ def cached_latents(sets, encoder, device, autocast, folder='', store='float16', 
     if store == 'int8':
         kind = np.dtype([('z', np.int8, shape), ('scale', np.float16, shape[1:])])
     settings = what_latents_depend_on(encoder, autocast, store)
-    error = np.zeros(2)         # squares: of what int8 gets wrong, and of what varies
 
     @torch.no_grad()
     def encode(x):
         with autocast:
-            return for_store(encoder(x.to(device).float() / 255).float(), kind, error)
+            return for_store(encoder(x.to(device).float() / 255).float(), kind)
 
     latents = {}
     for s, ds in enumerate(sets):
@@ -2075,13 +2009,11 @@ def cached_latents(sets, encoder, device, autocast, folder='', store='float16', 
                     if not folder or (i + s) % world == rank and not os.path.exists(f'{path}.npy')}
             frames = read_chunks(ds, camera, mine, settings['size'], workers, rank == 0)
             clock = time.monotonic()
-            error[:] = 0
             made = {}
             for path, episodes in mine.items():
                 made[path] = encode_part(path, ds, episodes, frames, encode, kind, bool(folder))
-            frames.close()      # ends a line of progress
             for path in parts:
-                z, bad = made[path] if path in made else load_part(path)
+                z, bad = made.get(path) or load_part(path)
                 for e in parts[path]:
                     length = ds.episodes[e].length
                     latents[s, e, camera] = bad.get(e, z[:length])
@@ -2091,16 +2023,13 @@ def cached_latents(sets, encoder, device, autocast, folder='', store='float16', 
                 print(f'{ds.name}, {camera}: latents of {ds.total:,} frames, '
                       f'{ds.total * kind.itemsize / 1e6:,.0f} MB in {place or "memory"}, {new:,} '
                       f'encoded now, {new / (time.monotonic() - clock):.0f} frames/s', flush=True)
-                if error[1]:
-                    print(f'int8 error {(error[0] / error[1]) ** .5:.2%} of the std', flush=True)
     return latents
 
 
 def what_latents_depend_on(encoder, autocast, store):
     weights = hashlib.sha256()
-    for name, v in sorted(encoder.state_dict().items()):
-        weights.update(name.encode())
-        weights.update(v.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    for _, v in sorted(encoder.state_dict().items()):
+        weights.update(v.cpu().flatten().view(torch.uint8).numpy())
     return dict(encoder=encoder.name, weights=weights.hexdigest(), layer=encoder.layer,
                 pool=encoder.pool, size=(encoder.size, encoder.width), store=store, part=PART,
                 dtype=str(autocast.fast_dtype) if autocast._enabled else 'float32')
@@ -2165,22 +2094,17 @@ def read_chunks(ds, camera, parts, size, workers, tell):
         todo, batch_size=None, collate_fn=read, num_workers=workers,
         multiprocessing_context='fork' if workers else None)
     total = sum(len(numbers) for _, numbers in todo)
-    plain = not sys.stderr.isatty()
-    bar = tqdm(total=total, desc=f'encoding {ds.name}, {camera}', disable=plain or not tell)
     done = 0
-    told = time.monotonic()
     for (_, numbers), x in zip(todo, loader):
         done += len(numbers)
-        bar.update(len(numbers))
-        if tell and plain and time.monotonic() > told + TELL:
-            told = time.monotonic()
-            print(f'encoding {ds.name}, {camera}: frame {done:,} of {total:,}', flush=True)
+        if tell:
+            progress(f'encoding {ds.name}, {camera}:', f'frame {done:,} of {total:,}')
         if isinstance(x, Away):
             raise x
         yield x
 
 
-def for_store(v, kind, error):
+def for_store(v, kind):
     """(n,) of latents (n, N, D), made where these are: four times less is copied."""
     out = np.empty(len(v), kind)
     if 'scale' not in kind.names:
@@ -2190,8 +2114,6 @@ def for_store(v, kind, error):
     z = (v / scale.float()).round().clamp(-127, 127)
     out['scale'] = scale[:, 0].cpu().numpy()
     out['z'] = z.to(torch.int8).cpu().numpy()
-    error[0] += (z * scale.float() - v).square().sum().item()
-    error[1] += (v - v.mean((0, 1))).square().sum().item()
     return out
 
 

@@ -70,7 +70,7 @@ def decoder(path):
 
 def torchcodec(e, frames):
     e = ds.episodes[e]
-    batch = decoder(ds.place(e, ds.camera)).get_frames_at([e.base[ds.camera] + i for i in frames])
+    batch = decoder(ds.place(e, ds.camera)).get_frames_at([e.span[ds.camera][i] for i in frames])
     return batch.data.permute(0, 3, 1, 2)
 
 

@@ -227,7 +227,6 @@ def test_a_folder_has_one_owner(tmp_path):
     folder = tmp_path / 'new/out'
     with owner(folder) as child:
         says(lambda: data.own(folder), str(folder), f'process {child.pid} on host', 'since')
-        data.own(folder, '.other').close()
     lock = data.own(folder)     # it was killed
     worker = multiprocessing.get_context('fork').Process(target=time.sleep, args=(60,))
     worker.start()
@@ -765,7 +764,7 @@ def test_places_in_a_shared_video(copy, rate, start, stated, want):
         says(lambda: data.LeRobot(copy, action='none'), VIDEO, 'meta/episodes is wrong', 'episode')
         return
     d = data.LeRobot(copy, action='none')
-    assert [e.base[TOP] for e in d.episodes] == [*want]
+    assert [e.span[TOP].start for e in d.episodes] == [*want]
     for i, e in enumerate(d.episodes):
         assert np.array_equal(d.frames(i, [0]).permute(0, 2, 3, 1)[0], sequential(f'{copy}/{VIDEO}')[want[i]])
 
@@ -822,7 +821,7 @@ def test_to_timestamp_is_not_believed(copy):
 
 
 def old_dialect(root, data_path, video_path):
-    """v2.0 as its first months had it: no features, files without folders."""
+    """v2.0 as its first months had it, with files elsewhere."""
     root = write_v2(root, 'v2.0')
     for i in range(3):
         place = dict(episode_index=i, total_episodes=3, video_key='observation.images.top', episode_chunk=0)
@@ -831,23 +830,6 @@ def old_dialect(root, data_path, video_path):
             os.makedirs(os.path.dirname(f'{root}/{new.format(**place)}'), exist_ok=True)
             os.rename(f'{root}/{old}', f'{root}/{new.format(**place)}')
     return root
-
-
-def test_dialect_without_features(made, tmp_path):
-    paths = ('data/train-{episode_index:05d}-of-{total_episodes:05d}.parquet',
-             'videos/{video_key}_episode_{episode_index:06d}.mp4')
-    root = old_dialect(tmp_path / 'd', *paths)
-    write_json(f'{root}/meta/info.json', dict(
-        codebase_version='v2.0', data_path=paths[0], robot_type='aloha', total_episodes=3, total_frames=88, fps=10,
-        splits={'train': '0:3'}, keys=['observation.state', 'action'], image_keys=[],
-        video_keys=['observation.images.top'],
-        shapes={'observation.state': 3, 'action': 2, 'observation.images.top': dict(width=48, height=32, channels=3)},
-        names={'action': ['a', 'b', 'c', 'd']}, videos={'videos_path': paths[1], 'observation.images.top': {
-            'video.fps': 10.0, 'video.codec': 'av1', 'video.is_depth_map': False, 'has_audio': False}}))
-    one, two = data.LeRobot(root), data.LeRobot(made)
-    for i, n in enumerate(LENGTHS):
-        assert np.array_equal(one.rows(i), two.rows(i))
-        assert (one.frames(i, range(n)).float() - two.frames(i, range(n)).float()).abs().max() < 4
 
 
 def test_dialect_of_data_path(made, tmp_path):
@@ -888,9 +870,10 @@ def test_an_episode_that_is_listed_twice_counts_once(tmp_path, capfd):
 
 
 def test_opening_tells_how_far_it_is(made, monkeypatch, capfd):
-    monkeypatch.setattr(data.time, 'monotonic', itertools.count(0, 3).__next__)
+    monkeypatch.setattr(data.time, 'monotonic', itertools.count(0, 6).__next__)
+    monkeypatch.setattr(data, '_told', {})
     data.LeRobot(made)
-    assert capfd.readouterr().out.splitlines()[0] == f'{made}: looked at 0 of 3 episodes'
+    assert capfd.readouterr().out == f'{made}: looked at 2 of 3 episodes\n'
 
 
 def test_a_fingerprint_is_of_the_content(made, copy):
@@ -1027,7 +1010,7 @@ def test_write_and_read_back(tmp_path):
     write_lerobot(root, ({'observation.images.a': f, 'task': t} for f, t in zip((frames[:8], frames[8:]), 'ab')), 29.97)
     assert os.listdir(tmp_path) == ['d']
     d = data.LeRobot(root)
-    assert (d.fps, d.action_dim, d.tasks, d.stats) == (29.97, 0, {0: 'a', 1: 'b'}, None)
+    assert (d.fps, d.action_dim, [e.tasks for e in d.episodes], d.stats) == (29.97, 0, [['a'], ['b']], None)
     y = torch.cat([d.frames(0, range(8)), d.frames(1, range(12))])[..., :61, :81]
     assert (y.float() - x.float()).abs().mean() < 6 and d.clip(1, 0, 3, 4)['task'] == 'b'
 
@@ -1076,7 +1059,7 @@ def test_real_images(shared):
 def test_real_versions_agree(shared):
     v20, v21, v30 = (data.LeRobot(str(shared / f'data/g1_{v}')) for v in ('v20', 'v21', 'v30'))
     assert [e.length for e in v30.episodes] == [221, 267, 260, 265]
-    assert v20.episodes[3].tasks == v30.episodes[3].tasks == [v21.tasks[0]] and v21.tasks == v30.tasks
+    assert v20.episodes[3].tasks == v30.episodes[3].tasks == v21.episodes[3].tasks
     rows = np.concatenate([v30.rows(i) for i in range(4)]).astype(np.float64)
     for s in data.STATS:
         for d in (v20, v21, v30):
@@ -1466,7 +1449,7 @@ def test_cached_latents_are_those_of_the_frames(mixture, tmp_path, capfd, store,
     c = small(mixture)
     c.tokens = cache(c, folder=tmp_path / 'l' if disk else '', store=store, workers=workers)
     out = capfd.readouterr().out
-    assert out.count('latents of') == 3 and ('int8 error' in out) == (store == 'int8')
+    assert out.count('latents of') == 3
     assert len(c.tokens) == 2 * 3 + 2
     for step in range(4):
         batch, plain = c[step], small(mixture)[step]
@@ -1591,10 +1574,6 @@ def test_progress(mixture, monkeypatch, capfd):
     assert 'frame 130 of 200' in out and not err
     cache(small(mixture), rank=1)
     assert capfd.readouterr() == ('', '')
-    monkeypatch.setattr(sys.stderr, 'isatty', lambda: True)
-    cache(small(mixture))
-    out, err = capfd.readouterr()
-    assert 'encoding' not in out and '200/200' in err
 
 
 def test_what_cannot_be_encoded_is_counted(tmp_path, capfd):

@@ -389,7 +389,7 @@ def test_recorded_actions_stand_at_the_frame_before_them(sums, steps, policy):
     d = record(sums / 'd', policy=policy, episodes=3, steps=steps)
     actions, states = rows(d), rows(d, 'observation.state')
     assert (d.fps, d.action_dim, states[0].shape[1], len(actions)) == (5, 2, 5, 3)
-    assert d.camera == 'observation.images.render' and d.tasks == {0: 'sumworld/Sum-v0'}
+    assert d.camera == 'observation.images.render' and d.episodes[0].tasks == ['sumworld/Sum-v0']
     for i, (a, s) in enumerate(zip(actions, states)):
         s = s[:, 3:]
         before = s[0] + np.concatenate([np.zeros((1, 2)), a.cumsum(0)[:-1]])
@@ -418,7 +418,7 @@ def test_what_becomes_the_state(sums):
         d = record(sums / name, f'sumworld/{name}-v0', fps=12.5)
         assert d.features.get('observation.state', {'shape': [0]})['shape'] == [width] and d.fps == 12.5
         assert [len(a) for a in rows(d)] == [7 if name == 'Pixels' else 10] * 2  # its own limit of time
-    assert record(sums / 'bare', 'sumworld:Bare-v0').tasks == {0: 'sumworld:Bare-v0'}
+    assert record(sums / 'bare', 'sumworld:Bare-v0').episodes[0].tasks == ['sumworld:Bare-v0']
 
 
 def test_discrete_actions_become_one_hot(sums):
@@ -543,7 +543,7 @@ def test_pusht_has_its_actions_in_two_ways(sums, policy):
     """The target, and how far it is from the agent, which the state of the same row tells."""
     robot(PUSHT)
     d = record(sums / 'd', PUSHT, policy, 3, 60, frame_height=96)
-    assert d.action_keys == ['action'] and d.tasks == {0: 'gym_pusht/PushT-v0'}
+    assert d.action_keys == ['action'] and d.episodes[0].tasks == ['gym_pusht/PushT-v0']
     target, motion, state = (np.concatenate(rows(d, k)) for k in ('action', 'action.relative', 'observation.state'))
     assert target.shape == motion.shape == (180, 2) and state.shape == (180, 12)
     assert np.allclose(target - state[:, :2], motion, atol=1e-3) and 0 <= target.min() and target.max() <= 512
