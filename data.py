@@ -383,7 +383,7 @@ def write_image(path, x):
 
 def exact_rate(fps):
     """30000 / 1001 of 29.97 as well."""
-    return Fraction(fps).limit_denominator(1001)
+    return Fraction(fps).limit_denominator(1001) or Fraction(1, 1001)
 
 
 def _encode(container, rgb, i, fps, **options):
