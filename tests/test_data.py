@@ -1566,13 +1566,14 @@ def test_what_killed_runs_left_is_removed(mixture, tmp_path):
 
 
 def test_progress(mixture, monkeypatch, capfd):
-    cache(small(mixture))
+    c = small(mixture)
+    cache(c)
     assert 'encoding' not in capfd.readouterr().out
     monkeypatch.setattr(data, 'TELL', 0)
-    cache(small(mixture))
+    cache(c)
     out, err = capfd.readouterr()
     assert 'frame 130 of 200' in out and not err
-    cache(small(mixture), rank=1)
+    cache(c, rank=1)
     assert capfd.readouterr() == ('', '')
 
 
