@@ -101,8 +101,8 @@ CHOICES = {
 
 def check(name, value):
     """End the script with one line unless an option's value is within LIMITS or one of CHOICES."""
-    least, most = LIMITS.get(name, (0, 0))
-    if name in LIMITS and not least <= value <= most:       # nor nan
+    least, most = LIMITS.get(name, (value, value))
+    if type(value) in (int, float) and not least <= value <= most:      # nor nan
         bounds = f'{least} or more' if value < least else f'{least} to {most}'
         sys.exit(f'--{name}: wants {bounds}, got {value}')
     if value not in CHOICES.get(name, [value]):
