@@ -87,7 +87,7 @@ CHOICES = {
     'rotation': tuple(ROTATIONS),
     'store': ('float16', 'int8'),
     'dtype': ('auto', 'float32', 'bfloat16'),
-    'preset': ('robot', 'thesis'),
+    'preset': ('robot', 'thesis', ''),
     'size': ('nano', 'tiny', 'small', 'base', 'large'),
     'action_on': ('all', 'token'),
     'objective': ('shortcut', 'diffusion', 'direct'),
@@ -271,13 +271,13 @@ def writing(path):
 _locks = []     # open files; a lock ends with its process, however that ends
 
 
-def own(folder):
+def own(folder, name='.lock'):
     """Make a folder where there is none, and keep out other processes that ask for the same, until
     the open file that this returns is closed. One line ends the program if another was first, or
     if nothing can be written there."""
     with writing(folder):
         os.makedirs(folder, exist_ok=True)
-        lock = open(f'{folder}/.lock', 'a+b', buffering=0)
+        lock = open(f'{folder}/{name}', 'a+b', buffering=0)
         try:
             if 'fcntl' in globals():
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)    # a forked worker has it not

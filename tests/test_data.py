@@ -227,6 +227,7 @@ def test_a_folder_has_one_owner(tmp_path):
     folder = tmp_path / 'new/out'
     with owner(folder) as child:
         says(lambda: data.own(folder), str(folder), f'process {child.pid} on host', 'since')
+        data.own(folder, '.other').close()
     lock = data.own(folder)     # it was killed
     worker = multiprocessing.get_context('fork').Process(target=time.sleep, args=(60,))
     worker.start()
