@@ -127,7 +127,7 @@ def get_lr(step):
     return learning_rate * min(1, (step + 1) / 50) * cosine / 2
 
 
-data.own(out_dir)
+data.own(out_dir, '.decode.lock')
 if train:       # on frozen latents: no gradient reaches the encoder or the world model
     per_episode = 16
     x = clips.sample(-(-train_frames // per_episode), per_episode)
