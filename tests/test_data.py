@@ -1568,6 +1568,7 @@ def test_what_killed_runs_left_is_removed(mixture, tmp_path):
 
 def test_progress(mixture, monkeypatch, capfd):
     c = small(mixture)
+    monkeypatch.setattr(data, '_told', {})
     cache(c)
     assert 'encoding' not in capfd.readouterr().out
     monkeypatch.setattr(data, 'TELL', 0)
