@@ -19,8 +19,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import (check_steps, encode_frames, load, pictures, read_tensors, restore_encoder,
-                   robot_stats, rollout, standard, unstandard, write_tensors)
+from model import (check_steps, encode_frames, load, one_line, pictures, read_tensors,
+                   restore_encoder, robot_stats, rollout, standard, unstandard, write_tensors)
 
 # --------------------------------------------------------------------------------------------------
 ckpt = 'out/ckpt.safetensors'
@@ -65,12 +65,11 @@ of_kind = {'labelled': [], 'unlabelled': [], kind: sets}
 clips = data.Clips(of_kind['labelled'], of_kind['unlabelled'], trained['frames'],
                    trained['frameskip'], (encode.size, encode.width), 1, 1.0, trained['val_share'])
 for i, ds in enumerate(of_kind['labelled']):        # normalised as in training, whatever is in it
-    ds.stats = robot_stats(model.stats, robot if labelled else i, ckpt)
-    if ds.action_dim * trained['frameskip'] != ds.stats['width']:
+    mean, std, *_ = robot_stats(model.stats, robot if labelled else i, ckpt)
+    if mean.shape != (trained['frameskip'], ds.action_dim):
         sys.exit(f'--labelled: {ds.name} has actions {clips.A} wide per model step, this robot of '
-                 f'{ckpt} {ds.stats["width"]}: --robot names another')
-    for name in ('mean', 'std'):
-        ds.stats[name] = ds.stats[name][:ds.action_dim].numpy()
+                 f'{ckpt} {mean.numel()}: --robot names another')
+    ds.stats = dict(mean=mean[0].numpy(), std=std[0].numpy())
 clips.A = model.config['action_dim']
 
 
@@ -102,18 +101,17 @@ class Decoder(nn.Module):
 def load_decoder(folder, encoder):
     """The Decoder that decode.py has trained in a checkpoint's folder, or None; for the same
     latents or not at all."""
-    path = os.path.join(folder, 'decoder.safetensors')
+    path = f'{folder}/decoder.safetensors'
     if not os.path.isfile(path):
         return None
     tensors = read_tensors(path)
     width = len(tensors.get('stem.bias', [0]))
     decoder = Decoder(encoder.dim, encoder.grid, encoder.size, encoder.width, width)
-    for name, v in decoder.state_dict().items():
-        if name not in tensors or tensors[name].shape != v.shape:
-            got = tuple(tensors[name].shape) if name in tensors else 'missing'
-            sys.exit(f'{path}: {name} is {got}, the latents want {tuple(v.shape)}: train it again '
-                     'with decode.py --train=True')
-    decoder.load_state_dict(tensors)
+    try:
+        decoder.load_state_dict(tensors)
+    except RuntimeError as error:
+        sys.exit(f'{path}: is not what the latents want ({one_line(error)}): train it again with '
+                 'decode.py --train=True')
     return decoder.to(device).eval()
 
 
@@ -137,7 +135,7 @@ if train:       # on frozen latents: no gradient reaches the encoder or the worl
     decoder.mean.copy_(z.mean(dim=(0, 1)))
     decoder.std.copy_(z.std(dim=(0, 1)).clamp(min=1e-6))
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=learning_rate, weight_decay=0.01)
-    bar = tqdm(range(train_steps), disable=not sys.stderr.isatty())
+    bar = tqdm(range(train_steps), disable=None)
     for step in bar:
         for group in optimizer.param_groups:
             group['lr'] = get_lr(step)
@@ -152,10 +150,8 @@ if train:       # on frozen latents: no gradient reaches the encoder or the worl
             loss = loss.item()
             if not math.isfinite(loss):
                 sys.exit(f'decoder step {step}: the loss is not finite; nothing has been saved')
-            bar.set_postfix_str(f'loss {loss:.5f}')
-            if bar.disable:
-                print(f'decoder step {step + 1}: loss {loss:.5f}', flush=True)
-    path = os.path.join(out_dir, 'decoder.safetensors')
+            bar.write(f'decoder step {step + 1}: loss {loss:.5f}')
+    path = f'{out_dir}/decoder.safetensors'
     write_tensors(path, decoder.state_dict())
     print('wrote', path)
 
@@ -172,8 +168,8 @@ imagined = unstandard(torch.cat((z, imagined.float()), dim=1), model.stats)
 # truth and imagination go through one call: principal components' colours only compare within it
 both = pictures(torch.cat((z_raw, imagined)).flatten(0, 1), encode, decoder)
 seen, dreamt = both.unflatten(0, (2, B, T))
-if decoder is not None or encode.decode is not None:
-    by = 'decoder' if decoder is not None else f'inverse of {encode.name}'
+if decoder or encode.decode:
+    by = 'decoder' if decoder else f'inverse of {encode.name}'
     real = batch['z_mask'][:, context:]
     still = x[:, context - 1:context].expand(-1, steps, -1, -1, -1)
     truth = x[:, context:][real]
@@ -187,14 +183,12 @@ else:
 ways = [data.enlarge(v.flatten(0, 1)).unflatten(0, (B, T)) for v in (x, seen, dreamt)]
 video = torch.cat(ways, dim=4)          # camera | latents of the camera's frames | imagined
 video = torch.cat([*video], dim=2)      # one clip per row
-video_path = os.path.join(out_dir, 'rollout.mp4')
-data.write_video(video_path, video, sets[0].fps / trained['frameskip'])
+data.write_video(f'{out_dir}/rollout.mp4', video, sets[0].fps / trained['frameskip'])
 shown = torch.linspace(0, T - 1, min(T, 8)).round().long()
 strips = []
 for b in range(B):
     for v in ways:
         strips.append(torch.cat([*v[b, shown]], dim=2))
-strip_path = os.path.join(out_dir, 'rollout.png')
-data.write_image(strip_path, torch.cat(strips, dim=1))
-print(f'wrote {video_path} (camera | latents of the camera | imagined) and {strip_path} '
-      f'(the same as rows, frames {", ".join(map(str, shown.tolist()))})')
+data.write_image(f'{out_dir}/rollout.png', torch.cat(strips, dim=1))
+print(f'wrote {out_dir}/rollout.mp4 (camera | latents of the camera | imagined) and '
+      f'{out_dir}/rollout.png (the same as rows, frames {", ".join(map(str, shown.tolist()))})')

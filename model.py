@@ -88,7 +88,7 @@ for _size, _word in dict(s='small', b='base', l='large', g='giant').items():
         f'dinov2_vit{_size}14': (f'facebook/dinov2-{_word}', *_vit, 0, 14, 37),
         f'dinov2_vit{_size}14_reg': (
             f'facebook/dinov2-with-registers-{_word}', *_vit, 4, 14, 37)}
-for _size in ('s16', 's16plus', 'b16', 'l16', 'h16plus', '7b16'):
+for _size in [*VITS][:-1]:
     _repo = f'facebook/dinov3-vit{_size}-pretrain'
     ENCODERS[f'dinov3_vit{_size}'] = (f'{_repo}-lvd1689m', *VITS[_size], 4, 16, 0)
     if _size in ('l16', '7b16'):    # of satellite pictures, which are normalised in another way
@@ -116,7 +116,7 @@ class ViTBlock(nn.Module):
         qkv = self.attn.qkv(self.norm1(x)).view(B, L, 3, self.heads, -1)
         qkv = qkv.permute(2, 0, 3, 1, 4)        # (3, B, heads, L, d)
         q, k, v = qkv
-        if rope is not None:
+        if rope:
             q, k = rotate(qkv[:2], *rope).type_as(v)
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, L, D)
         x = x + self.ls1 * self.attn.proj(y)
@@ -247,7 +247,9 @@ def official(state):
     state = {re.sub(PREFIX, '', key): state[key] for key in keys}
     if 'reg_token' in state and 'pos_embed' in state:   # timm adds the class token's to it
         state['pos_embed'] = F.pad(state['pos_embed'], (0, 0, 1, 0))
-    state = {rename(key): value for key, value in state.items() if not re.match(UNUSED, key)}
+    state = {key: value for key, value in state.items() if not re.match(UNUSED, key)}
+    for old, new in NAMES.items():
+        state = {key.replace(old, new): value for key, value in state.items()}
     for key in [key for key in state if key.endswith('.bias_mask')]:        # Meta's DINOv3
         mask = state.pop(key).nan_to_num(0.0)       # 1 for q and v, 0 for k, or not yet a number
         bias = key.removesuffix('_mask')
@@ -264,12 +266,6 @@ def official(state):
     return state
 
 
-def rename(key):
-    for old, new in NAMES.items():
-        key = key.replace(old, new)
-    return key
-
-
 def join(state, new, parts):
     if all(key in state for key in parts):      # what is missing is named when the state is loaded
         state[new] = torch.cat([state.pop(key) for key in parts])
@@ -278,7 +274,7 @@ def join(state, new, parts):
 def read_tensors(file):
     """{key: tensor} of a .safetensors file, of a folder of them, or of a PyTorch file (read without
     code)."""
-    parts = sorted(glob.glob(os.path.join(glob.escape(file), '*.safetensors')))
+    parts = sorted(glob.glob(f'{glob.escape(file)}/*.safetensors'))
     if parts:
         state = {}
         for part in parts:
@@ -393,10 +389,9 @@ class Encoder(nn.Module):
             x = x.clamp(0, 1)       # cubics overshoot
         mean, std = self.mean_std
         z = self.vit((x - mean) / std, self.layer).float()
-        if self.pool > 1:
-            rows, columns = self.grid
-            z = z.unflatten(1, (rows, self.pool, columns, self.pool)).mean((2, 4)).flatten(1, 2)
-        return z
+        rows, columns = self.grid
+        z = z.unflatten(1, (rows, self.pool, columns, self.pool))
+        return z.mean((2, 4)).flatten(1, 2)
 
     def stored(self):
         return {}
@@ -466,7 +461,7 @@ def load_vit(vit, name, path):
     if 'periods' in expected:
         # Meta's are rounded to bfloat16, which moves features by 4e-4: use what was trained with
         state.setdefault('periods', vit.periods)
-    for key in dict.fromkeys([*expected, *state]):
+    for key in expected | state:
         got = tuple(state[key].shape) if key in state else missing
         wants = tuple(expected[key].shape) if key in expected else 'no such weight'
         if got != wants:
@@ -505,7 +500,7 @@ SIZES = {  # width, layers, heads, kv_heads; parameters without the encoder, whi
 CONFIG_DEFAULTS = dict(     # what planning and decoding read of a run, where it has no such option
     encoder='pixels', encoder_path='', layer=-1, frame_height=0, frame_width=0, pool=1, frames=4,
     labelled='', unlabelled='', camera='', action='', fps=0.0, action_mode='absolute',
-    rotation='euler', cache_gb=50.0, val_share=0.1, frameskip=2, eval_context=2)
+    rotation='euler', cache_gb=50.0, val_share=0.1, frameskip=2, eval_context=2, encoder_hash='')
 
 MODEL_DEFAULTS = dict(      # what a checkpoint gets that was made before there was such an entry
     registers=4,            # learned tokens of each frame that belong to no patch
@@ -796,21 +791,24 @@ class WorldModel(nn.Module):
                     nn.init.zeros_(m.bias)
         for m in self.modules():
             if isinstance(m, Layer):
-                m.attn.out.weight.data /= math.sqrt(2 * self.config['layers'])
-                m.mlp.down.weight.data /= math.sqrt(2 * self.config['layers'])
+                for branch in (m.attn.out, m.mlp.down):
+                    branch.weight.data /= math.sqrt(2 * self.config['layers'])
+        nn.init.zeros_(self.last.weight)
         if self.config['wide_layers']:
-            for m in (self.head.out, *self.head.modulate):
+            for m in self.head.modulate:
                 nn.init.zeros_(m.weight)
-        else:
-            nn.init.zeros_(self.head.weight)
+
+    @property
+    def last(self):
+        """The linear map that makes latents."""
+        return self.head.out if self.config['wide_layers'] else self.head
 
     def embed(self, z, tau, d, a, a_mask):
         """The tokens of frames (B, T, S, C), float32: [registers | latents | shortcut | action], as
         frame_tokens counts them."""
         c = self.config
         B, T = z.shape[:2]
-        tau_i = (tau * c['k_max']).round().long()
-        tau_i = tau_i.clamp(max=c['k_max'] - 1)     # tau = 1 reads as the cleanest level
+        tau_i = (tau * c['k_max']).round().long().clamp(max=c['k_max'] - 1)     # 1: the cleanest
         d_i = (-torch.log2(d)).round().long()
         shortcut = torch.cat((self.tau_embed(tau_i), self.d_embed(d_i)), dim=-1)      # (B, T, C)
         action = self.a_base.expand(B, T, -1)
@@ -886,9 +884,8 @@ def half_weights(model, dtype):
     """The model, its linear maps but the last in dtype: what autocast would make of them in every
     pass anew."""
     model.graphs.clear()        # they read the old weights
-    last = model.head.out if model.config['wide_layers'] else model.head
     for m in model.modules():
-        if isinstance(m, nn.Linear) and m is not last:
+        if isinstance(m, nn.Linear) and m is not model.last:
             m.to(dtype)
     return model
 
@@ -1171,7 +1168,7 @@ def rollout(model, z_ctx, a, a_mask, K=4, tau_ctx=0.9, seed=0, grad=False, graph
     M = a.shape[0] // B
     T = a.shape[1]
     device = z_ctx.device
-    assert 0 < K <= c['k_max'] and K & (K - 1) == 0, f'K {K} is no power of two up to {c["k_max"]}'
+    check_steps(K, c['k_max'])
     assert len(a) == B * M and 1 <= Tc < T, f'context {z_ctx.shape} and actions {a.shape} disagree'
     s = SimpleNamespace(K=K, grad=grad)
     s.tau_ctx, s.d_ctx = context_levels(c, tau_ctx)
@@ -1285,11 +1282,9 @@ def load(path, device='cpu', ema=True):
     """model, config of a checkpoint: a WorldModel in eval mode with the averaged weights where
     there are any (ema=False: the trained ones), with .stats ({name: tensor}) and .step; config is
     what save was given, and CONFIG_DEFAULTS."""
-    if not os.path.isfile(path):        # a pipe, for one, would be waited for
-        sys.exit(f'{path}: not a readable checkpoint (no such file)')
     try:
         with safetensors.safe_open(path, 'pt', device=str(device)) as f:
-            metadata = f.metadata() or {}
+            metadata = f.metadata()
             # copies: what is mapped would change with the file
             tensors = {k: f.get_tensor(k).clone() for k in f.keys()}
     except Exception as e:      # missing, cut short, something else: one line, whatever it is
@@ -1304,10 +1299,10 @@ def load(path, device='cpu', ema=True):
         config = json.loads(metadata['config'])
         step = int(metadata['step'])
         for given, defaults in ((shape, MODEL_DEFAULTS), (config, CONFIG_DEFAULTS)):
-            for name in defaults.keys() - given.keys():
-                given[name] = defaults[name]
-                print(f'{path}: is older than the option {name}: takes {name}={given[name]}')
             for name, value in defaults.items():
+                if name not in given:
+                    given[name] = value
+                    print(f'{path}: is older than the option {name}: takes {name}={value}')
                 if type(given[name]) is not type(value):
                     raise TypeError(f'{name} is {given[name]}')
         sizes = [config[name] for name in ('frame_height', 'frame_width', 'eval_context')]
@@ -1331,12 +1326,14 @@ def take_prefix(tensors, prefix):
 
 
 def robot_stats(stats, i, path):
-    """What the checkpoint at path knows of the actions of its labelled dataset i, {name: tensor}.
-    """
+    """What the checkpoint at path knows of the actions of its labelled dataset i: mean, std, low,
+    high (dataset rows of a model step, numbers of a row)."""
     known = len(stats['a_width'])
     if i >= known:
         sys.exit(f'--robot={i}: {path} knows {known} labelled datasets, counted from 0')
-    return {k.removeprefix('a_'): v[i].cpu() for k, v in stats.items() if k.startswith('a_')}
+    used = slice(stats['a_width'][i])       # of the padded width
+    return [stats[f'a_{name}'][i, used].view(int(stats['a_rows'][i]), -1).cpu()
+            for name in ('mean', 'std', 'low', 'high')]
 
 
 def standard(z, stats):
@@ -1359,26 +1356,20 @@ def unstandard(z, stats):
 def restore_encoder(config, stats, path=''):
     """The encoder that a checkpoint was trained with: config and model.stats are load's; path
     replaces its file."""
-    encoder = load_encoder(config['encoder'], path or config['encoder_path'], config['layer'],
-                           config['frame_height'], config['frame_width'], config['pool'])
-    restore_stored(encoder, stats)
-    known = config.get('encoder_hash', encoder.hash)
-    if known != encoder.hash:
-        sys.exit(f'--encoder_path={path or config["encoder_path"]}: has other weights than those '
-                 f'of training: their hash is {encoder.hash}, not {known}')
-    if encoder.hash and 'encoder_hash' not in config:
-        print('the checkpoint is too old to tell which weights its encoder had: not compared')
-    return encoder
-
-
-def restore_stored(encoder, stats):
-    """Give an encoder back what its stored() has put into a checkpoint's stats."""
+    path = path or config['encoder_path']
+    encoder = load_encoder(config['encoder'], path, config['layer'], config['frame_height'],
+                           config['frame_width'], config['pool'])
+    known = config['encoder_hash']      # '' where the checkpoint is too old to tell
+    if known not in ('', encoder.hash):
+        sys.exit(f'--encoder_path={path}: has other weights than those of training: their hash is '
+                 f'{encoder.hash}, not {known}')
     stored = take_prefix(dict(stats), 'encoder.')
     if stored.keys() != encoder.stored().keys():
         sys.exit(f'the checkpoint has {[*stored]} of the encoder, {encoder.name} wants '
                  f'{[*encoder.stored()]}')
     if stored:
         encoder.load_state_dict(stored)
+    return encoder
 
 
 @torch.no_grad()

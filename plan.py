@@ -296,7 +296,7 @@ def plan(model, z_ctx, a_ctx, z_goal, o, seed=0, low=-5.0, high=5.0, a_mask=None
         M = actions.shape[1]
         a = torch.cat((a_ctx[:, None].expand(-1, M, -1, -1), actions), dim=2)
         known = F.pad(a_mask, (0, o.horizon), value=True).repeat_interleave(M, dim=0)
-        grad = 'all' if torch.is_grad_enabled() else False
+        grad = torch.is_grad_enabled() and 'all'
         z = rollout(model, z_ctx, a.flatten(0, 1), known, o.K, seed=seed, cache=cache, grad=grad)
         return z.unflatten(0, (E, M))
 
@@ -377,16 +377,9 @@ class Planner:
     def read_actions(self, ckpt):
         """What the checkpoint knows of the robot's actions."""
         stats = robot_stats(self.model.stats, self.o.robot, ckpt)
-        self.used = int(stats['width'])                 # of the padded width
-        self.frameskip = int(stats['rows'])             # dataset rows in a model step
-        self.width = self.used // self.frameskip        # numbers in a row
-
-        def rows(name):
-            return stats[name][:self.used].view(self.frameskip, self.width)
-        self.a_mean = rows('mean')
-        self.a_std = rows('std')
-        self.a_low = rows('low')
-        self.a_high = rows('high')
+        self.a_mean, self.a_std, self.a_low, self.a_high = stats
+        self.frameskip, self.width = self.a_mean.shape
+        self.used = self.a_mean.numel()         # of the padded width
         # constant dimensions stay at their mean
         self.scale = torch.where(self.a_std > 1e-6, self.a_std, torch.inf)
 
@@ -546,10 +539,9 @@ def random_weights(planner, seed):
     """The same planner with a model that has learned nothing."""
     other = copy.copy(planner)
     torch.manual_seed(seed)
-    c = planner.model.config
-    other.model = WorldModel(c).to(planner.device).requires_grad_(False)
-    head = other.model.head.out if c['wide_layers'] else other.model.head
-    torch.nn.init.normal_(head.weight, std=0.02)    # it begins with zeros, which imagine nothing
+    other.model = WorldModel(planner.model.config).to(planner.device).requires_grad_(False)
+    # it begins with zeros, which imagine nothing
+    torch.nn.init.normal_(other.model.last.weight, std=0.02)
     other.model.stats = planner.model.stats
     other.make_fast()
     other.restart()
@@ -1163,9 +1155,8 @@ def arriving(folder):
     seen = set()
     since = {}
     while True:
-        for path in sorted({*glob.glob(os.path.join(glob.escape(folder), '*'))} - seen):
-            kind = mimetypes.guess_type(path, strict=False)[0] or ''
-            if not kind.startswith('image/'):
+        for path in sorted({*glob.glob(f'{glob.escape(folder)}/*')} - seen):
+            if 'image/' not in str(mimetypes.guess_type(path, strict=False)):
                 continue
             try:
                 yield path, picture(path)

@@ -256,7 +256,7 @@ MUTATIONS = [
      'test_data.py override_refuses'),
 
     # training
-    ('train.py', "rms = dict(zip(rms, state['rms']))", 'rms = dict(rms)',
+    ('train.py', "rms = dict(zip(rms, state['rms'].to(device)))", 'rms = dict(rms)',
      'test_train.py resume_is_bitwise[True]'),
     ('train.py', 'ema_model.load_state_dict(load(ckpt)[0].state_dict())', 'pass',
      'test_train.py resume_is_bitwise[True]'),
