@@ -90,7 +90,7 @@ class Decoder(nn.Module):
         self.out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(self, z):
-        x = ((z - self.mean) / self.std).transpose(1, 2).unflatten(2, self.grid)
+        x = ((z - self.mean) / self.std).mT.unflatten(2, self.grid)
         x = self.stem(x)                                            # (B, channels, rows, columns)
         for up in self.up:
             x = up(F.silu(x))
@@ -127,8 +127,7 @@ def get_lr(step):
 
 data.own(out_dir)
 if train:       # on frozen latents: no gradient reaches the encoder or the world model
-    per_episode = 16
-    x = clips.sample(-(-train_frames // per_episode), per_episode)
+    x = clips.sample(-(-train_frames // 16), 16)
     z = encode_frames(encode, x, autocast)
     torch.manual_seed(seed)
     decoder = Decoder(encode.dim, encode.grid, encode.size, encode.width, channels).to(device)

@@ -156,14 +156,13 @@ class ViT(nn.Module):
         learned on."""
         if rows == columns == self.grid:
             return self.pos_embed
-        square = self.pos_embed[:, 1:].float().unflatten(1, (self.grid, self.grid))
-        square = square.permute(0, 3, 1, 2)
+        square = self.pos_embed[:, 1:].float().mT.unflatten(2, (self.grid, self.grid))
         if self.registers is None:  # the first models scale so, and their features depend on it
             scale = [(n + 0.1) / self.grid for n in (rows, columns)]
             square = F.interpolate(square, scale_factor=scale, mode='bicubic')
         else:
             square = F.interpolate(square, (rows, columns), mode='bicubic', antialias=True)
-        return torch.cat((self.pos_embed[:, :1], square.flatten(2).transpose(1, 2)), dim=1)
+        return torch.cat((self.pos_embed[:, :1], square.flatten(2).mT), dim=1)
 
     def angles(self, rows, columns):
         """cos and sin (L, width / heads / 2): patch centres in [-1, 1], half of each head for y,
@@ -237,6 +236,8 @@ NAMES = {       # what is replaced, from the first line to the last
     '.w2.': '.up.',
     '.w3.': '.fc2.',
 }
+JOINED = [      # the last: of an MLP without a gate
+    ('attn.qkv', 'attn.q attn.k attn.v'), ('mlp.fc1', 'mlp.gate mlp.up'), ('mlp.fc1', 'mlp.up')]
 
 
 def official(state):
@@ -259,16 +260,12 @@ def official(state):
         if f'{p}attn.qkv.bias' not in state:
             for letter in 'qkv':    # where one of the three has no bias, it is 0
                 state.setdefault(f'{p}attn.{letter}.bias', torch.zeros_like(state[norm]))
-        for kind in ('weight', 'bias'):
-            join(state, f'{p}attn.qkv.{kind}', [f'{p}attn.{letter}.{kind}' for letter in 'qkv'])
-            join(state, f'{p}mlp.fc1.{kind}', [f'{p}mlp.gate.{kind}', f'{p}mlp.up.{kind}'])
-            join(state, f'{p}mlp.fc1.{kind}', [f'{p}mlp.up.{kind}'])        # without a gate
+        for new, parts in JOINED:
+            for kind in ('weight', 'bias'):
+                keys = [f'{p}{part}.{kind}' for part in parts.split()]
+                if all(key in state for key in keys):   # what is missing is named when it is loaded
+                    state[f'{p}{new}.{kind}'] = torch.cat([state.pop(key) for key in keys])
     return state
-
-
-def join(state, new, parts):
-    if all(key in state for key in parts):      # what is missing is named when the state is loaded
-        state[new] = torch.cat([state.pop(key) for key in parts])
 
 
 def read_tensors(file):
@@ -335,7 +332,7 @@ class Pixels(nn.Module):
     def patches(self, x):
         if x.shape[-2:] != (self.size, self.width):
             x = F.interpolate(x, (self.size, self.width), mode='bilinear', antialias=True)
-        return F.unfold(x, self.patch, stride=self.patch).transpose(1, 2)   # (B, N, 3 p p)
+        return F.unfold(x, self.patch, stride=self.patch).mT        # (B, N, 3 p p)
 
     def fit(self, x):
         p = self.patches(x).flatten(0, 1).cpu().double()    # not every device has float64 and eigh
@@ -351,7 +348,7 @@ class Pixels(nn.Module):
 
     def decode(self, z):
         """The inverse, but for the components left out."""
-        x = (z @ self.basis.T + self.mean).transpose(1, 2)
+        x = (z @ self.basis.T + self.mean).mT
         return F.fold(x, (self.size, self.width), self.patch, stride=self.patch).clamp(0, 1)
 
 
@@ -448,8 +445,8 @@ def load_vit(vit, name, path):
     # DINOv3 of satellite pictures has the same shapes: its files' names tell, or what only its
     # training used
     source = 'sat493m' if name.endswith('_sat') else 'lvd1689m'
-    said = re.findall('sat493m|lvd1689m', path.lower())
-    if name == 'dinov3_vitl16' and 'local_cls_norm.' in ' '.join(tensors):
+    said = re.findall('sat493m|lvd1689m', path)
+    if name == 'dinov3_vitl16' and 'local_cls_norm.weight' in tensors:
         said.append('sat493m')
     if said and said[-1] != source:
         sys.exit(f'{path}: weights of {said[-1]}, {name} has those of {source}: names of encoders '
@@ -591,7 +588,7 @@ def attend(q, k, v, cap, mask=None):
     B, h, S, d = q.shape
     n = k.shape[1]
     q = (q * (d ** -0.5 / cap)).reshape(B, n, h // n * S, d)
-    logits = cap * torch.tanh((q @ k.transpose(-1, -2)).float())        # (B, n, h/n S, L)
+    logits = cap * torch.tanh((q @ k.mT).float())        # (B, n, h/n S, L)
     if mask is not None:
         logits = logits.view(B, h, S, -1).masked_fill(~mask, -torch.inf).view_as(logits)
     return (logits.softmax(dim=-1).type_as(v) @ v).view(B, h, S, d)
@@ -600,7 +597,8 @@ def attend(q, k, v, cap, mask=None):
 def causal_window(S, context, alone, device):
     """mask (1 or B, 1, S, S): a frame sees itself and the context - 1 before it; where alone (B,),
     itself."""
-    ago = torch.arange(S, device=device)[:, None] - torch.arange(S, device=device)
+    t = torch.arange(S, device=device)
+    ago = t[:, None] - t
     mask = ((ago >= 0) & (ago < context))[None, None]
     if alone is None:
         return mask
@@ -662,8 +660,8 @@ class Attention(nn.Module):
         as CUDA graphs and compiled layers want it. fill: only the cache is wanted, None comes
         back."""
         B, S, C = x.shape
-        heads = self.qkv(x).view(B, S, -1, self.head_dim)
-        qk, v = heads.split((self.heads + self.kv_heads, self.kv_heads), dim=2)
+        qk, v = self.qkv(x).view(B, S, -1, self.head_dim).split(
+            (self.heads + self.kv_heads, self.kv_heads), dim=2)
         cos, sin = (y * self.qk_gain for y in rope)     # in the small tables the gain costs nothing
         qk = rotate(rms_norm(qk), cos, sin).type_as(v)        # (B, S, heads, d)
         q, k = qk.split((self.heads, self.kv_heads), dim=2)
@@ -682,10 +680,9 @@ class Attention(nn.Module):
                 k, v = (y[:, :, :start + 1] for y in cache)
         fast = x.is_cuda and self.head_dim >= 16
         flex = S > 1 and (self.kernel == 'flex' or self.kernel == 'auto' and fast)
-        if flex and torch.compiler.is_compiling():
-            y = attend_flex(q, k, v, self.cap, self.context, alone)
-        elif flex:
-            y = compiled_flex()(q, k, v, self.cap, self.context, alone)
+        if flex:
+            kernel = attend_flex if torch.compiler.is_compiling() else compiled_flex()
+            y = kernel(q, k, v, self.cap, self.context, alone)
         else:
             if S > 1 and self.context:
                 mask = causal_window(S, self.context, alone, x.device)
@@ -703,16 +700,14 @@ class Layer(nn.Module):
         self.mlp = SwiGLU(width, hidden(width))
 
     def forward(self, x, rope, alone=None, cache=None, start=0, fill=False):
-        B, T, S, C = x.shape
-        y = rms_norm(x)
+        y = rms_norm(x)         # (B, T, S, C)
         if self.time:
-            y = y.transpose(1, 2).reshape(B * S, T, C)
-            y = self.attn(y, rope, alone, cache, start, fill)
+            y = self.attn(y.transpose(1, 2).flatten(0, 1), rope, alone, cache, start, fill)
             if fill:
                 return None
-            y = y.view(B, S, T, C).transpose(1, 2)
+            y = y.unflatten(0, (len(x), -1)).transpose(1, 2)
         else:
-            y = self.attn(y.view(B * T, S, C), rope).view(B, T, S, C)
+            y = self.attn(y.flatten(0, 1), rope).view_as(x)
         x = x + y
         return x + self.mlp(rms_norm(x))
 
@@ -1026,13 +1021,7 @@ def previous_frames(z):
     the first frame, always one step."""
     tau = torch.ones(z.shape[:2], device=z.device)
     tau[:, 0] = 0
-    return torch.cat((torch.zeros_like(z[:, :1]), z[:, :-1]), dim=1), tau, torch.ones_like(tau)
-
-
-def direct_task(z, a, a_mask):
-    """One deterministic step from the clean past, z_hat[t] = f(z[t-1], a[t])."""
-    inputs = *previous_frames(z), a, a_mask
-    return inputs, z, torch.ones_like(inputs[1])
+    return F.pad(z, (0, 0, 0, 0, 1, -1)), tau, torch.ones_like(tau)
 
 
 def shortcut_loss(model, z, a, a_mask, z_mask, options={}, rms=None, first=0, noise=None,
@@ -1052,8 +1041,10 @@ def shortcut_loss(model, z, a, a_mask, z_mask, options={}, rms=None, first=0, no
     *rows, counted = which_rows(z_mask, o.objective, o.bootstrap, first)
     count = count or {name: mask.sum() for name, mask in counted.items()}
     a_mask = a_mask & (noise.null >= o.p_null)
-    if o.objective == 'direct':
-        inputs, target, weight = direct_task(z, a, a_mask)
+    if o.objective == 'direct':     # one deterministic step, z_hat[t] = f(z[t-1], a[t])
+        inputs = *previous_frames(z), a, a_mask
+        target = z
+        weight = torch.ones_like(inputs[1])
     else:
         inputs, target, weight = forcing_task(model, z, a, a_mask, rows, noise, o)
     error = (model(*inputs) - target).square().mean(dim=(2, 3)) * weight     # (B, T)
@@ -1173,9 +1164,7 @@ def rollout(model, z_ctx, a, a_mask, K=4, tau_ctx=0.9, seed=0, grad=False, graph
     s = SimpleNamespace(K=K, grad=grad)
     s.tau_ctx, s.d_ctx = context_levels(c, tau_ctx)
     s.d = 1 / K if c['objective'] == 'shortcut' else s.d_ctx
-    frame = denoise_frame
-    if c['objective'] == 'direct':
-        frame = predict_frame
+    frame = predict_frame if c['objective'] == 'direct' else denoise_frame
 
     if cache is None:
         cache = remember(model, z_ctx, a[::M, :Tc], a_mask[::M, :Tc], T, tau_ctx, seed)
@@ -1381,7 +1370,7 @@ def pictures(z, encoder, decoder=None):
     if decode:
         x = torch.cat([decode(part) for part in z.float().split(32)])
     else:
-        x = colours(z.float().flatten(0, 1).cpu()).view(*z.shape[:2], 3).transpose(1, 2)
+        x = colours(z.float().flatten(0, 1).cpu()).view(*z.shape[:2], 3).mT
         x = F.interpolate(x.unflatten(2, encoder.grid), (encoder.size, encoder.width))
     return (x * 255).round().to(torch.uint8).cpu()
 

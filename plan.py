@@ -118,10 +118,11 @@ def coloured(E, M, H, A, beta, generator):
     return torch.einsum('st,emta->emsa', circular, torch.randn(E, M, H, A, generator=generator))
 
 
-def draw(mean, std, low, high, samples, beta, generator):
+def draw(mean, std, low, high, samples, o, generator):
     """Candidates (E, samples, H, A) within bounds; the first is the mean itself."""
     E, H, A = mean.shape
-    actions = mean[:, None] + std[:, None] * coloured(E, samples, H, A, beta, generator).to(mean)
+    std = std.clamp(min=o.min_std)[:, None]
+    actions = mean[:, None] + std * coloured(E, samples, H, A, o.beta, generator).to(mean)
     actions[:, 0] = mean
     return actions.clamp(low, high)
 
@@ -149,10 +150,10 @@ def cem(cost, mean, std, low, high, o, generator, deadline, carried):
     elites; the last mean. On top of it: bounds, a least std, and coloured noise."""
     best_costs = []
     for i in in_time(o.iterations, deadline):
-        actions = draw(mean, std, low, high, o.samples, o.beta, generator)
+        actions = draw(mean, std, low, high, o.samples, o, generator)
         elites, costs = best(actions, cost(actions, i), o.elites)
         mean = elites.mean(dim=1)
-        std = elites.std(dim=1).clamp(min=o.min_std)
+        std = elites.std(dim=1)
         best_costs.append(costs[:, 0])
     return mean.clamp(low, high), torch.stack(best_costs), elites
 
@@ -167,15 +168,15 @@ def icem(cost, mean, std, low, high, o, generator, deadline, carried):
     elites = None
     for i in in_time(o.iterations, deadline):
         samples = max(2 * o.elites, int(o.samples / 1.25 ** i))
-        actions = draw(mean, std, low, high, samples, o.beta, generator)
+        actions = draw(mean, std, low, high, samples, o, generator)
         if i == 0 and carried is not None:
-            elites = draw(mean, std, low, high, 1 + carried.shape[1], o.beta, generator)[:, 1:]
+            elites = draw(mean, std, low, high, 1 + carried.shape[1], o, generator)[:, 1:]
             elites[:, :, :carried.shape[2]] = carried
         if elites is not None:
             actions = torch.cat((actions, elites[:, :math.ceil(o.keep * o.elites)]), dim=1)
         elites, costs = best(actions, cost(actions, i), o.elites)
         mean = elites.mean(dim=1)
-        std = elites.std(dim=1).clamp(min=o.min_std)
+        std = elites.std(dim=1)
         best_costs.append(costs[:, 0])
     return elites[:, 0], torch.stack(best_costs), elites
 
@@ -187,13 +188,13 @@ def mppi(cost, mean, std, low, high, o, generator, deadline, carried):
     the candidates; the mean is returned, not a drawn elite."""
     best_costs = []
     for i in in_time(o.iterations, deadline):
-        actions = draw(mean, std, low, high, o.samples, o.beta, generator)
+        actions = draw(mean, std, low, high, o.samples, o, generator)
         elites, costs = best(actions, cost(actions, i), o.elites)
         regret = (costs - costs[:, :1]) / costs.std(dim=1, keepdim=True).clamp(min=1e-12)
         weight = torch.softmax(-regret / o.temperature, dim=1)[:, :, None, None]
         mean = (weight * elites).sum(dim=1)
         variance = (weight * (elites - mean[:, None]).square()).sum(dim=1)
-        std = variance.sqrt().clamp(min=o.min_std)
+        std = variance.sqrt()
         best_costs.append(costs[:, 0])
     return mean.clamp(low, high), torch.stack(best_costs), elites
 
@@ -202,7 +203,7 @@ def adam(cost, mean, std, low, high, o, generator, deadline, carried):
     """Gradient descent on the actions through the model, by Adam (arXiv:1412.6980) from `samples`
     starts at once, with steps back into the bounds (arXiv:2512.09929 finds Adam better than plain
     descent); the best ever seen."""
-    actions = draw(mean, std, low, high, o.samples, o.beta, generator).requires_grad_()
+    actions = draw(mean, std, low, high, o.samples, o, generator).requires_grad_()
     optimizer = torch.optim.Adam([actions], lr=o.step_size)
     best_costs = []
     elites = actions.detach()[:, :0]
@@ -355,7 +356,12 @@ class Planner:
         self.encoder = encoder.to(self.device)
         self.frame_size = self.encoder.size, self.encoder.width
         self.key = self.trained['action'] or 'action'       # the dataset's column
-        self.read_actions(ckpt)
+        self.a_mean, self.a_std, self.a_low, self.a_high = robot_stats(
+            self.model.stats, o.robot, ckpt)
+        # constant dimensions stay at their mean
+        self.scale = torch.where(self.a_std > 1e-6, self.a_std, torch.inf)
+        self.frameskip, self.width = self.a_mean.shape
+        self.used = self.a_mean.numel()         # of the padded width
         self.tokens = self.read_mask(o.mask) if o.mask else None
         self.past = (self.trained['eval_context'] - 1) * self.frameskip + 1
         self.restart()
@@ -373,15 +379,6 @@ class Planner:
         if not white.any():
             sys.exit(f'--mask={path}: is black, wants white where the goal counts')
         return white.to(self.device)
-
-    def read_actions(self, ckpt):
-        """What the checkpoint knows of the robot's actions."""
-        stats = robot_stats(self.model.stats, self.o.robot, ckpt)
-        self.a_mean, self.a_std, self.a_low, self.a_high = stats
-        self.frameskip, self.width = self.a_mean.shape
-        self.used = self.a_mean.numel()         # of the padded width
-        # constant dimensions stay at their mean
-        self.scale = torch.where(self.a_std > 1e-6, self.a_std, torch.inf)
 
     def restart(self):
         """As made: forget the times of searches, too."""
@@ -421,8 +418,7 @@ class Planner:
     def begin(self, z):
         """Latents (E, Tc, N, D) of the past, between which nobody knows the actions."""
         self.z = z
-        A = self.model.config['action_dim']
-        self.a = z.new_zeros(*z.shape[:2], A)
+        self.a = z.new_zeros(*z.shape[:2], self.model.config['action_dim'])
         self.known = z.new_zeros(z.shape[:2], dtype=torch.bool)
 
     def see_past(self, frames, actions):
@@ -472,8 +468,8 @@ class Planner:
             self.reset()
             raise ValueError('the model imagines numbers that are not finite: no action is better')
         self.last_elites = info['elites']
-        rows = self.physical(self.last_plan[:, :o.replan]).flatten(1, 2).numpy()
-        self.queue = list(rows.swapaxes(0, 1))
+        rows = self.physical(self.last_plan[:, :o.replan]).flatten(1, 2)        # (E, rows, width)
+        self.queue = [*rows.transpose(0, 1).numpy()]
         self.seconds.append(time.perf_counter() - begun)
         iterations = len(info['cost'])
         if o.method == 'adam':
@@ -1133,7 +1129,7 @@ def plan_once(o):
             z = info['imagine'](planner.last_plan[:, None])[0, 0]           # (horizon, N, D)
     rows = planner.physical(planner.last_plan[0]).flatten(0, 1).numpy()
     for i, row in enumerate(rows):
-        print(f'{i:3d}  ' + ' '.join(f'{v:9.4f}' for v in row))
+        print(f'{i:3d}  {" ".join(f"{v:9.4f}" for v in row)}')
     z_now = planner.z[:, -1]
     now, then = distance(torch.cat((z_now, z[-1:])), planner.z_goal,
                          channel_weights(planner.model)).tolist()

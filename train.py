@@ -11,7 +11,6 @@ Leaves out_dir/ckpt.safetensors, out_dir/optim.pt and out_dir/log.jsonl. What cl
 not depend on the number of processes: a run may go on with another, but for the last digits of
 sums. torchrun --max-restarts goes on by itself.
 """
-import contextlib
 import copy
 import itertools
 import json
@@ -186,8 +185,8 @@ def say(text):
 ckpt = f'{out_dir}/ckpt.safetensors'
 optim = f'{out_dir}/optim.pt'
 log = f'{out_dir}/log.jsonl'
-LATENTS = ('encoder', 'layer', 'frame_height', 'frame_width', 'pool', 'channels', 'whiten')
-SHAPE = ('size', 'width', 'layers', 'heads', 'kv_heads', *MODEL_DEFAULTS)
+LATENTS = 'encoder layer frame_height frame_width pool channels whiten'.split()
+SHAPE = [*'size width layers heads kv_heads'.split(), *MODEL_DEFAULTS]
 config |= dict(command=' '.join(sys.argv[1:]), processes=world)
 if int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) and os.path.isfile(ckpt):
     # of torchrun --max-restarts; what another command has left is moved aside
@@ -216,7 +215,7 @@ elif init:
     saved, old = load(init, device)
     old = config | old      # may be older than some options
 if init:        # what its weights depend on comes with them
-    for name in (*LATENTS, *SHAPE):
+    for name in LATENTS + SHAPE:
         if name in given and config[name] != old[name]:
             sys.exit(f'--{name}={config[name]}: cannot begin with {init}, which has {old[name]}')
         globals()[name] = config[name] = old[name]
@@ -231,8 +230,8 @@ encode.to(device)
 config['encoder_hash'] = encode.hash
 if not 0 <= channels <= encode.dim:
     sys.exit(f'--channels={channels}: {encoder} has {encode.dim}, 0 keeps them all')
-sizes = {name: config[name] for name in SHAPE[1:]}
-shape = model_config(size, channels or encode.dim, encode.grid, 0, **sizes)
+shape = model_config(size, channels or encode.dim, encode.grid, 0,
+                     **{name: config[name] for name in SHAPE[1:]})
 check_steps(K, shape['k_max'])
 if os.path.abspath(out_dir) == os.getcwd():
     sys.exit(f'--out_dir={out_dir}: wants a folder of its own')
@@ -270,12 +269,13 @@ batches = data.Lengths(clips, long_clips, long_share)
 shape['action_dim'] = clips.A
 
 if resume:
-    fixed = {'camera', 'action', 'action_mode', 'rotation', 'fps', 'frameskip', 'frames',
-             'long_frames', 'long_share', 'val_share', 'labelled_share', 'batch_size', 'seed',
-             *LATENTS, 'size', 'cache', 'store', 'cache_gb', 'datasets'}    # these by content
+    # datasets by their content: they may have moved
+    fixed = ('datasets camera action action_mode rotation fps frameskip frames long_frames '
+             'long_share val_share labelled_share batch_size seed size cache store cache_gb')
+    fixed = {*fixed.split(), *LATENTS, *shape}
     for name, now in (config | shape).items():
         then = (old | saved.config).get(name, now)
-        if now != then and name in fixed | shape.keys():
+        if now != then and name in fixed:
             sys.exit(f'--{name}: {now!r} cannot go on from {ckpt}, which has {then!r}')
         if now != then and name != 'resume':
             say(f'resume: {name} was {then}, now {now}')
@@ -423,18 +423,16 @@ if resume:
     step = state['step']
     skipped = state['skipped']
 if rank == 0:
-    with data.writing(log):
-        journal = open(log, 'a', buffering=1)
-        if resume:      # what was written after the last save comes again
-            journal.truncate(min(state['log'], journal.tell()))
+    journal = open(log, 'a', buffering=1)
+    if resume:      # what was written after the last save comes again
+        journal.truncate(min(state['log'], journal.tell()))
 peak = data.peak_flops(device)
 tokens_per_frame = sum(frame_tokens(shape).values())
 for name, value in config.items():
     say(f'{name} = {value}')
-half = autocast.fast_dtype == torch.bfloat16 and autocast._enabled
 say(f'{sum(p.numel() for p in params) / 1e6:.2f}M parameters, '
     f'{batch_size * frames * tokens_per_frame:,} tokens a step, {device}, '
-    f'{"bfloat16" if half else "float32"}, torch {torch.__version__}')
+    f'{autocast.fast_dtype if autocast._enabled else "float32"}, torch {torch.__version__}')
 
 
 @torch.no_grad()
@@ -549,10 +547,10 @@ def clips_of(step):
     return ', '.join(names)
 
 
-def listen(end):
+def listen():
     """The first signal is kept for the end of a step, the second ends this process at once.
     Handlers in Python would wait for a long call, as of a backward pass, to return."""
-    while number := end.recv(1):
+    while number := near.recv(1):
         if number[0] not in SIGNALS:
             continue
         if signals:
@@ -569,7 +567,7 @@ far.setblocking(False)
 for number in SIGNALS:
     signal.signal(number, lambda *_: None)
 signal.set_wakeup_fd(far.fileno())
-threading.Thread(target=listen, args=(near,), daemon=True).start()
+threading.Thread(target=listen, daemon=True).start()
 decoders = workers if cache_dir or not cache else 0       # latents in memory need no help
 loader = iter(DataLoader(
     batches, batch_size=None, sampler=range(step, max_steps), num_workers=decoders,
@@ -581,10 +579,11 @@ bad = torch.full((), -1, device=device)     # the first step whose loss is not f
 stop = False
 asked = torch.zeros(())     # by signals, in all processes
 start = logged = step
-tokens = 0
-flops = 0.0
-clock = time.perf_counter()
 while step < max_steps and not stop:
+    if step == logged:
+        tokens = 0
+        flops = 0.0
+        clock = time.perf_counter()
     batch = next(loader)
     clips.count_faults(batch, max_bad)
     source, number = batches.which(step)
@@ -603,32 +602,30 @@ while step < max_steps and not stop:
     counted['self_forcing'] = z_mask[:, forced:]
     count = averaged({name: mask.sum() for name, mask in counted.items()})
     metrics = {}
-    for i in range(0, B, micro_batch or B):
-        rows = slice(i, i + (micro_batch or B))
+    few = micro_batch or B
+    parts = (x.split(few) for x in (z, a, a_mask, z_mask))
+    for i, z, a, a_mask, z_mask in zip(range(0, B, few), *parts):
         row = rank * B + i
-        last_rows = rows.stop >= B
+        last_rows = i + few >= B
         if fsdp:
             model.set_requires_gradient_sync(last_rows)
-        sync = contextlib.nullcontext()
-        if ddp and not fsdp and not last_rows:
-            sync = parallel.no_sync()
-        with sync:
-            with autocast:
-                # the same noise for any number of processes and size of micro-batches; of whole
-                # numbers, hash is the same in every process
-                seeds = [hash((seed, step, row + j)) % 2 ** 63 for j in range(len(z[rows]))]
-                loss, terms = shortcut_loss(
-                    parallel, z[rows], a[rows], a_mask[rows], z_mask[rows], options, rms=rms,
-                    first=first + i, noise=clip_noise(z[rows], seeds), count=count)
-                if forced < T:
-                    imagined = rollout(model, z[rows, :forced], a[rows], a_mask[rows], K, grad=True,
-                                       seed=hash((seed, step, row, K)) % 2 ** 63)
-                    error = (imagined - z[rows, forced:]).square().mean(dim=(2, 3))
-                    error = (error * z_mask[rows, forced:]).sum()
-                    terms['self_forcing'] = error.detach() / count['self_forcing']
-                    error = error / count['self_forcing'].clamp(min=1e-6)
-                    loss = loss + error / term_scale(rms, 'flow', 'self_forcing')
-            loss.backward()
+        parallel.require_backward_grad_sync = last_rows     # as no_sync() of DDP
+        with autocast:
+            # the same noise for any number of processes and size of micro-batches; of whole
+            # numbers, hash is the same in every process
+            seeds = [hash((seed, step, row + j)) % 2 ** 63 for j in range(len(z))]
+            loss, terms = shortcut_loss(
+                parallel, z, a, a_mask, z_mask, options, rms=rms, first=first + i,
+                noise=clip_noise(z, seeds), count=count)
+            if forced < T:
+                imagined = rollout(model, z[:, :forced], a, a_mask, K, grad=True,
+                                   seed=hash((seed, step, row, K)) % 2 ** 63)
+                error = (imagined - z[:, forced:]).square().mean(dim=(2, 3))
+                error = (error * z_mask[:, forced:]).sum()
+                terms['self_forcing'] = error.detach() / count['self_forcing']
+                error = error / count['self_forcing'].clamp(min=1e-6)
+                loss = loss + error / term_scale(rms, 'flow', 'self_forcing')
+        loss.backward()
         for name, value in (('loss', loss.detach()), *terms.items()):
             metrics[name] = metrics.get(name, 0) + value
     if step == start:
@@ -684,14 +681,11 @@ while step < max_steps and not stop:
         entry['memory_gb'] = torch.cuda.max_memory_allocated(device) / 1e9
     if rank == 0:
         note(entry)
-        texts = []
-        for name, value in entry.items():
-            if value is not None:
-                texts.append(f'{name} {value:{",.0f" if name == "tokens_per_s" else ".4g"}}')
+        texts = [f'{name} {value:{",.0f" if name == "tokens_per_s" else ".4g"}}'
+                 for name, value in entry.items() if value is not None]
         seconds /= step - logged
-        texts.append(f'{1000 * seconds:.0f} ms/step')
-        texts.append(f'{(max_steps - step) * seconds / 60:.1f} min left')
-        say(', '.join(texts))
+        say(f'{", ".join(texts)}, {1000 * seconds:.0f} ms/step, '
+            f'{(max_steps - step) * seconds / 60:.1f} min left')
     if fsdp and (step % save_interval == 0 or step % eval_interval == 0 or last):
         for p, piece in zip(ema_params, ema_shards):
             p.copy_(whole(piece))
@@ -707,9 +701,6 @@ while step < max_steps and not stop:
     if step % save_interval == 0 or last:       # after the log: what is in it is not made again
         save_all()
     logged = step
-    tokens = 0
-    flops = 0.0
-    clock = time.perf_counter()
 bar.close()
 if step < max_steps:
     say(f'stopped at step {step}: python train.py --resume=True goes on')
