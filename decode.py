@@ -66,25 +66,26 @@ clips = data.Clips(of_kind['labelled'], of_kind['unlabelled'], trained['frames']
                    trained['frameskip'], (encode.size, encode.width), 1, 1.0, trained['val_share'])
 for i, ds in enumerate(of_kind['labelled']):        # normalised as in training, whatever is in it
     mean, std, *_ = robot_stats(model.stats, robot if labelled else i, ckpt)
-    if mean.shape != (trained['frameskip'], ds.action_dim):
+    if mean.numel() != ds.action_dim * trained['frameskip']:
         sys.exit(f'--labelled: {ds.name} has actions {clips.A} wide per model step, this robot of '
                  f'{ckpt} {mean.numel()}: --robot names another')
-    ds.stats = dict(mean=mean[0].numpy(), std=std[0].numpy())
+    for name, v in (('mean', mean), ('std', std)):
+        ds.stats[name] = v.flatten()[:ds.action_dim].numpy()
 clips.A = model.config['action_dim']
 
 
 class Decoder(nn.Module):
     """Raw latents (B, N, D) -> frames (B, 3, height, width) in [0, 1]: transposed convolutions,
     twice the side each."""
-    def __init__(self, dim, grid, height, width, channels=128):
+    def __init__(self, encoder, channels):
         super().__init__()
-        self.grid = grid
-        self.side = height, width
-        self.register_buffer('mean', torch.zeros(dim))
-        self.register_buffer('std', torch.ones(dim))
-        stages = math.ceil(math.log2(height / grid[0]))
+        self.grid = encoder.grid
+        self.side = encoder.size, encoder.width
+        self.register_buffer('mean', torch.zeros(encoder.dim))
+        self.register_buffer('std', torch.ones(encoder.dim))
+        stages = math.ceil(math.log2(encoder.size / self.grid[0]))
         widths = [max(16, channels >> i) for i in range(stages + 1)]
-        self.stem = nn.Conv2d(dim, channels, 3, padding=1)
+        self.stem = nn.Conv2d(encoder.dim, channels, 3, padding=1)
         self.up = nn.ModuleList(
             nn.ConvTranspose2d(i, o, 4, 2, 1) for i, o in zip(widths, widths[1:]))
         self.out = nn.Conv2d(widths[-1], 3, 3, padding=1)
@@ -105,8 +106,7 @@ def load_decoder(folder, encoder):
     if not os.path.isfile(path):
         return None
     tensors = read_tensors(path)
-    width = len(tensors.get('stem.bias', [0]))
-    decoder = Decoder(encoder.dim, encoder.grid, encoder.size, encoder.width, width)
+    decoder = Decoder(encoder, len(tensors.get('stem.bias', [0])))
     try:
         decoder.load_state_dict(tensors)
     except RuntimeError as error:
@@ -130,7 +130,7 @@ if train:       # on frozen latents: no gradient reaches the encoder or the worl
     x = clips.sample(-(-train_frames // 16), 16)
     z = encode_frames(encode, x, autocast)
     torch.manual_seed(seed)
-    decoder = Decoder(encode.dim, encode.grid, encode.size, encode.width, channels).to(device)
+    decoder = Decoder(encode, channels).to(device)
     decoder.mean.copy_(z.mean(dim=(0, 1)))
     decoder.std.copy_(z.std(dim=(0, 1)).clamp(min=1e-6))
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=learning_rate, weight_decay=0.01)
@@ -150,6 +150,7 @@ if train:       # on frozen latents: no gradient reaches the encoder or the worl
             if not math.isfinite(loss):
                 sys.exit(f'decoder step {step}: the loss is not finite; nothing has been saved')
             bar.write(f'decoder step {step + 1}: loss {loss:.5f}')
+            sys.stdout.flush()
     path = f'{out_dir}/decoder.safetensors'
     write_tensors(path, decoder.state_dict())
     print('wrote', path)

@@ -1286,7 +1286,6 @@ def load(path, device='cpu', ema=True):
     try:
         shape = json.loads(metadata['model'])
         config = json.loads(metadata['config'])
-        step = int(metadata['step'])
         for given, defaults in ((shape, MODEL_DEFAULTS), (config, CONFIG_DEFAULTS)):
             for name, value in defaults.items():
                 if name not in given:
@@ -1301,10 +1300,10 @@ def load(path, device='cpu', ema=True):
             model = WorldModel(shape)
         model.load_state_dict(tensors | averages if ema else tensors, assign=True)
         model.init_rope()
+        model.step = int(metadata['step'])
     except Exception as e:      # another file, of another version, damaged: as many ways
         sys.exit(f'{path}: not a checkpoint of train.py, or not a whole one ({one_line(e)})')
     model.stats = stats
-    model.step = step
     return model.to(device).float().eval(), config      # some halve files
 
 
