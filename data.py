@@ -42,7 +42,7 @@ except ImportError:         # Windows
 
 # Before torch is loaded: OpenMP's threads wait for each other by spinning, for up to a tenth of a
 # second, and beside another busy process that takes away the core of the one they wait for.
-os.environ.setdefault('GOMP_SPINCOUNT', '20000')
+os.environ.setdefault('GOMP_SPINCOUNT', '1000')
 
 import av  # noqa: E402
 import huggingface_hub.constants

@@ -125,7 +125,7 @@ def get_lr(step):
     return learning_rate * min(1, (step + 1) / 50) * cosine / 2
 
 
-data.own(out_dir)
+data.own(out_dir, '.decode.lock')
 if train:       # on frozen latents: no gradient reaches the encoder or the world model
     x = clips.sample(-(-train_frames // 16), 16)
     z = encode_frames(encode, x, autocast)

@@ -1100,7 +1100,7 @@ def picture(path):
 def own_folder(o):
     """Where results go, and no other process writes."""
     folder = o.out_dir or os.path.dirname(o.ckpt) or '.'
-    data.own(folder)
+    data.own(folder, '.plan.lock')      # a running training may be looked at
     return folder
 
 

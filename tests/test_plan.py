@@ -947,7 +947,7 @@ def test_a_folder_in_which_another_process_writes(trained, tmp_path):
         other.stdout.readline()
         for name, *options in (('plan.py', *QUICK), ('plan.py', f'--start={now}', f'--goal={goal}', *QUICK), ('decode.py',)):
             assert f'{tmp_path}/o: process {other.pid} ' in ends(name, *given, *options)
-        assert os.listdir(tmp_path / 'o') == ['.lock']
+        assert os.listdir(tmp_path / 'o') == ['.plan.lock']
         other.kill()
     (tmp_path / 'file').touch()
     assert f'{tmp_path}/file: ' in ends('plan.py', given[0], f'--out_dir={tmp_path}/file', *QUICK)
