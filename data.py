@@ -53,6 +53,7 @@ import pyarrow.parquet as pq
 import torch
 from huggingface_hub.file_download import http_get
 from torch.utils.data import DataLoader, default_collate, get_worker_info
+from tqdm import tqdm
 
 
 # --------------------------------------------------------------------------------------------------
@@ -219,9 +220,9 @@ _told = {}      # {what: when there was a line}
 
 
 def progress(what, done):
-    """Print how much of something is done, unless a line of it, or its beginning, is fresh."""
+    """Print how much of something is done: after two seconds, then every TELL."""
     now = time.monotonic()
-    if now > _told.setdefault(what, now) + TELL:
+    if now > _told.setdefault(what, now - 0.8 * TELL) + TELL:
         _told[what] = now
         print(what, done, flush=True)
 
@@ -964,8 +965,16 @@ class LeRobot:
         self.info = info
         self.v3 = version == 'v3.0'
         self.features = info.get('features')
-        self.paths = {kind: info.get(f'{kind}_path') or path
-                      for kind, path in PATHS[version[:2]].items()}
+        paths = dict(data=info.get('data_path'), video=info.get('video_path'))
+        if self.features is None and 'video_keys' in info:      # the first dialect of v2.0
+            videos = info.get('videos') or {}
+            paths['video'] = videos.get('videos_path')
+            self.features = {}
+            for name, kind in dict(keys='float32', image_keys='image', video_keys='video').items():
+                for key in info.get(name) or []:
+                    shape = (info.get('shapes') or {}).get(key)
+                    self.features[key] = dict(dtype=kind, shape=shape, info=videos.get(key))
+        self.paths = {kind: path or PATHS[version[:2]][kind] for kind, path in paths.items()}
         self.native = info.get('fps')
         if self.features is None or type(self.native) is str or not 0 < self.native < math.inf:
             sys.exit(f'{where}: wants features and fps, a number above 0, has {", ".join(info)} '
@@ -2094,14 +2103,18 @@ def read_chunks(ds, camera, parts, size, workers, tell):
         todo, batch_size=None, collate_fn=read, num_workers=workers,
         multiprocessing_context='fork' if workers else None)
     total = sum(len(numbers) for _, numbers in todo)
+    plain = not sys.stderr.isatty()
+    bar = tqdm(total=total, desc=f'encoding {ds.name}, {camera}', disable=plain or not tell)
     done = 0
     for (_, numbers), x in zip(todo, loader):
         done += len(numbers)
-        if tell:
+        bar.update(len(numbers))
+        if tell and plain:
             progress(f'encoding {ds.name}, {camera}:', f'frame {done:,} of {total:,}')
         if isinstance(x, Away):
             raise x
         yield x
+    bar.close()
 
 
 def for_store(v, kind):

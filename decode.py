@@ -19,8 +19,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import (check_steps, encode_frames, load, pictures, read_tensors, restore_encoder,
-                   robot_stats, rollout, standard, unstandard, write_tensors)
+from model import (check_steps, encode_frames, load, one_line, pictures, read_tensors,
+                   restore_encoder, robot_stats, rollout, standard, unstandard, write_tensors)
 
 # --------------------------------------------------------------------------------------------------
 ckpt = 'out/ckpt.safetensors'
@@ -65,33 +65,33 @@ of_kind = {'labelled': [], 'unlabelled': [], kind: sets}
 clips = data.Clips(of_kind['labelled'], of_kind['unlabelled'], trained['frames'],
                    trained['frameskip'], (encode.size, encode.width), 1, 1.0, trained['val_share'])
 for i, ds in enumerate(of_kind['labelled']):        # normalised as in training, whatever is in it
-    ds.stats = robot_stats(model.stats, robot if labelled else i, ckpt)
-    if ds.action_dim * trained['frameskip'] != ds.stats['width']:
+    mean, std, *_ = robot_stats(model.stats, robot if labelled else i, ckpt)
+    if mean.numel() != ds.action_dim * trained['frameskip']:
         sys.exit(f'--labelled: {ds.name} has actions {clips.A} wide per model step, this robot of '
-                 f'{ckpt} {ds.stats["width"]}: --robot names another')
-    for name in ('mean', 'std'):
-        ds.stats[name] = ds.stats[name][:ds.action_dim].numpy()
+                 f'{ckpt} {mean.numel()}: --robot names another')
+    for name, v in (('mean', mean), ('std', std)):
+        ds.stats[name] = v.flatten()[:ds.action_dim].numpy()
 clips.A = model.config['action_dim']
 
 
 class Decoder(nn.Module):
     """Raw latents (B, N, D) -> frames (B, 3, height, width) in [0, 1]: transposed convolutions,
     twice the side each."""
-    def __init__(self, dim, grid, height, width, channels=128):
+    def __init__(self, encoder, channels):
         super().__init__()
-        self.grid = grid
-        self.side = height, width
-        self.register_buffer('mean', torch.zeros(dim))
-        self.register_buffer('std', torch.ones(dim))
-        stages = math.ceil(math.log2(height / grid[0]))
+        self.grid = encoder.grid
+        self.side = encoder.size, encoder.width
+        self.register_buffer('mean', torch.zeros(encoder.dim))
+        self.register_buffer('std', torch.ones(encoder.dim))
+        stages = math.ceil(math.log2(encoder.size / self.grid[0]))
         widths = [max(16, channels >> i) for i in range(stages + 1)]
-        self.stem = nn.Conv2d(dim, channels, 3, padding=1)
+        self.stem = nn.Conv2d(encoder.dim, channels, 3, padding=1)
         self.up = nn.ModuleList(
             nn.ConvTranspose2d(i, o, 4, 2, 1) for i, o in zip(widths, widths[1:]))
         self.out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(self, z):
-        x = ((z - self.mean) / self.std).transpose(1, 2).unflatten(2, self.grid)
+        x = ((z - self.mean) / self.std).mT.unflatten(2, self.grid)
         x = self.stem(x)                                            # (B, channels, rows, columns)
         for up in self.up:
             x = up(F.silu(x))
@@ -102,18 +102,16 @@ class Decoder(nn.Module):
 def load_decoder(folder, encoder):
     """The Decoder that decode.py has trained in a checkpoint's folder, or None; for the same
     latents or not at all."""
-    path = os.path.join(folder, 'decoder.safetensors')
+    path = f'{folder}/decoder.safetensors'
     if not os.path.isfile(path):
         return None
     tensors = read_tensors(path)
-    width = len(tensors.get('stem.bias', [0]))
-    decoder = Decoder(encoder.dim, encoder.grid, encoder.size, encoder.width, width)
-    for name, v in decoder.state_dict().items():
-        if name not in tensors or tensors[name].shape != v.shape:
-            got = tuple(tensors[name].shape) if name in tensors else 'missing'
-            sys.exit(f'{path}: {name} is {got}, the latents want {tuple(v.shape)}: train it again '
-                     'with decode.py --train=True')
-    decoder.load_state_dict(tensors)
+    decoder = Decoder(encoder, len(tensors.get('stem.bias', [0])))
+    try:
+        decoder.load_state_dict(tensors)
+    except RuntimeError as error:
+        sys.exit(f'{path}: is not what the latents want ({one_line(error)}): train it again with '
+                 'decode.py --train=True')
     return decoder.to(device).eval()
 
 
@@ -129,15 +127,14 @@ def get_lr(step):
 
 data.own(out_dir, '.decode.lock')
 if train:       # on frozen latents: no gradient reaches the encoder or the world model
-    per_episode = 16
-    x = clips.sample(-(-train_frames // per_episode), per_episode)
+    x = clips.sample(-(-train_frames // 16), 16)
     z = encode_frames(encode, x, autocast)
     torch.manual_seed(seed)
-    decoder = Decoder(encode.dim, encode.grid, encode.size, encode.width, channels).to(device)
+    decoder = Decoder(encode, channels).to(device)
     decoder.mean.copy_(z.mean(dim=(0, 1)))
     decoder.std.copy_(z.std(dim=(0, 1)).clamp(min=1e-6))
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=learning_rate, weight_decay=0.01)
-    bar = tqdm(range(train_steps), disable=not sys.stderr.isatty())
+    bar = tqdm(range(train_steps), disable=None)
     for step in bar:
         for group in optimizer.param_groups:
             group['lr'] = get_lr(step)
@@ -152,10 +149,9 @@ if train:       # on frozen latents: no gradient reaches the encoder or the worl
             loss = loss.item()
             if not math.isfinite(loss):
                 sys.exit(f'decoder step {step}: the loss is not finite; nothing has been saved')
-            bar.set_postfix_str(f'loss {loss:.5f}')
-            if bar.disable:
-                print(f'decoder step {step + 1}: loss {loss:.5f}', flush=True)
-    path = os.path.join(out_dir, 'decoder.safetensors')
+            bar.write(f'decoder step {step + 1}: loss {loss:.5f}')
+            sys.stdout.flush()
+    path = f'{out_dir}/decoder.safetensors'
     write_tensors(path, decoder.state_dict())
     print('wrote', path)
 
@@ -172,8 +168,8 @@ imagined = unstandard(torch.cat((z, imagined.float()), dim=1), model.stats)
 # truth and imagination go through one call: principal components' colours only compare within it
 both = pictures(torch.cat((z_raw, imagined)).flatten(0, 1), encode, decoder)
 seen, dreamt = both.unflatten(0, (2, B, T))
-if decoder is not None or encode.decode is not None:
-    by = 'decoder' if decoder is not None else f'inverse of {encode.name}'
+if decoder or encode.decode:
+    by = 'decoder' if decoder else f'inverse of {encode.name}'
     real = batch['z_mask'][:, context:]
     still = x[:, context - 1:context].expand(-1, steps, -1, -1, -1)
     truth = x[:, context:][real]
@@ -187,14 +183,12 @@ else:
 ways = [data.enlarge(v.flatten(0, 1)).unflatten(0, (B, T)) for v in (x, seen, dreamt)]
 video = torch.cat(ways, dim=4)          # camera | latents of the camera's frames | imagined
 video = torch.cat([*video], dim=2)      # one clip per row
-video_path = os.path.join(out_dir, 'rollout.mp4')
-data.write_video(video_path, video, sets[0].fps / trained['frameskip'])
+data.write_video(f'{out_dir}/rollout.mp4', video, sets[0].fps / trained['frameskip'])
 shown = torch.linspace(0, T - 1, min(T, 8)).round().long()
 strips = []
 for b in range(B):
     for v in ways:
         strips.append(torch.cat([*v[b, shown]], dim=2))
-strip_path = os.path.join(out_dir, 'rollout.png')
-data.write_image(strip_path, torch.cat(strips, dim=1))
-print(f'wrote {video_path} (camera | latents of the camera | imagined) and {strip_path} '
-      f'(the same as rows, frames {", ".join(map(str, shown.tolist()))})')
+data.write_image(f'{out_dir}/rollout.png', torch.cat(strips, dim=1))
+print(f'wrote {out_dir}/rollout.mp4 (camera | latents of the camera | imagined) and '
+      f'{out_dir}/rollout.png (the same as rows, frames {", ".join(map(str, shown.tolist()))})')

@@ -88,7 +88,7 @@ for _size, _word in dict(s='small', b='base', l='large', g='giant').items():
         f'dinov2_vit{_size}14': (f'facebook/dinov2-{_word}', *_vit, 0, 14, 37),
         f'dinov2_vit{_size}14_reg': (
             f'facebook/dinov2-with-registers-{_word}', *_vit, 4, 14, 37)}
-for _size in ('s16', 's16plus', 'b16', 'l16', 'h16plus', '7b16'):
+for _size in [*VITS][:-1]:
     _repo = f'facebook/dinov3-vit{_size}-pretrain'
     ENCODERS[f'dinov3_vit{_size}'] = (f'{_repo}-lvd1689m', *VITS[_size], 4, 16, 0)
     if _size in ('l16', '7b16'):    # of satellite pictures, which are normalised in another way
@@ -116,7 +116,7 @@ class ViTBlock(nn.Module):
         qkv = self.attn.qkv(self.norm1(x)).view(B, L, 3, self.heads, -1)
         qkv = qkv.permute(2, 0, 3, 1, 4)        # (3, B, heads, L, d)
         q, k, v = qkv
-        if rope is not None:
+        if rope:
             q, k = rotate(qkv[:2], *rope).type_as(v)
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, L, D)
         x = x + self.ls1 * self.attn.proj(y)
@@ -156,14 +156,13 @@ class ViT(nn.Module):
         learned on."""
         if rows == columns == self.grid:
             return self.pos_embed
-        square = self.pos_embed[:, 1:].float().unflatten(1, (self.grid, self.grid))
-        square = square.permute(0, 3, 1, 2)
+        square = self.pos_embed[:, 1:].float().mT.unflatten(2, (self.grid, self.grid))
         if self.registers is None:  # the first models scale so, and their features depend on it
             scale = [(n + 0.1) / self.grid for n in (rows, columns)]
             square = F.interpolate(square, scale_factor=scale, mode='bicubic')
         else:
             square = F.interpolate(square, (rows, columns), mode='bicubic', antialias=True)
-        return torch.cat((self.pos_embed[:, :1], square.flatten(2).transpose(1, 2)), dim=1)
+        return torch.cat((self.pos_embed[:, :1], square.flatten(2).mT), dim=1)
 
     def angles(self, rows, columns):
         """cos and sin (L, width / heads / 2): patch centres in [-1, 1], half of each head for y,
@@ -237,6 +236,8 @@ NAMES = {       # what is replaced, from the first line to the last
     '.w2.': '.up.',
     '.w3.': '.fc2.',
 }
+JOINED = [      # the last: of an MLP without a gate
+    ('attn.qkv', 'attn.q attn.k attn.v'), ('mlp.fc1', 'mlp.gate mlp.up'), ('mlp.fc1', 'mlp.up')]
 
 
 def official(state):
@@ -247,7 +248,9 @@ def official(state):
     state = {re.sub(PREFIX, '', key): state[key] for key in keys}
     if 'reg_token' in state and 'pos_embed' in state:   # timm adds the class token's to it
         state['pos_embed'] = F.pad(state['pos_embed'], (0, 0, 1, 0))
-    state = {rename(key): value for key, value in state.items() if not re.match(UNUSED, key)}
+    state = {key: value for key, value in state.items() if not re.match(UNUSED, key)}
+    for old, new in NAMES.items():
+        state = {key.replace(old, new): value for key, value in state.items()}
     for key in [key for key in state if key.endswith('.bias_mask')]:        # Meta's DINOv3
         mask = state.pop(key).nan_to_num(0.0)       # 1 for q and v, 0 for k, or not yet a number
         bias = key.removesuffix('_mask')
@@ -257,28 +260,18 @@ def official(state):
         if f'{p}attn.qkv.bias' not in state:
             for letter in 'qkv':    # where one of the three has no bias, it is 0
                 state.setdefault(f'{p}attn.{letter}.bias', torch.zeros_like(state[norm]))
-        for kind in ('weight', 'bias'):
-            join(state, f'{p}attn.qkv.{kind}', [f'{p}attn.{letter}.{kind}' for letter in 'qkv'])
-            join(state, f'{p}mlp.fc1.{kind}', [f'{p}mlp.gate.{kind}', f'{p}mlp.up.{kind}'])
-            join(state, f'{p}mlp.fc1.{kind}', [f'{p}mlp.up.{kind}'])        # without a gate
+        for new, parts in JOINED:
+            for kind in ('weight', 'bias'):
+                keys = [f'{p}{part}.{kind}' for part in parts.split()]
+                if all(key in state for key in keys):   # what is missing is named when it is loaded
+                    state[f'{p}{new}.{kind}'] = torch.cat([state.pop(key) for key in keys])
     return state
-
-
-def rename(key):
-    for old, new in NAMES.items():
-        key = key.replace(old, new)
-    return key
-
-
-def join(state, new, parts):
-    if all(key in state for key in parts):      # what is missing is named when the state is loaded
-        state[new] = torch.cat([state.pop(key) for key in parts])
 
 
 def read_tensors(file):
     """{key: tensor} of a .safetensors file, of a folder of them, or of a PyTorch file (read without
     code)."""
-    parts = sorted(glob.glob(os.path.join(glob.escape(file), '*.safetensors')))
+    parts = sorted(glob.glob(f'{glob.escape(file)}/*.safetensors'))
     if parts:
         state = {}
         for part in parts:
@@ -339,7 +332,7 @@ class Pixels(nn.Module):
     def patches(self, x):
         if x.shape[-2:] != (self.size, self.width):
             x = F.interpolate(x, (self.size, self.width), mode='bilinear', antialias=True)
-        return F.unfold(x, self.patch, stride=self.patch).transpose(1, 2)   # (B, N, 3 p p)
+        return F.unfold(x, self.patch, stride=self.patch).mT        # (B, N, 3 p p)
 
     def fit(self, x):
         p = self.patches(x).flatten(0, 1).cpu().double()    # not every device has float64 and eigh
@@ -355,7 +348,7 @@ class Pixels(nn.Module):
 
     def decode(self, z):
         """The inverse, but for the components left out."""
-        x = (z @ self.basis.T + self.mean).transpose(1, 2)
+        x = (z @ self.basis.T + self.mean).mT
         return F.fold(x, (self.size, self.width), self.patch, stride=self.patch).clamp(0, 1)
 
 
@@ -393,10 +386,9 @@ class Encoder(nn.Module):
             x = x.clamp(0, 1)       # cubics overshoot
         mean, std = self.mean_std
         z = self.vit((x - mean) / std, self.layer).float()
-        if self.pool > 1:
-            rows, columns = self.grid
-            z = z.unflatten(1, (rows, self.pool, columns, self.pool)).mean((2, 4)).flatten(1, 2)
-        return z
+        rows, columns = self.grid
+        z = z.unflatten(1, (rows, self.pool, columns, self.pool))
+        return z.mean((2, 4)).flatten(1, 2)
 
     def stored(self):
         return {}
@@ -453,8 +445,8 @@ def load_vit(vit, name, path):
     # DINOv3 of satellite pictures has the same shapes: its files' names tell, or what only its
     # training used
     source = 'sat493m' if name.endswith('_sat') else 'lvd1689m'
-    said = re.findall('sat493m|lvd1689m', path.lower())
-    if name == 'dinov3_vitl16' and 'local_cls_norm.' in ' '.join(tensors):
+    said = re.findall('sat493m|lvd1689m', path)
+    if name == 'dinov3_vitl16' and 'local_cls_norm.weight' in tensors:
         said.append('sat493m')
     if said and said[-1] != source:
         sys.exit(f'{path}: weights of {said[-1]}, {name} has those of {source}: names of encoders '
@@ -466,7 +458,7 @@ def load_vit(vit, name, path):
     if 'periods' in expected:
         # Meta's are rounded to bfloat16, which moves features by 4e-4: use what was trained with
         state.setdefault('periods', vit.periods)
-    for key in dict.fromkeys([*expected, *state]):
+    for key in expected | state:
         got = tuple(state[key].shape) if key in state else missing
         wants = tuple(expected[key].shape) if key in expected else 'no such weight'
         if got != wants:
@@ -505,7 +497,7 @@ SIZES = {  # width, layers, heads, kv_heads; parameters without the encoder, whi
 CONFIG_DEFAULTS = dict(     # what planning and decoding read of a run, where it has no such option
     encoder='pixels', encoder_path='', layer=-1, frame_height=0, frame_width=0, pool=1, frames=4,
     labelled='', unlabelled='', camera='', action='', fps=0.0, action_mode='absolute',
-    rotation='euler', cache_gb=50.0, val_share=0.1, frameskip=2, eval_context=2)
+    rotation='euler', cache_gb=50.0, val_share=0.1, frameskip=2, eval_context=2, encoder_hash='')
 
 MODEL_DEFAULTS = dict(      # what a checkpoint gets that was made before there was such an entry
     registers=4,            # learned tokens of each frame that belong to no patch
@@ -596,7 +588,7 @@ def attend(q, k, v, cap, mask=None):
     B, h, S, d = q.shape
     n = k.shape[1]
     q = (q * (d ** -0.5 / cap)).reshape(B, n, h // n * S, d)
-    logits = cap * torch.tanh((q @ k.transpose(-1, -2)).float())        # (B, n, h/n S, L)
+    logits = cap * torch.tanh((q @ k.mT).float())        # (B, n, h/n S, L)
     if mask is not None:
         logits = logits.view(B, h, S, -1).masked_fill(~mask, -torch.inf).view_as(logits)
     return (logits.softmax(dim=-1).type_as(v) @ v).view(B, h, S, d)
@@ -605,7 +597,8 @@ def attend(q, k, v, cap, mask=None):
 def causal_window(S, context, alone, device):
     """mask (1 or B, 1, S, S): a frame sees itself and the context - 1 before it; where alone (B,),
     itself."""
-    ago = torch.arange(S, device=device)[:, None] - torch.arange(S, device=device)
+    t = torch.arange(S, device=device)
+    ago = t[:, None] - t
     mask = ((ago >= 0) & (ago < context))[None, None]
     if alone is None:
         return mask
@@ -667,8 +660,8 @@ class Attention(nn.Module):
         as CUDA graphs and compiled layers want it. fill: only the cache is wanted, None comes
         back."""
         B, S, C = x.shape
-        heads = self.qkv(x).view(B, S, -1, self.head_dim)
-        qk, v = heads.split((self.heads + self.kv_heads, self.kv_heads), dim=2)
+        qk, v = self.qkv(x).view(B, S, -1, self.head_dim).split(
+            (self.heads + self.kv_heads, self.kv_heads), dim=2)
         cos, sin = (y * self.qk_gain for y in rope)     # in the small tables the gain costs nothing
         qk = rotate(rms_norm(qk), cos, sin).type_as(v)        # (B, S, heads, d)
         q, k = qk.split((self.heads, self.kv_heads), dim=2)
@@ -687,10 +680,9 @@ class Attention(nn.Module):
                 k, v = (y[:, :, :start + 1] for y in cache)
         fast = x.is_cuda and self.head_dim >= 16
         flex = S > 1 and (self.kernel == 'flex' or self.kernel == 'auto' and fast)
-        if flex and torch.compiler.is_compiling():
-            y = attend_flex(q, k, v, self.cap, self.context, alone)
-        elif flex:
-            y = compiled_flex()(q, k, v, self.cap, self.context, alone)
+        if flex:
+            kernel = attend_flex if torch.compiler.is_compiling() else compiled_flex()
+            y = kernel(q, k, v, self.cap, self.context, alone)
         else:
             if S > 1 and self.context:
                 mask = causal_window(S, self.context, alone, x.device)
@@ -708,16 +700,14 @@ class Layer(nn.Module):
         self.mlp = SwiGLU(width, hidden(width))
 
     def forward(self, x, rope, alone=None, cache=None, start=0, fill=False):
-        B, T, S, C = x.shape
-        y = rms_norm(x)
+        y = rms_norm(x)         # (B, T, S, C)
         if self.time:
-            y = y.transpose(1, 2).reshape(B * S, T, C)
-            y = self.attn(y, rope, alone, cache, start, fill)
+            y = self.attn(y.transpose(1, 2).flatten(0, 1), rope, alone, cache, start, fill)
             if fill:
                 return None
-            y = y.view(B, S, T, C).transpose(1, 2)
+            y = y.unflatten(0, (len(x), -1)).transpose(1, 2)
         else:
-            y = self.attn(y.view(B * T, S, C), rope).view(B, T, S, C)
+            y = self.attn(y.flatten(0, 1), rope).view_as(x)
         x = x + y
         return x + self.mlp(rms_norm(x))
 
@@ -796,21 +786,24 @@ class WorldModel(nn.Module):
                     nn.init.zeros_(m.bias)
         for m in self.modules():
             if isinstance(m, Layer):
-                m.attn.out.weight.data /= math.sqrt(2 * self.config['layers'])
-                m.mlp.down.weight.data /= math.sqrt(2 * self.config['layers'])
+                for branch in (m.attn.out, m.mlp.down):
+                    branch.weight.data /= math.sqrt(2 * self.config['layers'])
+        nn.init.zeros_(self.last.weight)
         if self.config['wide_layers']:
-            for m in (self.head.out, *self.head.modulate):
+            for m in self.head.modulate:
                 nn.init.zeros_(m.weight)
-        else:
-            nn.init.zeros_(self.head.weight)
+
+    @property
+    def last(self):
+        """The linear map that makes latents."""
+        return self.head.out if self.config['wide_layers'] else self.head
 
     def embed(self, z, tau, d, a, a_mask):
         """The tokens of frames (B, T, S, C), float32: [registers | latents | shortcut | action], as
         frame_tokens counts them."""
         c = self.config
         B, T = z.shape[:2]
-        tau_i = (tau * c['k_max']).round().long()
-        tau_i = tau_i.clamp(max=c['k_max'] - 1)     # tau = 1 reads as the cleanest level
+        tau_i = (tau * c['k_max']).round().long().clamp(max=c['k_max'] - 1)     # 1: the cleanest
         d_i = (-torch.log2(d)).round().long()
         shortcut = torch.cat((self.tau_embed(tau_i), self.d_embed(d_i)), dim=-1)      # (B, T, C)
         action = self.a_base.expand(B, T, -1)
@@ -886,9 +879,8 @@ def half_weights(model, dtype):
     """The model, its linear maps but the last in dtype: what autocast would make of them in every
     pass anew."""
     model.graphs.clear()        # they read the old weights
-    last = model.head.out if model.config['wide_layers'] else model.head
     for m in model.modules():
-        if isinstance(m, nn.Linear) and m is not last:
+        if isinstance(m, nn.Linear) and m is not model.last:
             m.to(dtype)
     return model
 
@@ -1029,13 +1021,7 @@ def previous_frames(z):
     the first frame, always one step."""
     tau = torch.ones(z.shape[:2], device=z.device)
     tau[:, 0] = 0
-    return torch.cat((torch.zeros_like(z[:, :1]), z[:, :-1]), dim=1), tau, torch.ones_like(tau)
-
-
-def direct_task(z, a, a_mask):
-    """One deterministic step from the clean past, z_hat[t] = f(z[t-1], a[t])."""
-    inputs = *previous_frames(z), a, a_mask
-    return inputs, z, torch.ones_like(inputs[1])
+    return F.pad(z, (0, 0, 0, 0, 1, -1)), tau, torch.ones_like(tau)
 
 
 def shortcut_loss(model, z, a, a_mask, z_mask, options={}, rms=None, first=0, noise=None,
@@ -1055,8 +1041,10 @@ def shortcut_loss(model, z, a, a_mask, z_mask, options={}, rms=None, first=0, no
     *rows, counted = which_rows(z_mask, o.objective, o.bootstrap, first)
     count = count or {name: mask.sum() for name, mask in counted.items()}
     a_mask = a_mask & (noise.null >= o.p_null)
-    if o.objective == 'direct':
-        inputs, target, weight = direct_task(z, a, a_mask)
+    if o.objective == 'direct':     # one deterministic step, z_hat[t] = f(z[t-1], a[t])
+        inputs = *previous_frames(z), a, a_mask
+        target = z
+        weight = torch.ones_like(inputs[1])
     else:
         inputs, target, weight = forcing_task(model, z, a, a_mask, rows, noise, o)
     error = (model(*inputs) - target).square().mean(dim=(2, 3)) * weight     # (B, T)
@@ -1171,14 +1159,12 @@ def rollout(model, z_ctx, a, a_mask, K=4, tau_ctx=0.9, seed=0, grad=False, graph
     M = a.shape[0] // B
     T = a.shape[1]
     device = z_ctx.device
-    assert 0 < K <= c['k_max'] and K & (K - 1) == 0, f'K {K} is no power of two up to {c["k_max"]}'
+    check_steps(K, c['k_max'])
     assert len(a) == B * M and 1 <= Tc < T, f'context {z_ctx.shape} and actions {a.shape} disagree'
     s = SimpleNamespace(K=K, grad=grad)
     s.tau_ctx, s.d_ctx = context_levels(c, tau_ctx)
     s.d = 1 / K if c['objective'] == 'shortcut' else s.d_ctx
-    frame = denoise_frame
-    if c['objective'] == 'direct':
-        frame = predict_frame
+    frame = predict_frame if c['objective'] == 'direct' else denoise_frame
 
     if cache is None:
         cache = remember(model, z_ctx, a[::M, :Tc], a_mask[::M, :Tc], T, tau_ctx, seed)
@@ -1285,11 +1271,9 @@ def load(path, device='cpu', ema=True):
     """model, config of a checkpoint: a WorldModel in eval mode with the averaged weights where
     there are any (ema=False: the trained ones), with .stats ({name: tensor}) and .step; config is
     what save was given, and CONFIG_DEFAULTS."""
-    if not os.path.isfile(path):        # a pipe, for one, would be waited for
-        sys.exit(f'{path}: not a readable checkpoint (no such file)')
     try:
         with safetensors.safe_open(path, 'pt', device=str(device)) as f:
-            metadata = f.metadata() or {}
+            metadata = f.metadata()
             # copies: what is mapped would change with the file
             tensors = {k: f.get_tensor(k).clone() for k in f.keys()}
     except Exception as e:      # missing, cut short, something else: one line, whatever it is
@@ -1302,12 +1286,11 @@ def load(path, device='cpu', ema=True):
     try:
         shape = json.loads(metadata['model'])
         config = json.loads(metadata['config'])
-        step = int(metadata['step'])
         for given, defaults in ((shape, MODEL_DEFAULTS), (config, CONFIG_DEFAULTS)):
-            for name in defaults.keys() - given.keys():
-                given[name] = defaults[name]
-                print(f'{path}: is older than the option {name}: takes {name}={given[name]}')
             for name, value in defaults.items():
+                if name not in given:
+                    given[name] = value
+                    print(f'{path}: is older than the option {name}: takes {name}={value}')
                 if type(given[name]) is not type(value):
                     raise TypeError(f'{name} is {given[name]}')
         sizes = [config[name] for name in ('frame_height', 'frame_width', 'eval_context')]
@@ -1317,10 +1300,10 @@ def load(path, device='cpu', ema=True):
             model = WorldModel(shape)
         model.load_state_dict(tensors | averages if ema else tensors, assign=True)
         model.init_rope()
+        model.step = int(metadata['step'])
     except Exception as e:      # another file, of another version, damaged: as many ways
         sys.exit(f'{path}: not a checkpoint of train.py, or not a whole one ({one_line(e)})')
     model.stats = stats
-    model.step = step
     return model.to(device).float().eval(), config      # some halve files
 
 
@@ -1331,12 +1314,14 @@ def take_prefix(tensors, prefix):
 
 
 def robot_stats(stats, i, path):
-    """What the checkpoint at path knows of the actions of its labelled dataset i, {name: tensor}.
-    """
+    """What the checkpoint at path knows of the actions of its labelled dataset i: mean, std, low,
+    high (dataset rows of a model step, numbers of a row)."""
     known = len(stats['a_width'])
     if i >= known:
         sys.exit(f'--robot={i}: {path} knows {known} labelled datasets, counted from 0')
-    return {k.removeprefix('a_'): v[i].cpu() for k, v in stats.items() if k.startswith('a_')}
+    used = slice(stats['a_width'][i])       # of the padded width
+    return [stats[f'a_{name}'][i, used].view(int(stats['a_rows'][i]), -1).cpu()
+            for name in ('mean', 'std', 'low', 'high')]
 
 
 def standard(z, stats):
@@ -1359,26 +1344,20 @@ def unstandard(z, stats):
 def restore_encoder(config, stats, path=''):
     """The encoder that a checkpoint was trained with: config and model.stats are load's; path
     replaces its file."""
-    encoder = load_encoder(config['encoder'], path or config['encoder_path'], config['layer'],
-                           config['frame_height'], config['frame_width'], config['pool'])
-    restore_stored(encoder, stats)
-    known = config.get('encoder_hash', encoder.hash)
-    if known != encoder.hash:
-        sys.exit(f'--encoder_path={path or config["encoder_path"]}: has other weights than those '
-                 f'of training: their hash is {encoder.hash}, not {known}')
-    if encoder.hash and 'encoder_hash' not in config:
-        print('the checkpoint is too old to tell which weights its encoder had: not compared')
-    return encoder
-
-
-def restore_stored(encoder, stats):
-    """Give an encoder back what its stored() has put into a checkpoint's stats."""
+    path = path or config['encoder_path']
+    encoder = load_encoder(config['encoder'], path, config['layer'], config['frame_height'],
+                           config['frame_width'], config['pool'])
+    known = config['encoder_hash']      # '' where the checkpoint is too old to tell
+    if known not in ('', encoder.hash):
+        sys.exit(f'--encoder_path={path}: has other weights than those of training: their hash is '
+                 f'{encoder.hash}, not {known}')
     stored = take_prefix(dict(stats), 'encoder.')
     if stored.keys() != encoder.stored().keys():
         sys.exit(f'the checkpoint has {[*stored]} of the encoder, {encoder.name} wants '
                  f'{[*encoder.stored()]}')
     if stored:
         encoder.load_state_dict(stored)
+    return encoder
 
 
 @torch.no_grad()
@@ -1390,7 +1369,7 @@ def pictures(z, encoder, decoder=None):
     if decode:
         x = torch.cat([decode(part) for part in z.float().split(32)])
     else:
-        x = colours(z.float().flatten(0, 1).cpu()).view(*z.shape[:2], 3).transpose(1, 2)
+        x = colours(z.float().flatten(0, 1).cpu()).view(*z.shape[:2], 3).mT
         x = F.interpolate(x.unflatten(2, encoder.grid), (encoder.size, encoder.width))
     return (x * 255).round().to(torch.uint8).cpu()
 

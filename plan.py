@@ -118,10 +118,11 @@ def coloured(E, M, H, A, beta, generator):
     return torch.einsum('st,emta->emsa', circular, torch.randn(E, M, H, A, generator=generator))
 
 
-def draw(mean, std, low, high, samples, beta, generator):
+def draw(mean, std, low, high, samples, o, generator):
     """Candidates (E, samples, H, A) within bounds; the first is the mean itself."""
     E, H, A = mean.shape
-    actions = mean[:, None] + std[:, None] * coloured(E, samples, H, A, beta, generator).to(mean)
+    std = std.clamp(min=o.min_std)[:, None]
+    actions = mean[:, None] + std * coloured(E, samples, H, A, o.beta, generator).to(mean)
     actions[:, 0] = mean
     return actions.clamp(low, high)
 
@@ -149,10 +150,10 @@ def cem(cost, mean, std, low, high, o, generator, deadline, carried):
     elites; the last mean. On top of it: bounds, a least std, and coloured noise."""
     best_costs = []
     for i in in_time(o.iterations, deadline):
-        actions = draw(mean, std, low, high, o.samples, o.beta, generator)
+        actions = draw(mean, std, low, high, o.samples, o, generator)
         elites, costs = best(actions, cost(actions, i), o.elites)
         mean = elites.mean(dim=1)
-        std = elites.std(dim=1).clamp(min=o.min_std)
+        std = elites.std(dim=1)
         best_costs.append(costs[:, 0])
     return mean.clamp(low, high), torch.stack(best_costs), elites
 
@@ -167,15 +168,15 @@ def icem(cost, mean, std, low, high, o, generator, deadline, carried):
     elites = None
     for i in in_time(o.iterations, deadline):
         samples = max(2 * o.elites, int(o.samples / 1.25 ** i))
-        actions = draw(mean, std, low, high, samples, o.beta, generator)
+        actions = draw(mean, std, low, high, samples, o, generator)
         if i == 0 and carried is not None:
-            elites = draw(mean, std, low, high, 1 + carried.shape[1], o.beta, generator)[:, 1:]
+            elites = draw(mean, std, low, high, 1 + carried.shape[1], o, generator)[:, 1:]
             elites[:, :, :carried.shape[2]] = carried
         if elites is not None:
             actions = torch.cat((actions, elites[:, :math.ceil(o.keep * o.elites)]), dim=1)
         elites, costs = best(actions, cost(actions, i), o.elites)
         mean = elites.mean(dim=1)
-        std = elites.std(dim=1).clamp(min=o.min_std)
+        std = elites.std(dim=1)
         best_costs.append(costs[:, 0])
     return elites[:, 0], torch.stack(best_costs), elites
 
@@ -187,13 +188,13 @@ def mppi(cost, mean, std, low, high, o, generator, deadline, carried):
     the candidates; the mean is returned, not a drawn elite."""
     best_costs = []
     for i in in_time(o.iterations, deadline):
-        actions = draw(mean, std, low, high, o.samples, o.beta, generator)
+        actions = draw(mean, std, low, high, o.samples, o, generator)
         elites, costs = best(actions, cost(actions, i), o.elites)
         regret = (costs - costs[:, :1]) / costs.std(dim=1, keepdim=True).clamp(min=1e-12)
         weight = torch.softmax(-regret / o.temperature, dim=1)[:, :, None, None]
         mean = (weight * elites).sum(dim=1)
         variance = (weight * (elites - mean[:, None]).square()).sum(dim=1)
-        std = variance.sqrt().clamp(min=o.min_std)
+        std = variance.sqrt()
         best_costs.append(costs[:, 0])
     return mean.clamp(low, high), torch.stack(best_costs), elites
 
@@ -202,7 +203,7 @@ def adam(cost, mean, std, low, high, o, generator, deadline, carried):
     """Gradient descent on the actions through the model, by Adam (arXiv:1412.6980) from `samples`
     starts at once, with steps back into the bounds (arXiv:2512.09929 finds Adam better than plain
     descent); the best ever seen."""
-    actions = draw(mean, std, low, high, o.samples, o.beta, generator).requires_grad_()
+    actions = draw(mean, std, low, high, o.samples, o, generator).requires_grad_()
     optimizer = torch.optim.Adam([actions], lr=o.step_size)
     best_costs = []
     elites = actions.detach()[:, :0]
@@ -296,7 +297,7 @@ def plan(model, z_ctx, a_ctx, z_goal, o, seed=0, low=-5.0, high=5.0, a_mask=None
         M = actions.shape[1]
         a = torch.cat((a_ctx[:, None].expand(-1, M, -1, -1), actions), dim=2)
         known = F.pad(a_mask, (0, o.horizon), value=True).repeat_interleave(M, dim=0)
-        grad = 'all' if torch.is_grad_enabled() else False
+        grad = torch.is_grad_enabled() and 'all'
         z = rollout(model, z_ctx, a.flatten(0, 1), known, o.K, seed=seed, cache=cache, grad=grad)
         return z.unflatten(0, (E, M))
 
@@ -355,7 +356,12 @@ class Planner:
         self.encoder = encoder.to(self.device)
         self.frame_size = self.encoder.size, self.encoder.width
         self.key = self.trained['action'] or 'action'       # the dataset's column
-        self.read_actions(ckpt)
+        self.a_mean, self.a_std, self.a_low, self.a_high = robot_stats(
+            self.model.stats, o.robot, ckpt)
+        # constant dimensions stay at their mean
+        self.scale = torch.where(self.a_std > 1e-6, self.a_std, torch.inf)
+        self.frameskip, self.width = self.a_mean.shape
+        self.used = self.a_mean.numel()         # of the padded width
         self.tokens = self.read_mask(o.mask) if o.mask else None
         self.past = (self.trained['eval_context'] - 1) * self.frameskip + 1
         self.restart()
@@ -373,22 +379,6 @@ class Planner:
         if not white.any():
             sys.exit(f'--mask={path}: is black, wants white where the goal counts')
         return white.to(self.device)
-
-    def read_actions(self, ckpt):
-        """What the checkpoint knows of the robot's actions."""
-        stats = robot_stats(self.model.stats, self.o.robot, ckpt)
-        self.used = int(stats['width'])                 # of the padded width
-        self.frameskip = int(stats['rows'])             # dataset rows in a model step
-        self.width = self.used // self.frameskip        # numbers in a row
-
-        def rows(name):
-            return stats[name][:self.used].view(self.frameskip, self.width)
-        self.a_mean = rows('mean')
-        self.a_std = rows('std')
-        self.a_low = rows('low')
-        self.a_high = rows('high')
-        # constant dimensions stay at their mean
-        self.scale = torch.where(self.a_std > 1e-6, self.a_std, torch.inf)
 
     def restart(self):
         """As made: forget the times of searches, too."""
@@ -428,8 +418,7 @@ class Planner:
     def begin(self, z):
         """Latents (E, Tc, N, D) of the past, between which nobody knows the actions."""
         self.z = z
-        A = self.model.config['action_dim']
-        self.a = z.new_zeros(*z.shape[:2], A)
+        self.a = z.new_zeros(*z.shape[:2], self.model.config['action_dim'])
         self.known = z.new_zeros(z.shape[:2], dtype=torch.bool)
 
     def see_past(self, frames, actions):
@@ -479,8 +468,8 @@ class Planner:
             self.reset()
             raise ValueError('the model imagines numbers that are not finite: no action is better')
         self.last_elites = info['elites']
-        rows = self.physical(self.last_plan[:, :o.replan]).flatten(1, 2).numpy()
-        self.queue = list(rows.swapaxes(0, 1))
+        rows = self.physical(self.last_plan[:, :o.replan]).flatten(1, 2)        # (E, rows, width)
+        self.queue = [*rows.transpose(0, 1).numpy()]
         self.seconds.append(time.perf_counter() - begun)
         iterations = len(info['cost'])
         if o.method == 'adam':
@@ -546,10 +535,9 @@ def random_weights(planner, seed):
     """The same planner with a model that has learned nothing."""
     other = copy.copy(planner)
     torch.manual_seed(seed)
-    c = planner.model.config
-    other.model = WorldModel(c).to(planner.device).requires_grad_(False)
-    head = other.model.head.out if c['wide_layers'] else other.model.head
-    torch.nn.init.normal_(head.weight, std=0.02)    # it begins with zeros, which imagine nothing
+    other.model = WorldModel(planner.model.config).to(planner.device).requires_grad_(False)
+    # it begins with zeros, which imagine nothing
+    torch.nn.init.normal_(other.model.last.weight, std=0.02)
     other.model.stats = planner.model.stats
     other.make_fast()
     other.restart()
@@ -1141,7 +1129,7 @@ def plan_once(o):
             z = info['imagine'](planner.last_plan[:, None])[0, 0]           # (horizon, N, D)
     rows = planner.physical(planner.last_plan[0]).flatten(0, 1).numpy()
     for i, row in enumerate(rows):
-        print(f'{i:3d}  ' + ' '.join(f'{v:9.4f}' for v in row))
+        print(f'{i:3d}  {" ".join(f"{v:9.4f}" for v in row)}')
     z_now = planner.z[:, -1]
     now, then = distance(torch.cat((z_now, z[-1:])), planner.z_goal,
                          channel_weights(planner.model)).tolist()
@@ -1163,9 +1151,8 @@ def arriving(folder):
     seen = set()
     since = {}
     while True:
-        for path in sorted({*glob.glob(os.path.join(glob.escape(folder), '*'))} - seen):
-            kind = mimetypes.guess_type(path, strict=False)[0] or ''
-            if not kind.startswith('image/'):
+        for path in sorted({*glob.glob(f'{glob.escape(folder)}/*')} - seen):
+            if 'image/' not in str(mimetypes.guess_type(path, strict=False)):
                 continue
             try:
                 yield path, picture(path)

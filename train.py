@@ -11,7 +11,6 @@ Leaves out_dir/ckpt.safetensors, out_dir/optim.pt and out_dir/log.jsonl. What cl
 not depend on the number of processes: a run may go on with another, but for the last digits of
 sums. torchrun --max-restarts goes on by itself.
 """
-import contextlib
 import copy
 import itertools
 import json
@@ -29,16 +28,15 @@ import data     # before torch: it sets how threads wait
 
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from model import (MODEL_DEFAULTS, OBJECTIVE, WorldModel, clip_noise, compile_layers, encode_frames,
-                   flops_per_frame, frame_tokens, half_weights, load, load_encoder, model_config,
-                   one_line, restore_encoder, rollout, save, shortcut_loss, standard, term_scale,
-                   which_rows)
+from model import (MODEL_DEFAULTS, OBJECTIVE, WorldModel, check_steps, clip_noise, compile_layers,
+                   encode_frames, flops_per_frame, frame_tokens, half_weights, load, load_encoder,
+                   model_config, one_line, restore_encoder, rollout, save, shortcut_loss, standard,
+                   term_scale, which_rows)
 
-meeting = None      # of torchrun's processes: the others wait there until the first has checked all
-if 'RANK' in os.environ:
+if 'RANK' in os.environ:    # torchrun's: the others wait until the first has checked all
     meeting = next(dist.rendezvous('env://'))[0]
     if os.environ['RANK'] != '0':
         meeting.wait(['checked'])
@@ -139,7 +137,7 @@ PRESETS = {
         save_interval=1000),
     'thesis': dict(             # Dreamer 4 on DINOv3, nearly all video without actions; many GPUs
         encoder='dinov3_vitb16', frame_height=224, whiten=1.0, size='base', registers=4,
-        frames=64, context=64, frameskip=0, k_max=64, K=4, tau_shift=0.0, labelled_share=0.05,
+        frames=64, context=64, frameskip=0, k_max=64, tau_shift=0.0, labelled_share=0.05,
         bootstrap_start=0.2, p_image=0.3, p_null=0.1, batch_size=64, micro_batch=2,
         learning_rate=3e-4, max_steps=100000, warmup=2000, decay=0.2, ema=0.999, store='int8',
         eval_interval=2000, save_interval=2000, compile=True, remat=True),
@@ -180,14 +178,15 @@ if fsdp:
 
 def say(text):
     if rank == 0:
-        print(text, flush=True)
+        tqdm.write(text)        # above a bar
+        sys.stdout.flush()
 
 
-ckpt = os.path.join(out_dir, 'ckpt.safetensors')
-optim = os.path.join(out_dir, 'optim.pt')
-log = os.path.join(out_dir, 'log.jsonl')
-LATENTS = ('encoder', 'layer', 'frame_height', 'frame_width', 'pool', 'channels', 'whiten')
-SHAPE = ('size', 'width', 'layers', 'heads', 'kv_heads', *MODEL_DEFAULTS)
+ckpt = f'{out_dir}/ckpt.safetensors'
+optim = f'{out_dir}/optim.pt'
+log = f'{out_dir}/log.jsonl'
+LATENTS = 'encoder layer frame_height frame_width pool channels whiten'.split()
+SHAPE = [*'size width layers heads kv_heads'.split(), *MODEL_DEFAULTS]
 config |= dict(command=' '.join(sys.argv[1:]), processes=world)
 if int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) and os.path.isfile(ckpt):
     # of torchrun --max-restarts; what another command has left is moved aside
@@ -197,8 +196,8 @@ if resume:
     if not os.path.isfile(ckpt):
         sys.exit(f'--resume=True: there is no {ckpt} to go on from')
     if rank == 0:
-        owner = data.own(out_dir)
-    saved, old = load(ckpt, ema=False)
+        data.own(out_dir)
+    saved, old = load(ckpt, device, ema=False)
     if os.path.isfile(optim + '.new') and not os.path.isfile(ckpt + '.new'):
         os.replace(optim + '.new', optim)       # killed between the two renames of a save
     try:        # defaults for what is new in it
@@ -213,10 +212,10 @@ if resume:
         if now == then:
             config[kind] = old[kind]
 elif init:
-    saved, old = load(init)
+    saved, old = load(init, device)
     old = config | old      # may be older than some options
 if init:        # what its weights depend on comes with them
-    for name in (*LATENTS, *SHAPE):
+    for name in LATENTS + SHAPE:
         if name in given and config[name] != old[name]:
             sys.exit(f'--{name}={config[name]}: cannot begin with {init}, which has {old[name]}')
         globals()[name] = config[name] = old[name]
@@ -231,11 +230,9 @@ encode.to(device)
 config['encoder_hash'] = encode.hash
 if not 0 <= channels <= encode.dim:
     sys.exit(f'--channels={channels}: {encoder} has {encode.dim}, 0 keeps them all')
-sizes = {name: config[name] for name in SHAPE[1:]}
-shape = model_config(size, channels or encode.dim, encode.grid, 0, **sizes)
-k_max = shape['k_max']
-if K < 1 or K & (K - 1) or K > k_max:
-    sys.exit(f'--K: wants a power of two up to k_max {k_max}, got {K}')
+shape = model_config(size, channels or encode.dim, encode.grid, 0,
+                     **{name: config[name] for name in SHAPE[1:]})
+check_steps(K, shape['k_max'])
 if os.path.abspath(out_dir) == os.getcwd():
     sys.exit(f'--out_dir={out_dir}: wants a folder of its own')
 
@@ -272,22 +269,18 @@ batches = data.Lengths(clips, long_clips, long_share)
 shape['action_dim'] = clips.A
 
 if resume:
-    fixed = {'camera', 'action', 'action_mode', 'rotation', 'fps', 'frameskip', 'frames',
-             'long_frames', 'long_share', 'val_share', 'labelled_share', 'batch_size', 'seed',
-             *LATENTS, 'size', 'objective', 'cache', 'store', 'cache_gb',
-             'datasets'}        # by content: they may have moved
-    for name, now in config.items():
-        then = old.get(name, now)
+    # datasets by their content: they may have moved
+    fixed = ('datasets camera action action_mode rotation fps frameskip frames long_frames '
+             'long_share val_share labelled_share batch_size seed size cache store cache_gb')
+    fixed = {*fixed.split(), *LATENTS, *shape}
+    for name, now in (config | shape).items():
+        then = (old | saved.config).get(name, now)
         if now != then and name in fixed:
             sys.exit(f'--{name}: {now!r} cannot go on from {ckpt}, which has {then!r}')
         if now != then and name != 'resume':
             say(f'resume: {name} was {then}, now {now}')
-    for name, now in shape.items():
-        then = saved.config[name]
-        if now != then:
-            sys.exit(f'--{name}: {now} cannot go on from {ckpt}, which has {then}')
 elif rank == 0:
-    owner = data.own(out_dir)
+    data.own(out_dir)
     if os.path.exists(ckpt) or os.path.exists(log):     # no earlier run is lost
         for i in itertools.count(1):
             aside = f'{out_dir.rstrip("/")}.{i}'
@@ -318,13 +311,13 @@ def normalised(batch, T=None):
 def measure(x):
     """What a checkpoint keeps beside the weights: the statistics of latents, from uint8 frames x,
     and the encoder's own tensors."""
-    if encode.fit is not None:
+    if encode.fit:
         encode.fit(x.to(device).float() / 255)
     z = encode_frames(encode, x, autocast).flatten(0, -2)          # (frames x N, width)
     stats = dict(z_mean=z.mean(dim=0))
     if channels:
         z = z - stats['z_mean']
-        basis = torch.linalg.eigh((z.T @ z).double().cpu())[1][:, -channels:].flip(1)
+        basis = torch.linalg.eigh((z.T @ z).cpu().double())[1][:, -channels:].flip(1)
         stats['z_basis'] = basis.float().to(device)
         variance = z.square().sum()
         z = z @ stats['z_basis']                                                # (frames x N, D)
@@ -338,24 +331,22 @@ def measure(x):
 
 
 if saved:       # its weights know latents of its statistics; those of actions are the data's
-    stats = {name: v.to(device) for name, v in saved.stats.items()}
+    stats = saved.stats
 else:
     say('measuring the latents')
     stats = measure(clips.sample(64, 16))
 if not resume:
     stats |= {f'a_{name}': v for name, v in clips.action_stats().items()}
-if compile and encode.fit is None:      # what is fitted is too small to gain
+if compile and not encode.fit:      # what is fitted is too small to gain
     encode.compile()
 if cache:
     folder = cache_dir
     part = rank, world
     if world > 1 and not folder:        # memory that the processes of a machine share
         folder = f'{out_dir}/latents@{socket.gethostname()}'
-        part = (int(os.environ.get(name, least))
-                for name, least in (('LOCAL_RANK', 0), ('LOCAL_WORLD_SIZE', 1)))
-    clips.tokens = data.cached_latents(clips.sets, encode, device, autocast, folder, store, workers,
-                                       *part)
-    long_clips.tokens = clips.tokens
+        part = (int(os.environ[name]) for name in ('LOCAL_RANK', 'LOCAL_WORLD_SIZE'))
+    clips.tokens = long_clips.tokens = data.cached_latents(
+        clips.sets, encode, device, autocast, folder, store, workers, *part)
     if folder != cache_dir:
         dist.barrier()      # all have mapped the files, which stay until nobody has
         shutil.rmtree(folder, ignore_errors=True)
@@ -366,14 +357,14 @@ if 'labelled' in held_out and len(held_out['labelled']['a']) < 2:
 # model and optimizer
 torch.manual_seed(seed)
 model = WorldModel(shape).to(device)
-ema_model = copy.deepcopy(model).requires_grad_(False).eval()
 if saved:
     weights = saved.state_dict()
     if saved.config['action_dim'] != clips.A:
         weights.pop('a_in.weight', None)
         say(f'{init} has actions of another width: what reads them begins anew')
-    for net in model, ema_model:
-        net.load_state_dict(net.state_dict() | weights)
+    model.load_state_dict(model.state_dict() | weights)
+    del saved
+ema_model = copy.deepcopy(model).requires_grad_(False).eval()
 if resume:
     ema_model.load_state_dict(load(ckpt)[0].state_dict())
 if compile:
@@ -390,8 +381,7 @@ if fsdp:
         # where one has bootstrap rows
         fully_shard(block, mesh=mesh, reshard_after_forward=False, ignored_params=empty)
 elif ddp:
-    ids = [device.index] if device.type == 'cuda' else None
-    parallel = torch.nn.parallel.DistributedDataParallel(model, ids)
+    parallel = torch.nn.parallel.DistributedDataParallel(model)
     # buffers are constants; their broadcast in every forward would hang where one process alone has
     # bootstrap rows. The option's name changes with the version of torch, this one does not.
     parallel.broadcast_buffers = False
@@ -426,29 +416,25 @@ rms = {name: torch.ones((), device=device) for name in ('flow', 'bootstrap', 'se
 step = 0
 skipped = 0
 if resume:
-    order = []
-    for group in optimizer.param_groups:
-        order += group['params']
+    order = groups[0]['params'] + groups[1]['params']
     for i, moments in state['optimizer']['state'].items():
         for name in moments:
             moments[name] = shard(moments[name], order[i])
     optimizer.load_state_dict(state['optimizer'])
-    rms = dict(zip(rms, state['rms']))
+    rms = dict(zip(rms, state['rms'].to(device)))
     step = state['step']
     skipped = state['skipped']
 if rank == 0:
-    with data.writing(log):
-        journal = open(log, 'a', buffering=1)
-        if resume:      # what was written after the last save comes again
-            journal.truncate(min(state['log'], journal.tell()))
+    journal = open(log, 'a', buffering=1)
+    if resume:      # what was written after the last save comes again
+        journal.truncate(min(state['log'], journal.tell()))
 peak = data.peak_flops(device)
 tokens_per_frame = sum(frame_tokens(shape).values())
 for name, value in config.items():
     say(f'{name} = {value}')
-half = autocast.fast_dtype == torch.bfloat16 and autocast._enabled
 say(f'{sum(p.numel() for p in params) / 1e6:.2f}M parameters, '
     f'{batch_size * frames * tokens_per_frame:,} tokens a step, {device}, '
-    f'{"bfloat16" if half else "float32"}, torch {torch.__version__}')
+    f'{autocast.fast_dtype if autocast._enabled else "float32"}, torch {torch.__version__}')
 
 
 @torch.no_grad()
@@ -471,9 +457,8 @@ def evaluate():
         with autocast:
             for method, a_and_mask in actions.items():
                 imagined[method] = rollout(net, z[:, :eval_context], *a_and_mask, K=K)
-        val[kind] = {}
-        for method in sorted(imagined):
-            val[kind][method] = horizon_errors(imagined[method], z, z_mask)
+        val[kind] = {method: horizon_errors(imagined[method], z, z_mask)
+                     for method in sorted(imagined)}
     return val
 
 
@@ -487,18 +472,13 @@ def horizon_errors(imagined, z, z_mask):
 
 
 def audit(loss):
-    """Ends the run where something does not learn or is not kept: what has a gradient, what the
-    optimizer moves and what the checkpoint holds must be the same tensors."""
+    """Ends the run where something does not learn or is not kept: what has a gradient and what the
+    checkpoint holds must be the same tensors."""
     names = {p: name for name, p in model.named_parameters() if p.numel()}
     keys = model.state_dict().keys()
-    moved = set()
-    for group in optimizer.param_groups:
-        moved |= {*group['params']}
     for p, name in names.items():
         if p.grad is None:
             sys.exit(f'model.{name} gets no gradient: the loss does not depend on it')
-        if p not in moved:
-            sys.exit(f'model.{name} is not in the optimizer')
         if name not in keys:
             sys.exit(f'model.{name} is not in the checkpoint')
     nodes = [loss.grad_fn]
@@ -529,12 +509,12 @@ def clip_length(T):
     return 2 << int(math.ceil(math.log2(T / 2)) * step / (grow * max_steps))
 
 
-def summed(values):
-    """{name: 0-d tensor}, summed over all processes."""
+def averaged(values):
+    """{name: 0-d tensor}, the means over all processes."""
     total = torch.stack([*values.values()]).float()
     if ddp:
         dist.all_reduce(total)
-    return dict(zip(values, total))
+    return dict(zip(values, total / world))
 
 
 def note(entry):
@@ -548,8 +528,8 @@ def save_all():
     state['state'] = whole(state['state'])
     if rank:
         return
-    scales = torch.stack([*rms.values()])
-    state = dict(optimizer=state, rms=scales, step=step, skipped=skipped, log=journal.tell())
+    state = dict(optimizer=state, rms=torch.stack([*rms.values()]), step=step, skipped=skipped,
+                 log=journal.tell())
     save(ckpt + '.new', model, config, dict(ema_model.named_parameters()), stats, step, weights)
     try:
         torch.save(state, optim + '.new')
@@ -560,23 +540,19 @@ def save_all():
 
 
 def clips_of(step):
-    """'dataset episode:frame, ..' of a step's clips, or of those whose latents are not finite."""
+    """'dataset episode:frame, ..' of a step's clips."""
     source, number = batches.which(step)
     names = []
-    wrong = []
-    for i, (s, e, start, _) in enumerate(source.picks_of_all(number)):
+    for s, e, start, _ in source.picks_of_all(number):
         ds = source.sets[s]
         names.append(f'{ds.name} {ds.episodes[e].index}:{start}')
-        z, *_ = normalised(default_collate([source.read_or_replace(number, i, [])]))
-        if not z.isfinite().all():
-            wrong.append(names[-1])
-    return ', '.join(wrong or names)
+    return ', '.join(names)
 
 
-def listen(end):
+def listen():
     """The first signal is kept for the end of a step, the second ends this process at once.
     Handlers in Python would wait for a long call, as of a backward pass, to return."""
-    while number := end.recv(1):
+    while number := near.recv(1):
         if number[0] not in SIGNALS:
             continue
         if signals:
@@ -593,23 +569,23 @@ far.setblocking(False)
 for number in SIGNALS:
     signal.signal(number, lambda *_: None)
 signal.set_wakeup_fd(far.fileno())
-threading.Thread(target=listen, args=(near,), daemon=True).start()
+threading.Thread(target=listen, daemon=True).start()
 decoders = workers if cache_dir or not cache else 0       # latents in memory need no help
 loader = iter(DataLoader(
     batches, batch_size=None, sampler=range(step, max_steps), num_workers=decoders,
     pin_memory=device.type == 'cuda', multiprocessing_context='fork' if decoders else None,
     worker_init_fn=lambda _: os.setpgrp()))     # a signal to the group would end them first
-hide_bar = rank > 0 or not sys.stderr.isatty()
-bar = tqdm(total=max_steps, initial=step, disable=hide_bar, dynamic_ncols=True)
-options = {name: config[name] for name in OBJECTIVE} | dict(k_max=k_max)
+bar = tqdm(total=max_steps, initial=step, disable=rank > 0 or None, dynamic_ncols=True)
+options = {name: config[name] for name in OBJECTIVE} | dict(k_max=shape['k_max'])
 bad = torch.full((), -1, device=device)     # the first step whose loss is not finite, seen later
 stop = False
 asked = torch.zeros(())     # by signals, in all processes
 start = logged = step
-tokens = 0
-flops = 0.0
-clock = time.perf_counter()
 while step < max_steps and not stop:
+    if step == logged:
+        tokens = 0
+        flops = 0.0
+        clock = time.perf_counter()
     batch = next(loader)
     clips.count_faults(batch, max_bad)
     source, number = batches.which(step)
@@ -626,35 +602,32 @@ while step < max_steps and not stop:
     # spread
     _, n, counted = which_rows(z_mask, objective, options['bootstrap'], first)
     counted['self_forcing'] = z_mask[:, forced:]
-    count = summed({name: mask.sum() for name, mask in counted.items()})
-    count = {name: frames_of_all / world for name, frames_of_all in count.items()}
+    count = averaged({name: mask.sum() for name, mask in counted.items()})
     metrics = {}
-    for i in range(0, B, micro_batch or B):
-        rows = slice(i, i + (micro_batch or B))
+    few = micro_batch or B
+    parts = (x.split(few) for x in (z, a, a_mask, z_mask))
+    for i, z, a, a_mask, z_mask in zip(range(0, B, few), *parts):
         row = rank * B + i
-        last_rows = rows.stop >= B
+        last_rows = i + few >= B
         if fsdp:
             model.set_requires_gradient_sync(last_rows)
-        sync = contextlib.nullcontext()
-        if ddp and not fsdp and not last_rows:
-            sync = parallel.no_sync()
-        with sync:
-            with autocast:
-                # the same noise for any number of processes and size of micro-batches; of whole
-                # numbers, hash is the same in every process
-                seeds = [hash((seed, step, row + j)) % 2 ** 63 for j in range(len(z[rows]))]
-                loss, terms = shortcut_loss(
-                    parallel, z[rows], a[rows], a_mask[rows], z_mask[rows], options, rms=rms,
-                    first=first + i, noise=clip_noise(z[rows], seeds), count=count)
-                if forced < T:
-                    imagined = rollout(model, z[rows, :forced], a[rows], a_mask[rows], K, grad=True,
-                                       seed=hash((seed, step, row, K)) % 2 ** 63)
-                    error = (imagined - z[rows, forced:]).square().mean(dim=(2, 3))
-                    error = (error * z_mask[rows, forced:]).sum()
-                    terms['self_forcing'] = error.detach() / count['self_forcing']
-                    error = error / count['self_forcing'].clamp(min=1e-6)
-                    loss = loss + error / term_scale(rms, 'flow', 'self_forcing')
-            loss.backward()
+        parallel.require_backward_grad_sync = last_rows     # as no_sync() of DDP
+        with autocast:
+            # the same noise for any number of processes and size of micro-batches; of whole
+            # numbers, hash is the same in every process
+            seeds = [hash((seed, step, row + j)) % 2 ** 63 for j in range(len(z))]
+            loss, terms = shortcut_loss(
+                parallel, z, a, a_mask, z_mask, options, rms=rms, first=first + i,
+                noise=clip_noise(z, seeds), count=count)
+            if forced < T:
+                imagined = rollout(model, z[:, :forced], a, a_mask, K, grad=True,
+                                   seed=hash((seed, step, row, K)) % 2 ** 63)
+                error = (imagined - z[:, forced:]).square().mean(dim=(2, 3))
+                error = (error * z_mask[:, forced:]).sum()
+                terms['self_forcing'] = error.detach() / count['self_forcing']
+                error = error / count['self_forcing'].clamp(min=1e-6)
+                loss = loss + error / term_scale(rms, 'flow', 'self_forcing')
+        loss.backward()
         for name, value in (('loss', loss.detach()), *terms.items()):
             metrics[name] = metrics.get(name, 0) + value
     if step == start:
@@ -663,14 +636,13 @@ while step < max_steps and not stop:
     if fsdp:
         norm = norm.full_tensor()
     metrics['stop'] = torch.full((), float(len(signals)), device=device)
-    metrics = {name: value / world for name, value in summed(metrics).items()}
+    metrics = averaged(metrics)
     before, asked = asked, metrics.pop('stop')
     finite = metrics['loss'].isfinite() & norm.isfinite()
     if skipped < skip_nonfinite and not finite:         # waits for the device
         skipped += 1
-        if rank == 0:
-            print(f'step {step + 1}: the loss or its gradient is not finite: left out ({skipped} '
-                  f'of {skip_nonfinite}), in {clips_of(step)}', flush=True)
+        say(f'step {step + 1}: the loss or its gradient is not finite: left out ({skipped} of '
+            f'{skip_nonfinite}), in {clips_of(step)}')
     else:
         optimizer.step()
         with torch.no_grad():
@@ -711,15 +683,11 @@ while step < max_steps and not stop:
         entry['memory_gb'] = torch.cuda.max_memory_allocated(device) / 1e9
     if rank == 0:
         note(entry)
-        texts = []
-        for name, value in entry.items():
-            if value is not None:
-                texts.append(f'{name} {value:{",.0f" if name == "tokens_per_s" else ".4g"}}')
+        texts = [f'{name} {value:{",.0f" if name == "tokens_per_s" else ".4g"}}'
+                 for name, value in entry.items() if value is not None]
         seconds /= step - logged
-        texts.append(f'{1000 * seconds:.0f} ms/step')
-        texts.append(f'{(max_steps - step) * seconds / 60:.1f} min left')
-        bar.write(', '.join(texts), file=sys.stdout)
-        sys.stdout.flush()
+        say(f'{", ".join(texts)}, {1000 * seconds:.0f} ms/step, '
+            f'{(max_steps - step) * seconds / 60:.1f} min left')
     if fsdp and (step % save_interval == 0 or step % eval_interval == 0 or last):
         for p, piece in zip(ema_params, ema_shards):
             p.copy_(whole(piece))
@@ -731,15 +699,10 @@ while step < max_steps and not stop:
             for method, errors in methods.items():
                 errors = ['-' if e is None else f'{e:.3f}' for e in errors.values()]
                 texts.append(f'{method} {"/".join(errors)}')
-            texts = ', '.join(texts)
-            bar.write(f'step {step}: {kind} error at 1/5/10/20 steps: {texts}', file=sys.stdout)
-        sys.stdout.flush()
+            say(f'step {step}: {kind} error at 1/5/10/20 steps: {", ".join(texts)}')
     if step % save_interval == 0 or last:       # after the log: what is in it is not made again
         save_all()
     logged = step
-    tokens = 0
-    flops = 0.0
-    clock = time.perf_counter()
 bar.close()
 if step < max_steps:
     say(f'stopped at step {step}: python train.py --resume=True goes on')

@@ -822,7 +822,7 @@ def test_to_timestamp_is_not_believed(copy):
 
 
 def old_dialect(root, data_path, video_path):
-    """v2.0 as its first months had it, with files elsewhere."""
+    """v2.0 as its first months had it: no features, files without folders."""
     root = write_v2(root, 'v2.0')
     for i in range(3):
         place = dict(episode_index=i, total_episodes=3, video_key='observation.images.top', episode_chunk=0)
@@ -831,6 +831,23 @@ def old_dialect(root, data_path, video_path):
             os.makedirs(os.path.dirname(f'{root}/{new.format(**place)}'), exist_ok=True)
             os.rename(f'{root}/{old}', f'{root}/{new.format(**place)}')
     return root
+
+
+def test_dialect_without_features(made, tmp_path):
+    paths = ('data/train-{episode_index:05d}-of-{total_episodes:05d}.parquet',
+             'videos/{video_key}_episode_{episode_index:06d}.mp4')
+    root = old_dialect(tmp_path / 'd', *paths)
+    write_json(f'{root}/meta/info.json', dict(
+        codebase_version='v2.0', data_path=paths[0], robot_type='aloha', total_episodes=3, total_frames=88, fps=10,
+        splits={'train': '0:3'}, keys=['observation.state', 'action'], image_keys=[],
+        video_keys=['observation.images.top'],
+        shapes={'observation.state': 3, 'action': 2, 'observation.images.top': dict(width=48, height=32, channels=3)},
+        names={'action': ['a', 'b', 'c', 'd']}, videos={'videos_path': paths[1], 'observation.images.top': {
+            'video.fps': 10.0, 'video.codec': 'av1', 'video.is_depth_map': False, 'has_audio': False}}))
+    one, two = data.LeRobot(root), data.LeRobot(made)
+    for i, n in enumerate(LENGTHS):
+        assert np.array_equal(one.rows(i), two.rows(i))
+        assert (one.frames(i, range(n)).float() - two.frames(i, range(n)).float()).abs().max() < 4
 
 
 def test_dialect_of_data_path(made, tmp_path):
@@ -871,10 +888,10 @@ def test_an_episode_that_is_listed_twice_counts_once(tmp_path, capfd):
 
 
 def test_opening_tells_how_far_it_is(made, monkeypatch, capfd):
-    monkeypatch.setattr(data.time, 'monotonic', itertools.count(0, 6).__next__)
+    monkeypatch.setattr(data.time, 'monotonic', itertools.count(0, 3).__next__)
     monkeypatch.setattr(data, '_told', {})
     data.LeRobot(made)
-    assert capfd.readouterr().out == f'{made}: looked at 2 of 3 episodes\n'
+    assert capfd.readouterr().out == f'{made}: looked at 1 of 3 episodes\n'
 
 
 def test_a_fingerprint_is_of_the_content(made, copy):

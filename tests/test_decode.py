@@ -47,6 +47,10 @@ def test_actions_are_those_of_the_robot_named_wherever_the_data_is(trained, demo
     assert not script('decode.py', ckpt, f'--unlabelled={wide}', *options)['batch']['a_mask'].any()
     for kinds, name in ((('', demo[1]), 'video'), ((f'{labelled},{wide}', '--unlabelled='), 'two')):
         script('train.py', f'--labelled={kinds[0]}', kinds[1], *SMALL, '--max_steps=1', f'--out_dir={tmp_path}/{name}')
+    script('train.py', *demo, *SMALL, '--fps=5', '--max_steps=1', f'--out_dir={tmp_path}/half')     # two rows each
+    g = script('decode.py', f'--ckpt={tmp_path}/half/ckpt.safetensors', *options)
+    stats = g['model'].stats
+    assert stats['a_width'].tolist() == [8] and g['batch']['a_mask'].any()
     for option in ('labelled', 'unlabelled'):
         g = script('decode.py', f'--ckpt={tmp_path}/video/ckpt.safetensors', f'--{option}={wide}', *options)
         assert g['kind'] == 'unlabelled' and g['batch']['a'].shape[2] == 0
