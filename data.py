@@ -126,6 +126,8 @@ def override(g, argv, presets={}):
         argv = [f'--{name}={value}' for name, value in preset.items()] + argv
     for arg in argv:
         name, equals, text = arg.removeprefix('--').partition('=')
+        if '\n' in arg:
+            sys.exit(f'{arg!r}: wants one line')
         if not arg.startswith('--') or not equals:
             sys.exit(f'{arg}: write options as --name=value')
         if name not in config:
@@ -193,7 +195,7 @@ class Bad(ValueError):
     """A file, frame or row of a dataset that cannot be used. Batches count it and go on."""
 
     def __init__(self, why, path=''):
-        super().__init__(f'{path}: {why}' if path else why)
+        super().__init__((f'{path}: {why}' if path else str(why)).replace('\n', ' '))
         self.why = why
         self.path = path
 
@@ -233,9 +235,16 @@ def one_line_a_cause(faults):
         yield f'{first} ({len(others):,} more: {names}, ..)' if others else str(first)
 
 
+def a_file(path):
+    """Refuse what is none: a pipe would be waited for."""
+    if not os.path.isfile(path):
+        raise Bad('no such file', path)
+
+
 @contextmanager
 def reading(path):
     """What a bad file makes fail in here becomes a Bad that names it; no other mistake does."""
+    a_file(path)
     try:
         yield
     except (Bad, OSError, MemoryError, RecursionError, av.FFmpegError, pa.ArrowException,
@@ -243,9 +252,7 @@ def reading(path):
         close_video(path)       # a decoder that failed is not used again
         if getattr(error, 'path', ''):
             raise
-        why = 'no such file'
-        if os.path.isfile(path):
-            why = f'cannot be read ({" ".join(str(error).split())})'
+        why = f'cannot be read ({" ".join(str(error).split())})'
         with suppress(OSError), open(path, 'rb') as f:
             if f.read(30).startswith(b'version https://git-lfs'):
                 why = 'is a git-LFS pointer, not the file itself (git lfs pull)'
@@ -307,10 +314,10 @@ def own_tmp(path):
 _reformat = partial(av.video.reformatter.VideoReformatter().reformat,
                               interpolation='BICUBIC', threads=1)
 MP4 = dict(format='mp4', options={'movflags': '+faststart'})
-# what somebody made may be a list of addresses, or take all memory to decode
-SAFE = {'protocol_whitelist': 'file', 'max_pixels': str(1 << 27)}
+# what somebody made may be a list of other files or addresses, or take all memory to decode
+SAFE = {'protocol_whitelist': 'none', 'max_pixels': str(1 << 27)}
 # else the missing half of a truncated picture would come out grey
-STRICT = SAFE | {'protocol_whitelist': 'none', 'err_detect': 'explode'}
+STRICT = SAFE | {'err_detect': 'explode'}
 MAX_OPEN = 8    # videos kept open per process; one holds a decoder's frames, a few MB
 GO_ON = 30      # frames over which a video is read on, not sought: a key frame may be far back
 TELL = 10       # seconds between lines of progress
@@ -340,15 +347,24 @@ MIRRORED = re.compile(rb'(?is)Exif.{,999}?(\x01\x12\x00\x03\x00{3}\x01\x00|'
                       rb'\x12\x01\x03\x00\x01\x00{3})[\x02\x04\x05\x07]')
 
 
+def video_stream(file, options=SAFE):
+    """That of an open file, or of bytes: then ffmpeg cannot open others, whatever is in it."""
+    container = av.open(file, options=options)
+    stream = next(iter(container.streams.video), None)
+    # ffmpeg knows the codec, and no ANSI art, which any text is
+    if not stream or not stream.codec_context or container.format.name == 'tty':
+        raise Bad('no picture or video in it, or of an unknown codec')
+    stream.codec_context.options = options
+    return stream
+
+
 def _picture(content, size):
     """uint8 (H, W, 3) array of a picture's file, given as bytes."""
     # ffmpeg forgives a JPEG without its end
     if content[:2] == b'\xff\xd8' and b'\xff\xd9' not in content:
         raise Bad('truncated')
-    with av.open(io.BytesIO(content), options=STRICT) as container:
-        if not container.streams.video or container.format.name == 'tty':  # of text: ANSI art
-            raise Bad('no picture in it')
-        container.streams.video[0].codec_context.options = STRICT
+    stream = video_stream(io.BytesIO(content), STRICT)
+    with stream.container as container:
         frame = next(container.decode(video=0), None)
         if frame is None or frame.is_corrupt:
             raise Bad('truncated')
@@ -358,6 +374,7 @@ def _picture(content, size):
 def read_image(path, size=0):
     """uint8 tensor (3, H, W) of any picture ffmpeg knows, resized exactly like a video's frames."""
     try:
+        a_file(path)
         rgb = _picture(Path(path).read_bytes(), size)
     except (OSError, ValueError, av.FFmpegError) as error:
         why = getattr(error, 'strerror', None) or error
@@ -420,12 +437,6 @@ def write_video(path, x, fps):
         os.replace(tmp, path)
 
 
-def video_stream(container):
-    if not container.streams.video:
-        raise Bad('no video stream')
-    return container.streams.video[0]
-
-
 def frame_times(container):
     """When the frames of a video are shown, in units of its clock, sorted: frame i is the i-th.
 
@@ -455,8 +466,8 @@ class Video:
     """
 
     def __init__(self, path):
-        self.container = av.open(path)
-        self.stream = video_stream(self.container)
+        self.stream = video_stream(open(path, 'rb'))
+        self.container = self.stream.container
         self.codec = self.stream.codec_context
         self.codec.thread_type = 'NONE'     # frame threads delay every seek; we have processes
         self.codec.thread_count = 1
@@ -1690,11 +1701,10 @@ class Writer:
 def _shown(path):
     """Yield the frames of any video, the seconds from its beginning until halfway to the next
     frame, and its frames a second."""
-    with reading(path), av.open(path, options=SAFE) as container:
-        stream = next(iter(container.streams.video), None)
-        # any text is a "tty"
-        if stream is None or stream.start_time is None or container.format.name == 'tty':
-            raise Bad('no video with times in it')
+    with reading(path), video_stream(open(path, 'rb')).container as container:
+        stream = container.streams.video[0]
+        if stream.start_time is None:
+            raise Bad('no times in it')
         stream.thread_type = 'AUTO'
         start = float(stream.start_time * stream.time_base)
         rate = float(stream.average_rate or 30)
@@ -2227,12 +2237,14 @@ def load_part(path):
     while not os.path.exists(f'{path}.npy'):
         time.sleep(1)       # a barrier would give up after some minutes
     try:
+        for ending in 'json', 'npy':
+            a_file(f'{path}.{ending}')
         reasons = json.loads(Path(f'{path}.json').read_text())
         bad = {e: Bad(why) for e, why in reasons}
         return np.load(f'{path}.npy', mmap_mode='r'), bad
-    except (OSError, ValueError, TypeError, EOFError, RecursionError) as why:
-        sys.exit(f'{path}: a damaged file of latents ({why}). Remove {os.path.dirname(path)} to '
-                 'encode them again')
+    except Exception as why:        # as many ways as there are to be damaged
+        sys.exit(f'{path}: a damaged file of latents ({Bad(why)}). Remove {os.path.dirname(path)} '
+                 'to encode them again')
 
 
 # --------------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ n = 3000
 first = 0           # number of the first input
 only = ''           # kinds, comma-separated; '' = all
 seed = 0
-seconds = 10        # of a processor, that an input may take; twice as many on the clock
+seconds = 10        # of a processor, that an input may take; six times as many on the clock
 gigabytes = 2.0     # of memory that it may take
 config = data.override(globals(), sys.argv[1:])
 # --------------------------------------------------------------------------------------------------
@@ -408,7 +408,7 @@ def work(begin, log, stack):
     for i in range(begin, min(begin + 2000, first + n)):
         # their signals end the process: neither a loop in C nor an except escapes them
         signal.setitimer(signal.ITIMER_PROF, seconds)
-        signal.setitimer(signal.ITIMER_REAL, 2 * seconds)
+        signal.setitimer(signal.ITIMER_REAL, 6 * seconds)
         attempt(i, log)
 
 
