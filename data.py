@@ -252,7 +252,7 @@ def reading(path):
         close_video(path)       # a decoder that failed is not used again
         if getattr(error, 'path', ''):
             raise
-        why = f'cannot be read ({" ".join(str(error).split())})'
+        why = f'cannot be read ({error})'
         with suppress(OSError), open(path, 'rb') as f:
             if f.read(30).startswith(b'version https://git-lfs'):
                 why = 'is a git-LFS pointer, not the file itself (git lfs pull)'
@@ -363,8 +363,7 @@ def _picture(content, size):
     # ffmpeg forgives a JPEG without its end
     if content[:2] == b'\xff\xd8' and b'\xff\xd9' not in content:
         raise Bad('truncated')
-    stream = video_stream(io.BytesIO(content), STRICT)
-    with stream.container as container:
+    with video_stream(io.BytesIO(content), STRICT).container as container:
         frame = next(container.decode(video=0), None)
         if frame is None or frame.is_corrupt:
             raise Bad('truncated')
@@ -564,7 +563,7 @@ def open_video(path):
     if key not in _videos:
         _videos[key] = Video(path)
         if len(_videos) > MAX_OPEN:
-            _videos.popitem(last=False)[1].container.close()
+            _videos.popitem(last=False)
     _videos.move_to_end(key)
     return _videos[key]
 
@@ -578,9 +577,7 @@ def video_times(path):
 
 
 def close_video(path):
-    video = _videos.pop((os.getpid(), path), None)
-    if video:
-        video.container.close()
+    _videos.pop((os.getpid(), path), None)      # which closes it
 
 
 def read_frames(path, numbers, size=0):
@@ -1207,7 +1204,7 @@ class LeRobot:
     def _stored_stats(self):
         stats = self.load('meta/stats.json')
         if not stats:
-            lines = [line.get('stats', {}) for line in self.load('meta/episodes_stats.jsonl')]
+            lines = [line['stats'] for line in self.load('meta/episodes_stats.jsonl')]
             for key in self.action_keys:
                 stats[key] = _pool([line[key] for line in lines])
         out = {}
@@ -1704,7 +1701,7 @@ def _shown(path):
     with reading(path), video_stream(open(path, 'rb')).container as container:
         stream = container.streams.video[0]
         if stream.start_time is None:
-            raise Bad('no times in it')
+            raise Bad('no video with times in it')
         stream.thread_type = 'AUTO'
         start = float(stream.start_time * stream.time_base)
         rate = float(stream.average_rate or 30)

@@ -1311,9 +1311,8 @@ def load(path, device='cpu', ema=True):
                 if type(given[name]) is not type(value):
                     raise TypeError(f'{name} is {given[name]}')
         sizes = [config[name] for name in ('frame_height', 'frame_width', 'eval_context')]
-        if not min(shape['soft_cap'], config['eval_context']) > 0:
-            raise ValueError('soft_cap and eval_context are above 0')
-        if max(shape['layers'], shape['wide_layers'], *shape['grid'], *sizes) > 4096:
+        most = max(shape['layers'], shape['wide_layers'], *shape['grid'], *sizes)
+        if most > 4096 or not min(shape['soft_cap'], config['eval_context']) > 0:
             raise ValueError('of an absurd size')
         with torch.device('meta'):      # the file's tensors become the parameters
             model = WorldModel(shape)

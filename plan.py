@@ -38,7 +38,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from model import (WorldModel, check_steps, compile_layers, encode_frames, half_weights, load,
-                   pictures, remember, restore_encoder, robot_stats, rollout, standard, unstandard)
+                   one_line, pictures, remember, restore_encoder, robot_stats, rollout, standard,
+                   unstandard)
 
 # --------------------------------------------------------------------------------------------------
 ckpt = 'out/ckpt.safetensors'
@@ -376,17 +377,20 @@ class Planner:
 
     def read_actions(self, ckpt):
         """What the checkpoint knows of the robot's actions."""
-        stats = robot_stats(self.model.stats, self.o.robot, ckpt)
-        self.used = int(stats['width'])                 # of the padded width
-        self.frameskip = int(stats['rows'])             # dataset rows in a model step
-        self.width = self.used // self.frameskip        # numbers in a row
-
         def rows(name):
             return stats[name][:self.used].view(self.frameskip, self.width)
-        self.a_mean = rows('mean')
-        self.a_std = rows('std')
-        self.a_low = rows('low')
-        self.a_high = rows('high')
+
+        try:
+            stats = robot_stats(self.model.stats, self.o.robot, ckpt)
+            self.used = int(stats['width'])                 # of the padded width
+            self.frameskip = int(stats['rows'])             # dataset rows in a model step
+            self.width = self.used // self.frameskip        # numbers in a row
+            self.a_mean = rows('mean')
+            self.a_std = rows('std')
+            self.a_low = rows('low')
+            self.a_high = rows('high')
+        except Exception as error:      # damaged
+            sys.exit(f'{ckpt}: not a whole checkpoint ({one_line(error)})')
         # constant dimensions stay at their mean
         self.scale = torch.where(self.a_std > 1e-6, self.a_std, torch.inf)
 
