@@ -376,7 +376,7 @@ def read_image(path, size=0):
         a_file(path)
         rgb = _picture(Path(path).read_bytes(), size)
     except (OSError, ValueError, av.FFmpegError) as error:
-        why = getattr(error, 'strerror', None) or error
+        why = getattr(error, 'strerror', None) or getattr(error, 'why', error)
         sys.exit(f'{path}: not a readable picture of up to 134 megapixels ({why})')
     return torch.from_numpy(rgb.copy()).permute(2, 0, 1)
 
