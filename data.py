@@ -124,6 +124,8 @@ def override(g, argv, presets={}):
         argv = [f'--{name}={value}' for name, value in preset.items()] + argv
     for arg in argv:
         name, equals, text = arg.removeprefix('--').partition('=')
+        if '\n' in arg:
+            sys.exit(f'{arg!r}: wants one line')
         if not arg.startswith('--') or not equals:
             sys.exit(f'{arg}: write options as --name=value')
         if name not in config:
@@ -189,7 +191,7 @@ class Bad(ValueError):
     """A file, frame or row of a dataset that cannot be used. Batches count it and go on."""
 
     def __init__(self, why, path=''):
-        super().__init__(f'{path}: {why}' if path else why)
+        super().__init__((f'{path}: {why}' if path else str(why)).replace('\n', ' '))
         self.why = why
         self.path = path
 
@@ -237,9 +239,16 @@ def one_line_a_cause(faults):
         yield f'{first} ({len(others):,} more: {names}, ..)' if others else str(first)
 
 
+def a_file(path):
+    """Refuse what is none: a pipe would be waited for."""
+    if not os.path.isfile(path):
+        raise Bad('no such file', path)
+
+
 @contextmanager
 def reading(path):
     """What a bad file makes fail in here becomes a Bad that names it; no other mistake does."""
+    a_file(path)
     try:
         yield
     except (Bad, OSError, MemoryError, RecursionError, av.FFmpegError, pa.ArrowException,
@@ -247,9 +256,7 @@ def reading(path):
         close_video(path)       # a decoder that failed is not used again
         if getattr(error, 'path', ''):
             raise
-        why = 'no such file'
-        if os.path.isfile(path):
-            why = f'cannot be read ({" ".join(str(error).split())})'
+        why = f'cannot be read ({error})'
         with suppress(OSError), open(path, 'rb') as f:
             if f.read(30).startswith(b'version https://git-lfs'):
                 why = 'is a git-LFS pointer, not the file itself (git lfs pull)'
@@ -311,10 +318,10 @@ def own_tmp(path):
 _reformat = partial(av.video.reformatter.VideoReformatter().reformat,
                               interpolation='BICUBIC', threads=1)
 MP4 = dict(format='mp4', options={'movflags': '+faststart'})
-# what somebody made may be a list of addresses, or take all memory to decode
-SAFE = {'protocol_whitelist': 'file', 'max_pixels': str(1 << 27)}
+# what somebody made may be a list of other files or addresses, or take all memory to decode
+SAFE = {'protocol_whitelist': 'none', 'max_pixels': str(1 << 27)}
 # else the missing half of a truncated picture would come out grey
-STRICT = SAFE | {'protocol_whitelist': 'none', 'err_detect': 'explode'}
+STRICT = SAFE | {'err_detect': 'explode'}
 MAX_OPEN = 8    # videos kept open per process; one holds a decoder's frames, a few MB
 GO_ON = 30      # frames over which a video is read on, not sought: a key frame may be far back
 
@@ -343,13 +350,23 @@ MIRRORED = re.compile(rb'(?is)Exif.{,999}?(\x01\x12\x00\x03\x00{3}\x01\x00|'
                       rb'\x12\x01\x03\x00\x01\x00{3})[\x02\x04\x05\x07]')
 
 
+def video_stream(file, options=SAFE):
+    """That of an open file, or of bytes: then ffmpeg cannot open others, whatever is in it."""
+    container = av.open(file, options=options)
+    stream = next(iter(container.streams.video), None)
+    # ffmpeg knows the codec, and no ANSI art, which any text is
+    if not stream or not stream.codec_context or container.format.name == 'tty':
+        raise Bad('no picture or video in it, or of an unknown codec')
+    stream.codec_context.options = options
+    return stream
+
+
 def _picture(content, size):
     """uint8 (H, W, 3) array of a picture's file, given as bytes."""
     # ffmpeg forgives a JPEG without its end
     if content[:2] == b'\xff\xd8' and b'\xff\xd9' not in content:
         raise Bad('truncated')
-    with av.open(io.BytesIO(content), options=STRICT) as container:
-        video_stream(container).codec_context.options = STRICT
+    with video_stream(io.BytesIO(content), STRICT).container as container:
         frame = next(container.decode(video=0), None)
         if frame is None or frame.is_corrupt:
             raise Bad('truncated')
@@ -359,9 +376,11 @@ def _picture(content, size):
 def read_image(path, size=0):
     """uint8 tensor (3, H, W) of any picture ffmpeg knows, resized exactly like a video's frames."""
     try:
+        a_file(path)
         rgb = _picture(Path(path).read_bytes(), size)
     except (OSError, ValueError, av.FFmpegError) as error:
-        sys.exit(f'{path}: not a readable picture of up to 134 megapixels ({error})')
+        why = getattr(error, 'strerror', None) or getattr(error, 'why', error)
+        sys.exit(f'{path}: not a readable picture of up to 134 megapixels ({why})')
     return torch.from_numpy(rgb.copy()).permute(2, 0, 1)
 
 
@@ -420,13 +439,6 @@ def write_video(path, x, fps):
         os.replace(tmp, path)
 
 
-def video_stream(container):
-    # any text is a "tty", of ANSI art
-    if not container.streams.video or container.format.name == 'tty':
-        raise Bad('no picture in it')
-    return container.streams.video[0]
-
-
 def frame_times(container):
     """When the frames of a video are shown, in units of its clock, sorted: frame i is the i-th.
 
@@ -456,8 +468,8 @@ class Video:
     """
 
     def __init__(self, path):
-        self.container = av.open(path)
-        self.stream = video_stream(self.container)
+        self.stream = video_stream(open(path, 'rb'))
+        self.container = self.stream.container
         self.codec = self.stream.codec_context
         self.codec.thread_count = 1         # more delay every seek; we have processes
         key = path, os.stat(path).st_mtime_ns
@@ -565,9 +577,7 @@ def video_times(path):
 
 
 def close_video(path):
-    video = _videos.pop((os.getpid(), path), None)
-    if video:
-        video.container.close()
+    _videos.pop((os.getpid(), path), None)      # which closes it
 
 
 def read_frames(path, numbers, size=0):
@@ -1151,7 +1161,7 @@ class LeRobot:
     def _stored_stats(self):
         stats = self.load('meta/stats.json') or {}
         if not stats:
-            lines = [line.get('stats', {}) for line in self.load('meta/episodes_stats.jsonl')]
+            lines = [line['stats'] for line in self.load('meta/episodes_stats.jsonl')]
             for key in self.action_keys:
                 stats[key] = _pool([line[key] for line in lines])
         out = {}
@@ -1635,8 +1645,8 @@ class Writer:
 def _shown(path):
     """Yield the frames of any video, the seconds from its beginning until halfway to the next
     frame, and its frames a second."""
-    with reading(path), av.open(path, options=SAFE) as container:
-        stream = video_stream(container)
+    with reading(path), video_stream(open(path, 'rb')).container as container:
+        stream = container.streams.video[0]
         if stream.start_time is None:
             raise Bad('no video with times in it')
         stream.thread_type = 'AUTO'
@@ -2162,12 +2172,14 @@ def load_part(path):
     while not os.path.exists(f'{path}.npy'):
         time.sleep(1)       # a barrier would give up after some minutes
     try:
+        for ending in 'json', 'npy':
+            a_file(f'{path}.{ending}')
         reasons = json.loads(Path(f'{path}.json').read_text())
         bad = {e: Bad(why) for e, why in reasons}
         return np.load(f'{path}.npy', mmap_mode='r'), bad
-    except (OSError, ValueError, TypeError, EOFError, RecursionError) as why:
-        sys.exit(f'{path}: a damaged file of latents ({why}). Remove {os.path.dirname(path)} to '
-                 'encode them again')
+    except Exception as why:        # as many ways as there are to be damaged
+        sys.exit(f'{path}: a damaged file of latents ({Bad(why)}). Remove {os.path.dirname(path)} '
+                 'to encode them again')
 
 
 # --------------------------------------------------------------------------------------------------

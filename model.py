@@ -1294,7 +1294,8 @@ def load(path, device='cpu', ema=True):
                 if type(given[name]) is not type(value):
                     raise TypeError(f'{name} is {given[name]}')
         sizes = [config[name] for name in ('frame_height', 'frame_width', 'eval_context')]
-        if max(shape['layers'], shape['wide_layers'], *shape['grid'], *sizes) > 4096:
+        most = max(shape['layers'], shape['wide_layers'], *shape['grid'], *sizes)
+        if most > 4096 or not min(shape['soft_cap'], config['eval_context']) > 0:
             raise ValueError('of an absurd size')
         with torch.device('meta'):      # the file's tensors become the parameters
             model = WorldModel(shape)
@@ -1316,12 +1317,15 @@ def take_prefix(tensors, prefix):
 def robot_stats(stats, i, path):
     """What the checkpoint at path knows of the actions of its labelled dataset i: mean, std, low,
     high (dataset rows of a model step, numbers of a row)."""
-    known = len(stats['a_width'])
-    if i >= known:
-        sys.exit(f'--robot={i}: {path} knows {known} labelled datasets, counted from 0')
-    used = slice(stats['a_width'][i])       # of the padded width
-    return [stats[f'a_{name}'][i, used].view(int(stats['a_rows'][i]), -1).cpu()
-            for name in ('mean', 'std', 'low', 'high')]
+    try:
+        known = len(stats['a_width'])
+        if i >= known:
+            sys.exit(f'--robot={i}: {path} knows {known} labelled datasets, counted from 0')
+        used = slice(stats['a_width'][i])       # of the padded width
+        return [stats[f'a_{name}'][i, used].view(int(stats['a_rows'][i]), -1).cpu()
+                for name in ('mean', 'std', 'low', 'high')]
+    except Exception as error:      # damaged
+        sys.exit(f'{path}: not a whole checkpoint ({one_line(error)})')
 
 
 def standard(z, stats):

@@ -38,7 +38,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from model import (WorldModel, check_steps, compile_layers, encode_frames, half_weights, load,
-                   pictures, remember, restore_encoder, robot_stats, rollout, standard, unstandard)
+                   pictures, remember, restore_encoder, robot_stats, rollout, standard,
+                   unstandard)
 
 # --------------------------------------------------------------------------------------------------
 ckpt = 'out/ckpt.safetensors'

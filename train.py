@@ -201,6 +201,9 @@ if resume:
     if os.path.isfile(optim + '.new') and not os.path.isfile(ckpt + '.new'):
         os.replace(optim + '.new', optim)       # killed between the two renames of a save
     try:        # defaults for what is new in it
+        data.a_file(optim)
+        if os.path.exists(log):
+            data.a_file(log)
         state = dict(skipped=0, log=math.inf) | torch.load(optim, 'cpu', weights_only=True)
     except Exception as error:      # missing, cut, or would run code
         sys.exit(f'{optim}: not a readable state of the optimizer ({one_line(error)})')
@@ -417,13 +420,18 @@ step = 0
 skipped = 0
 if resume:
     order = groups[0]['params'] + groups[1]['params']
-    for i, moments in state['optimizer']['state'].items():
-        for name in moments:
-            moments[name] = shard(moments[name], order[i])
-    optimizer.load_state_dict(state['optimizer'])
-    rms = dict(zip(rms, state['rms'].to(device)))
-    step = state['step']
-    skipped = state['skipped']
+    try:
+        for i, moments in state['optimizer']['state'].items():
+            for name in 'exp_avg', 'exp_avg_sq':
+                moments[name] = shard(moments[name].view(order[i].shape), order[i])
+            moments['step'].item()
+        # the groups are made of the options
+        optimizer.load_state_dict(optimizer.state_dict() | dict(state=state['optimizer']['state']))
+        rms = dict(zip(rms, state['rms'].to(device).view(3)))
+        step = saved.step
+        skipped = int(state['skipped'])
+    except Exception as error:
+        sys.exit(f'{optim}: not of this model ({one_line(error)})')
 if rank == 0:
     journal = open(log, 'a', buffering=1)
     if resume:      # what was written after the last save comes again

@@ -191,7 +191,7 @@ MUTATIONS = [
      'test_data.py one_owner'),
     ('data.py', "if not os.path.exists(f'{left}/meta/info.json'):", 'if True:',
      'test_data.py two_writers'),
-    ('data.py', "options=STRICT) as", "options=SAFE) as",
+    ('data.py', "BytesIO(content), STRICT)", "BytesIO(content), SAFE)",
      'test_data.py hostile_pictures'),
     ('data.py', 'MIRRORED.search(content[:1 << 16])', 'False',
      'test_data.py turned_as_viewers'),

@@ -171,7 +171,7 @@ def test_override_sets(arg, name, value):
     ('--_hidden=2', 'no such option'), ('--torch=1', 'no such option'), ('--learning_rate=fast', 'wants float'),
     ('--batch_size=0', '--batch_size: wants 1 or more, got 0'), ('--keep=2', '--keep: wants 0 to 1, got 2.0'),
     ('--learning_rate=nan', 'wants 0 to 1, got nan'), ('--learning_rate=-inf', 'wants 0 or more, got -inf'),
-    ('--store=x', "--store: wants one of float16, int8, got 'x'")])
+    ('--store=x', "--store: wants one of float16, int8, got 'x'"), ('--key=a\nb', "'--key=a\\nb': wants one line")])
 def test_override_refuses(arg, words):
     says(lambda: data.override(constants(), [arg]), words)
 
@@ -670,16 +670,18 @@ def test_symlinks_are_allowed_and_said(made, tmp_path, capfd):
     assert not capfd.readouterr().err
 
 
-@pytest.mark.parametrize('text', [b'version https://git-lfs.github.com/spec/v1\noid sha256:0', b'junk' * 100, None])
+@pytest.mark.parametrize('text', [b'version https://git-lfs.github.com/spec/v1\noid sha256:0', b'junk' * 100, None, 'pipe'])
 @pytest.mark.parametrize('name', ['data/chunk-000/file-000.parquet',
                                   'videos/observation.images.top/chunk-000/file-000.mp4'])
 def test_bad_file_is_named(copy, name, text):
     d = data.LeRobot(str(copy), 'top')
     forget()
     os.remove(copy / name)
-    if text:
+    if text == 'pipe':
+        os.mkfifo(copy / name)
+    elif text:
         (copy / name).write_bytes(text)
-    words = 'no such file' if text is None else 'git-LFS' if b'git' in text else 'cannot be read'
+    words = 'no such file' if text in (None, 'pipe') else 'git-LFS' if b'git' in text else 'cannot be read'
     says(lambda: d.clip(0, 0, 2, 1), str(copy / name), words, error=ValueError)
 
 
@@ -1555,10 +1557,11 @@ def test_a_cache_of_other_frames_is_refused_by_name(mixture, tmp_path):
 
 def test_damaged_latents_are_one_line(mixture, tmp_path):
     cache(small(mixture), folder=tmp_path)
-    for ending, text in (('json', '[[0,'), ('json', '[' * 99999), ('npy', ''), ('npy', 'no array'), ('json', '[0]')):
+    header = b"\x93NUMPY\1\0\x10\0{'descr': (      "
+    for ending, text in (('json', b'[[0,'), ('json', b'[' * 99999), ('npy', b''), ('npy', header), ('json', b'[0]')):
         path = sorted(tmp_path.glob(f'b-top*/*.{ending}'))[0]
         whole = path.read_bytes()
-        path.write_text(text)
+        path.write_bytes(text)
         says(lambda: cache(small(mixture), folder=tmp_path), str(path.with_suffix('')), 'damaged', 'Remove')
         path.write_bytes(whole)
 

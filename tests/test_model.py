@@ -1211,7 +1211,8 @@ def test_save_then_load(tmp_path, capsys):
     assert all(torch.equal(v, kept[k]) for k, v in again.state_dict().items())
 
 
-@pytest.mark.parametrize('broken', ['keys', 'tensors', 'width', 'layers', 'absurd', 'grid', 'json', 'types', 'nan'])
+@pytest.mark.parametrize('broken', ['keys', 'tensors', 'width', 'layers', 'absurd', 'grid', 'json', 'types', 'nan', 'cap',
+                                    'context'])
 def test_what_is_no_whole_checkpoint_is_one_line(tmp_path, broken):
     net, path = world(), tmp_path / 'ckpt.safetensors'
     tensors = net.state_dict()
@@ -1225,6 +1226,8 @@ def test_what_is_no_whole_checkpoint_is_one_line(tmp_path, broken):
     texts |= {'width': dict(model=json.dumps(net.config | dict(width=1 << 20))), 'json': dict(config='{'),
               'layers': dict(model=json.dumps(net.config | dict(layers=5))),
               'absurd': dict(model=json.dumps(net.config | dict(layers=1 << 40))),
+              'cap': dict(model=json.dumps(net.config | dict(soft_cap=0.0))),
+              'context': dict(config=json.dumps(model.CONFIG_DEFAULTS | dict(eval_context=0))),
               'grid': dict(model=json.dumps(net.config | dict(grid=[1 << 40, 1]))),
               'types': dict(model=json.dumps(net.config | dict(heads='x')))}.get(broken, {})
     safetensors.torch.save_file({k: v.contiguous() for k, v in tensors.items()}, path, texts)

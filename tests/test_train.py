@@ -165,6 +165,25 @@ def test_a_state_of_the_optimizer_that_is_cut_or_would_run_code(half, tmp_path, 
     assert 'optim.pt: not a readable' in ends('train.py', *options) and not os.path.exists('evil')
 
 
+@pytest.mark.parametrize('name, value', [('exp_avg', torch.zeros(3)), ('step', None), ('exp_avg_sq', [1.])])
+def test_a_state_of_the_optimizer_of_another_model(half, name, value):
+    out, options = half
+    state = torch.load(out / 'optim.pt')
+    state['optimizer']['state'][0][name] = value
+    torch.save(state, out / 'optim.pt')
+    assert 'optim.pt: not of this model' in ends('train.py', *options)
+
+
+def test_the_optimizer_goes_on_with_the_options_of_now(half):
+    out, options = half
+    state = torch.load(out / 'optim.pt')
+    for group in state['optimizer']['param_groups']:
+        group |= dict(betas=(0.5, 0.5), amsgrad=True, differentiable=True)
+    torch.save(state, out / 'optim.pt')
+    for group in script('train.py', *options, '--max_steps=21')['optimizer'].param_groups:
+        assert group['betas'] == (0.9, 0.95) and not group['amsgrad'] and not group['differentiable']
+
+
 def test_a_full_disk_leaves_the_checkpoint_before(half, monkeypatch):
     out, options = half
     before = {path.name: path.read_bytes() for path in out.glob('*[st]')}
