@@ -428,7 +428,7 @@ if resume:
         # the groups are made of the options
         optimizer.load_state_dict(optimizer.state_dict() | dict(state=state['optimizer']['state']))
         rms = dict(zip(rms, state['rms'].to(device).view(3)))
-        step = saved.step
+        step = int(state['step'])
         skipped = int(state['skipped'])
     except Exception as error:
         sys.exit(f'{optim}: not of this model ({one_line(error)})')
