@@ -447,6 +447,8 @@ def main():
     tempfile.tempdir = SEEDS
     torch.set_num_threads(1)
     model.ENCODERS['tiny2'] = ('nobody/tiny2', *TINY)
+    with torch.device('meta'):      # imports very much, once: not in every process
+        model.WorldModel(model.model_config('nano', 24, (4, 4), 2))
     with open(f'{SCRATCH}/seeds.txt', 'w') as f, contextlib.redirect_stdout(f):
         if run(make_seeds):
             sys.exit('what is not mutated cannot be read')
