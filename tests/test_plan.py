@@ -942,12 +942,12 @@ def test_each_mistake_is_one_line(trained, tmp_path, given, words):
 def test_a_folder_in_which_another_process_writes(trained, tmp_path):
     now, goal = pictures(tmp_path)
     given = f'--ckpt={trained}/ckpt.safetensors', f'--out_dir={tmp_path}/o'
-    with subprocess.Popen([sys.executable, '-c', f'import data; data.own({str(tmp_path / "o")!r}); print(flush=True); input()'],
-                          cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+    own = f'import data; [data.own({str(tmp_path / "o")!r}, f".{{name}}.lock") for name in ("plan", "decode")]; print(flush=True); input()'
+    with subprocess.Popen([sys.executable, '-c', own], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
         for name, *options in (('plan.py', *QUICK), ('plan.py', f'--start={now}', f'--goal={goal}', *QUICK), ('decode.py',)):
             assert f'{tmp_path}/o: process {other.pid} ' in ends(name, *given, *options)
-        assert os.listdir(tmp_path / 'o') == ['.plan.lock']
+        assert sorted(os.listdir(tmp_path / 'o')) == ['.decode.lock', '.plan.lock']
         other.kill()
     (tmp_path / 'file').touch()
     assert f'{tmp_path}/file: ' in ends('plan.py', given[0], f'--out_dir={tmp_path}/file', *QUICK)
