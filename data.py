@@ -829,7 +829,8 @@ def _numbers(name, column):
     row = np.flatnonzero(column.is_valid())     # of each number
     values = column.combine_chunks().drop_null()
     try:
-        while pa.types.is_nested(values.type):
+        # pyarrow ends the process where it flattens a map
+        while isinstance(values.type, (pa.ListType, pa.LargeListType, pa.FixedSizeListType)):
             row = row[pc.list_parent_indices(values)]
             values = values.flatten()
         values = values.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
