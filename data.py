@@ -107,7 +107,7 @@ def check(name, value):
         bounds = f'{least} or more' if value < least else f'{least} to {most}'
         sys.exit(f'--{name}: wants {bounds}, got {value}')
     if value not in CHOICES.get(name, [value]):
-        sys.exit(f'--{name}: wants one of {", ".join(CHOICES[name])}, got {value!r}')
+        sys.exit(f'--{name}: wants one of {", ".join(filter(None, CHOICES[name]))}, got {value!r}')
 
 
 def override(g, argv, presets={}):
