@@ -2067,8 +2067,8 @@ def cache_folder(folder, ds, camera, settings):
     frames = f'{ds.fingerprint(camera)[:12]}-'
     known = glob.escape(folder) + '/*' + glob.escape(name)
     place = f'{folder}/{os.path.basename(source)}{name}{frames}{short(source)}'
+    changed = glob.glob(f'{known}*{short(source)}')     # first: another rank may make it just now
     moved = glob.glob(f'{known}{frames}*')
-    changed = glob.glob(f'{known}*{short(source)}')
     if moved:
         place = moved[0]
     elif changed:
