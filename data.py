@@ -42,7 +42,7 @@ except ImportError:         # Windows
 
 # Before torch is loaded: OpenMP's threads wait for each other by spinning, for up to a tenth of a
 # second, and beside another busy process that takes away the core of the one they wait for.
-os.environ.setdefault('GOMP_SPINCOUNT', '1000')
+os.environ.setdefault('GOMP_SPINCOUNT', '5000')
 
 import av  # noqa: E402
 import huggingface_hub
@@ -70,7 +70,7 @@ for _least, _most, _names in (
         (0, 100, 'frameskip warm_std min_std workers'),
         (0, 100000, 'fps long_frames frame_height frame_width channels width layers heads kv_heads '
                     'registers context time_every wide_layers k_max robot cache_gb soft_cap '
-                    'tau_shift weight_decay grad_clip smooth'),
+                    'tau_shift weight_decay grad_clip smooth state_weight'),
         (0, MANY, 'seed warmup micro_batch blind_episodes budget_ms chunk goal_steps budget steps '
                   'skip_nonfinite'),
         (1e-6, 100, 'init_std step_size'),
@@ -769,6 +769,7 @@ def inside(root, template, **values):
 
 TEXT = '(large_)?(str|utf|text|binary)|bytes|image|video|audio|lang'  # what is no number
 STATS = 'mean', 'std', 'min', 'max'
+ENVIRONMENT = 'observation.environment_state'   # lerobot's name of what a simulator knows of its world
 PROBE = 1 << 12     # bytes of a file that are looked at in two places, to know it again
 QUANTILES = {'q01': .01, 'q10': .1, 'q50': .5, 'q90': .9, 'q99': .99}
 
@@ -881,14 +882,15 @@ class LeRobot:
     camera: keys or their last parts, comma-separated, of which those that exist count
     ('front:3,wrist': with weights); '' is the first camera. action: comma-separated keys; '' is
     `action`, else `actions`, else all `action.*`, else nothing; 'none' ignores actions. fps: the
-    nearest frames at this lower rate; 0 is all frames. action_mode, rotation: see rows. `episode`
-    is a position in `.episodes`. A dataset that cannot be used ends the program with one line, a
+    nearest frames at this lower rate; 0 is all frames. action_mode, rotation: see rows. state: keys
+    or numbers of them, 'observation.state.elbow', comma-separated; a dataset that lacks one has no
+    state. `episode` is a position in `.episodes`. A dataset that cannot be used ends the program with one line, a
     file of it that cannot be read is a Bad. A folder's files are compared with its metadata: what
     differs is named, the shorter counts, and .dropped has what is wrong with the episodes left out.
     """
 
     def __init__(self, root, camera='', action='', fps=0, action_mode='absolute', rotation='euler',
-                 cache_gb=50):
+                 cache_gb=50, state=''):
         self.name = str(root)
         self.weight = 0.0       # among other datasets, see open_sets
         self.action_mode = action_mode
@@ -904,6 +906,7 @@ class LeRobot:
                 self._read_info(fps)
                 self._choose_cameras(camera)
                 self._choose_actions(action)
+                self._choose_state(state)
                 self._read_episodes()
             except Bad:
                 raise
@@ -927,7 +930,7 @@ class LeRobot:
         """{file: its camera, or '' for a table} that clips by a camera, or all chosen, are read
         from."""
         files = {}
-        for key in *self.action_keys, *([camera] if camera else self.chosen):
+        for key in *self.columns, *([camera] if camera else self.chosen):
             files[self.place(e, key)] = key if key in e.video else ''
         return files
 
@@ -1036,6 +1039,33 @@ class LeRobot:
         if keys and max(self.widths) < pose:
             sys.exit(f'--action_mode={self.action_mode}: {self.name} has no pose of {pose} numbers '
                      f'in {", ".join(keys)} ({self.widths}): name it by --action=...')
+
+    def _choose_state(self, state):
+        self.state_numbers = []         # (key, which of its numbers)
+        self.state_names = []
+        parts = [part.strip() for part in state.split(',') if part.strip()]
+        for part in parts:
+            for key, feature in self.features.items():
+                name = part.removeprefix(key).removeprefix('.')
+                names = feature.get('names') or []
+                if isinstance(names, dict):     # {'motors': [..]}
+                    names = list(names.values())
+                names = [*map(str, np.ravel(names))]
+                if part == key:
+                    width = int(np.prod(feature.get('shape') or 1))
+                    self.state_numbers.append((key, [*range(width)]))
+                    if len(names) != width:
+                        names = [f'{key}.{i}' for i in range(width)]
+                    self.state_names += names
+                elif part.startswith(f'{key}.') and name in names:
+                    self.state_numbers.append((key, [names.index(name)]))
+                    self.state_names.append(name)
+            if part.startswith(ENVIRONMENT):
+                sys.exit(f'--state={part}: is what a simulator knows, not what a robot senses')
+        if len(self.state_numbers) < len(parts):        # one is missing
+            self.state_numbers = []
+        self.state_dim = sum(len(numbers) for _, numbers in self.state_numbers)
+        self.columns = [*dict.fromkeys(self.action_keys + [k for k, _ in self.state_numbers])]
 
     def _read_episodes(self):
         videos = [key for key in self.chosen if self.features[key]['dtype'] == 'video']
@@ -1179,7 +1209,7 @@ class LeRobot:
     def _rows_of(self, e):
         """{name: values} of an episode's rows, see _columns, in the order of their frames."""
         # dataset_from_index is scrambled in some converted datasets; the column in the file is not
-        columns = self.read(_columns, self.place(e), tuple(self.action_keys))
+        columns = self.read(_columns, self.place(e), tuple(self.columns))
         rows = columns['row']
         if self.v3 and 'episode_index' in columns:
             rows = np.flatnonzero(columns['episode_index'] == e.index)
@@ -1209,7 +1239,7 @@ class LeRobot:
             return self._rows_of(e)['row']
         self._locate(e, camera)
         frames = np.array(e.span[camera])
-        if not self.action_keys or len(frames) <= e.usable:
+        if not self.columns or len(frames) <= e.usable:
             return frames
         rows = self._rows_of(e)
         ways = [rows['frame_index'].astype(int)]
@@ -1261,6 +1291,22 @@ class LeRobot:
             out.append(pose_deltas(x[:-1, :pose], x[1:, :pose], self.rotation, tool))
             out.append(x[1:, pose:])
         return np.concatenate(out, 1).astype(np.float32)
+
+    @lru_cache(maxsize=16)
+    def states(self, episode):
+        """float32 (length, state_dim): the robot's state at each frame, NaN where it is not known.
+        """
+        e = self.episodes[episode]
+        rows = self._rows_of(e)
+        at = self._at(np.arange(e.length))
+        parts = [np.zeros((e.length, 0), np.float32)]
+        for key, numbers in self.state_numbers:
+            if rows[key].shape[1] <= max(numbers):
+                raise Bad(f'{key} has {rows[key].shape[1]} numbers in episode {e.index}, expected '
+                          f'{max(numbers) + 1} or more', self.place(e))
+            parts.append(rows[key][at][:, numbers])
+        s = np.concatenate(parts, axis=1)
+        return np.where(np.isfinite(s), s, np.nan)
 
     def _action_columns(self, e):
         """{key: (usable, width)} of an episode; what is odd in them is named."""
@@ -1354,7 +1400,7 @@ class LeRobot:
         found = hashlib.sha256()
         paths = []
         for i, e in enumerate(self.episodes):
-            for key in [camera] if camera else [*self.chosen, *self.action_keys]:
+            for key in [camera] if camera else [*self.chosen, *self.columns]:
                 found.update(self._where(i, key)[:e.usable].tobytes())
                 paths.append(self.place(e, key))
         for path in dict.fromkeys(paths):
@@ -1739,7 +1785,8 @@ class Clips:
 
     A batch holds x (B, T, 3, H, W) uint8, or z (B, T, N, D) float16 once `tokens` are set (see
     cached_latents); a (B, T, A) normalised by each dataset's mean and std, padded to the widest;
-    a_mask, z_mask (B, T); and `faults`, for count_faults. Of any 1/labelled_share consecutive clips
+    a_mask, z_mask (B, T); s (B, T, S), the state, normalised and padded likewise, NaN where it is
+    not known, and in all unlabelled clips; and `faults`, for count_faults. Of any 1/labelled_share consecutive clips
     exactly one is labelled. All datasets of a kind share clips exactly, by duration or the weights
     given; every window of one is seen once before any again. Cameras are drawn by weight. A clip
     that cannot be read is replaced by one of its dataset.
@@ -1785,6 +1832,15 @@ class Clips:
             self.orders.append(order)
             weight = Fraction(ds.weight).limit_denominator(10 ** 6)
             weights.append(weight or order.count / exact_rate(ds.fps))
+        self.S = max([ds.state_dim for ds in self.labelled], default=0)
+        self.states = []        # of each labelled dataset: mean, std, change (state_dim,)
+        robots = [(ds.info.get('robot_type') or ds.name, *ds.state_names) for ds in self.labelled]
+        for robot in robots:    # those of one robot have them in common: a place is one number
+            if robot in robots[:len(self.states)]:
+                self.states.append(self.states[robots.index(robot)])
+                continue
+            same = [pair for r, *pair in zip(robots, self.labelled, self.train) if r == robot]
+            self.states.append(measure_states(same, self.frameskip))
         # what each dataset takes of the clips which those of its kind before it leave
         self.takes = []
         for kind in self.kinds.values():
@@ -1846,6 +1902,13 @@ class Clips:
         else:
             clip['a_mask'].zero_()
         clip['a'] = a
+        if self.S:
+            clip['s'] = torch.full((T, self.S), torch.nan)
+            if s in self.kinds['labelled'] and ds.state_dim:
+                mean, std, _ = self.states[s]
+                f = np.minimum(start + np.arange(T) * self.frameskip, ds.episodes[e].length - 1)
+                now = torch.from_numpy(ds.states(e)[f]) - mean
+                clip['s'][:, :len(mean)] = torch.where(std > 1e-6, now / std, 0 * now)
         del clip['task']
         return clip
 
@@ -1970,6 +2033,39 @@ class Clips:
         out['width'] = torch.tensor([ds.action_dim * self.frameskip for ds in self.labelled])
         out['rows'] = torch.tensor([ds.rows_each * self.frameskip for ds in self.labelled])
         return out
+
+
+    def state_stats(self):
+        """{mean, std and change, see measure_states: (labelled datasets, S); width: (n,)}."""
+        out = {'width': torch.tensor([ds.state_dim for ds in self.labelled])}
+        for i, name in enumerate(('mean', 'std', 'change')):
+            out[name] = torch.zeros(len(self.labelled), self.S)
+            for row, values in zip(out[name], self.states):
+                row[:len(values[i])] = values[i]
+        return out
+
+
+def measure_states(sets, frameskip):
+    """mean and std (state_dim,) of the states in some (dataset, episodes) of one robot, and the
+    variance of their change in one model step: what a cost weighs them by, as a hand is quick and
+    what it carries slow."""
+    ds = sets[0][0]
+    if not ds.state_dim:
+        return [torch.zeros(0)] * 3
+    states = [np.zeros((0, ds.state_dim))]
+    changes = list(states)
+    for ds, episodes in sets:
+        stride = math.ceil(len(episodes) / 16) if ds.hub else 1
+        for e in episodes[::stride]:
+            with suppress(Bad):     # is counted where it is drawn
+                states.append(ds.states(e))
+                changes.append(states[-1][frameskip:] - states[-1][:-frameskip])
+    states = np.concatenate(states)
+    changes = np.concatenate(changes)
+    if np.isnan(states).all(axis=0).any() or np.isnan(changes).all(axis=0).any():
+        sys.exit(f'--state: {ds.name} has a number that is never finite')
+    values = np.nanmean(states, 0), np.nanstd(states, 0), np.nanvar(changes, 0)
+    return [torch.from_numpy(np.float32(v)) for v in values]
 
 
 @dataclass
@@ -2275,10 +2371,12 @@ def write_demo(root, n, labelled, seed):
         actions[:, t] = act(state)
         state = demo_step(state, actions[:, t])
     mine = own_tmp(root)
-    with Writer(mine, 10, names={'action': ['dx', 'dy']}) as writer:
+    names = {'action': ['dx', 'dy'], 'observation.state': ['x', 'y']}
+    with Writer(mine, 10, names=names) as writer:
         for e in range(n):
             for t, frame in enumerate(demo_draw(states[e])):
-                writer.add({'top': frame}, actions[e, t] if labelled else None)
+                action = actions[e, t] if labelled else None
+                writer.add({'top': frame}, action, states[e, t, :2], {ENVIRONMENT: states[e, t]})
             writer.end_episode('push the disc')
     with suppress(OSError):         # it is there
         os.rename(mine, root)
@@ -2295,6 +2393,7 @@ if __name__ == '__main__':
     action = ''               # keys; '' = action, else actions, else all action.*
     action_mode = 'absolute'  # absolute, delta or delta_tool: motions of the action keys' poses
     rotation = 'euler'        # of those: euler, quat_xyzw, quat_wxyz, rotvec, rot6d or rot6d_rows
+    state = ''                # keys, or numbers of them: observation.state.elbow
     fps = 0.0                 # frames per second that are used, at most the dataset's; 0 = all
     cache_gb = 50.0           # of files from the hub that are kept on disk
     # encode every frame once, for train.py --cache_dir=... with the same options
@@ -2325,13 +2424,14 @@ if __name__ == '__main__':
             import_videos(out, videos, fps, (frame_height, frame_width or frame_height))
         fps = 0.0
         labelled = out
-    sets = open_sets(labelled, camera, action, fps, action_mode, rotation, cache_gb)
+    sets = open_sets(labelled, camera, action, fps, action_mode, rotation, cache_gb, state)
     sets += open_sets(unlabelled, camera, 'none', fps, action_mode, rotation, cache_gb)
     for ds in sets:
         actions = [f'{key} ({width})' for key, width in zip(ds.action_keys, ds.widths)]
         print(f'{ds.name}: {len(ds.episodes)} episodes ({len(ds.dropped)} left out), {ds.total:,} '
               f'frames at {ds.fps:g}/s, {ds.total / ds.fps / 3600:.2f} h; cameras '
-              f'{", ".join(ds.cameras)}; actions {", ".join(actions) or "none"}')
+              f'{", ".join(ds.cameras)}; actions {", ".join(actions) or "none"}; state '
+              f'{ds.state_dim or "none"}')
     if cache:
         from model import load_encoder
         encode = load_encoder(encoder, encoder_path, layer, frame_height, frame_width, pool)

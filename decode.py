@@ -19,8 +19,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import (check_steps, encode_frames, load, one_line, pictures, read_tensors,
-                   restore_encoder, robot_stats, rollout, standard, unstandard, write_tensors)
+from model import (add_state, check_steps, encode_frames, load, one_line, pictures, read_tensors,
+                   restore_encoder, robot_state, robot_stats, rollout, standard, unstandard,
+                   write_tensors)
 
 # --------------------------------------------------------------------------------------------------
 ckpt = 'out/ckpt.safetensors'
@@ -60,7 +61,7 @@ if model.config['action_dim'] and (labelled or trained['labelled'] and not unlab
     action = trained['action']
 sets = data.open_sets(labelled or unlabelled or trained[kind], trained['camera'], action,
                       trained['fps'], trained['action_mode'], trained['rotation'],
-                      trained['cache_gb'])
+                      trained['cache_gb'], trained['state'] if kind == 'labelled' else '')
 of_kind = {'labelled': [], 'unlabelled': [], kind: sets}
 clips = data.Clips(of_kind['labelled'], of_kind['unlabelled'], trained['frames'],
                    trained['frameskip'], (encode.size, encode.width), 1, 1.0, trained['val_share'])
@@ -71,7 +72,10 @@ for i, ds in enumerate(of_kind['labelled']):        # normalised as in training,
                  f'{ckpt} {mean.numel()}: --robot names another')
     for name, v in (('mean', mean), ('std', std)):
         ds.stats[name] = v.flatten()[:ds.action_dim].numpy()
+    if model.config['state_dim']:
+        clips.states[i] = robot_state(model.stats, robot if labelled else i)
 clips.A = model.config['action_dim']
+clips.S = model.config['state_dim']
 
 
 class Decoder(nn.Module):
@@ -162,9 +166,12 @@ x = batch['x']                                                      # (B, T, 3, 
 B, T = x.shape[:2]
 z_raw = encode_frames(encode, x, autocast)
 z = standard(z_raw, model.stats)[:, :context]
+if clips.S:
+    z = add_state(z, batch['s'][:, :context].to(device))
 with autocast:
     imagined = rollout(model, z, batch['a'].to(device), batch['a_mask'].to(device), K=K, seed=seed)
-imagined = unstandard(torch.cat((z, imagined.float()), dim=1), model.stats)
+imagined = torch.cat((z, imagined.float()), dim=1)[:, :, :z_raw.shape[2]]       # without the state
+imagined = unstandard(imagined, model.stats)
 # truth and imagination go through one call: principal components' colours only compare within it
 both = pictures(torch.cat((z_raw, imagined)).flatten(0, 1), encode, decoder)
 seen, dreamt = both.unflatten(0, (2, B, T))

@@ -497,7 +497,8 @@ SIZES = {  # width, layers, heads, kv_heads; parameters without the encoder, whi
 CONFIG_DEFAULTS = dict(     # what planning and decoding read of a run, where it has no such option
     encoder='pixels', encoder_path='', layer=-1, frame_height=0, frame_width=0, pool=1, frames=4,
     labelled='', unlabelled='', camera='', action='', fps=0.0, action_mode='absolute',
-    rotation='euler', cache_gb=50.0, val_share=0.1, frameskip=2, eval_context=2, encoder_hash='')
+    rotation='euler', cache_gb=50.0, val_share=0.1, frameskip=2, eval_context=2, encoder_hash='',
+    state='', state_names='')
 
 MODEL_DEFAULTS = dict(      # what a checkpoint gets that was made before there was such an entry
     registers=4,            # learned tokens of each frame that belong to no patch
@@ -508,6 +509,7 @@ MODEL_DEFAULTS = dict(      # what a checkpoint gets that was made before there 
     soft_cap=50.0,          # attention logits stay within +-soft_cap
     action_on='all',        # 'all': the action is added to the latent tokens too; 'token': no
     objective='shortcut',   # what the weights were trained for; sampling depends on it
+    state_dim=0,            # numbers of the robot's state, the last token of a frame; 0 = no state
 )
 
 
@@ -542,7 +544,8 @@ def check_steps(K, k_max):
 def frame_tokens(c):
     """{kind: how many} of the tokens of a frame, in their order. A new kind is a line here and in
     embed."""
-    return dict(registers=c['registers'], latents=math.prod(c['grid']), shortcut=1, action=1)
+    return dict(registers=c['registers'], latents=math.prod(c['grid']),
+                state=int(c['state_dim'] > 0), shortcut=1, action=1)
 
 
 def flops_per_frame(c, T):
@@ -752,6 +755,11 @@ class WorldModel(nn.Module):
         self.d_embed = nn.Embedding(int(math.log2(c['k_max'])) + 1, C // 2)     # d = 2^-i
         self.a_base = nn.Parameter(torch.empty(C))          # stands in where no action is known
         self.a_in = nn.Linear(c['action_dim'], C, bias=False) if c['action_dim'] else None
+        self.s_in = self.s_out = None
+        if c['state_dim']:
+            self.s_in = nn.Linear(c['state_dim'], C)
+            self.s_out = nn.Linear(C, c['state_dim'])
+            self.s_base = nn.Parameter(torch.empty(C))      # stands in where no state is known
         self.layers = nn.ModuleList()
         for i in range(c['layers']):
             context = c['context'] if is_time(c, i) else 0
@@ -777,7 +785,10 @@ class WorldModel(nn.Module):
     def init_weights(self):
         """Unit-variance tokens; residual branches shrunk so that depth does not matter; output
         0."""
-        for p in (self.registers, self.a_base, self.tau_embed.weight, self.d_embed.weight):
+        learned = [self.registers, self.a_base, self.tau_embed.weight, self.d_embed.weight]
+        if self.s_in:
+            learned.append(self.s_base)
+        for p in learned:
             nn.init.normal_(p, std=0.5)
         for m in self.modules():
             if isinstance(m, nn.Linear):
@@ -788,19 +799,21 @@ class WorldModel(nn.Module):
             if isinstance(m, Layer):
                 for branch in (m.attn.out, m.mlp.down):
                     branch.weight.data /= math.sqrt(2 * self.config['layers'])
-        nn.init.zeros_(self.last.weight)
+        for m in self.last:
+            nn.init.zeros_(m.weight)
         if self.config['wide_layers']:
             for m in self.head.modulate:
                 nn.init.zeros_(m.weight)
 
     @property
     def last(self):
-        """The linear map that makes latents."""
-        return self.head.out if self.config['wide_layers'] else self.head
+        """The linear maps that make latents, and the state."""
+        maps = [self.head.out if self.config['wide_layers'] else self.head]
+        return maps + [self.s_out] if self.s_out else maps
 
     def embed(self, z, tau, d, a, a_mask):
-        """The tokens of frames (B, T, S, C), float32: [registers | latents | shortcut | action], as
-        frame_tokens counts them."""
+        """The tokens of frames (B, T, S, C), float32: [registers | latents | state | shortcut |
+        action], as frame_tokens counts them."""
         c = self.config
         B, T = z.shape[:2]
         tau_i = (tau * c['k_max']).round().long().clamp(max=c['k_max'] - 1)     # 1: the cleanest
@@ -809,7 +822,14 @@ class WorldModel(nn.Module):
         action = self.a_base.expand(B, T, -1)
         if c['action_dim']:
             action = action + self.a_in(torch.where(a_mask[..., None], a, 0.0))
-        latents = self.z_in(z)        # (B, T, N, C)
+        N = math.prod(c['grid'])
+        latents = self.z_in(z[:, :, :N])        # (B, T, N, C)
+        if c['state_dim']:
+            s = z[:, :, N:, :c['state_dim']]
+            known = ~s.isnan()
+            state = self.s_in(torch.where(known, s, 0.0))         # (B, T, 1, C)
+            state = torch.where(known.any(dim=-1, keepdim=True), state, self.s_base)
+            latents = torch.cat((latents, state), dim=2)        # (B, T, N + 1, C)
         if c['action_on'] == 'all':     # an action token alone takes ~10x longer to be used
             latents = latents + action[:, :, None]
         registers = self.registers.expand(B, T, -1, -1)
@@ -818,12 +838,14 @@ class WorldModel(nn.Module):
 
     def forward(self, z, tau, d, a, a_mask, alone=None, cache=None, start=0, commit=False):
         """z (B, T, N, D) noised latents, tau and d (B, T), a (B, T, A), a_mask (B, T) bool -> z_hat
-        (B, T, N, D). alone (B,) bool: clips whose frames do not see each other (separate images).
+        (B, T, N, D), with a state as add_state makes it (B, T, N + 1, D). alone (B,) bool: clips whose frames do not see each other (separate images).
         cache: what new_cache makes, start: the index of the first frame of this call. commit=True
         only fills the cache and returns None."""
         c = self.config
-        B, T, N, D = z.shape
-        fits = N == math.prod(c['grid']) and D == c['dim'] and a.shape == (B, T, c['action_dim'])
+        B, T = z.shape[:2]
+        N = math.prod(c['grid'])
+        fits = z.shape[2:] == (N + (c['state_dim'] > 0), c['dim'])
+        fits = fits and a.shape == (B, T, c['action_dim'])
         assert fits, f'latents {tuple(z.shape)} and actions {tuple(a.shape)} do not fit {c}'
         x = self.embed(z, tau, d, a, a_mask)
         t = torch.arange(T, device=z.device) + start
@@ -849,11 +871,16 @@ class WorldModel(nn.Module):
                     return None
             else:
                 x = run(layer, x, space)
+        state = x[:, :, self.latents.stop:self.latents.stop + 1]
         x = x[:, :, self.latents]
         if c['wide_layers']:
-            return run(self.head, x, z, [y[self.latents] for y in space])
+            z_hat = run(self.head, x, z[:, :, :N], [y[self.latents] for y in space])
         with torch.autocast(z.device.type, enabled=False):
-            return self.head(rms_norm(x))
+            if not c['wide_layers']:
+                z_hat = self.head(rms_norm(x))
+            if c['state_dim']:
+                z_hat = add_state(z_hat, self.s_out(rms_norm(state)).squeeze(2))
+        return z_hat
 
     def new_cache(self, B, T, dtype=torch.float32):
         """An empty cache for B clips of T frames: of every time layer [keys, values] of the last
@@ -863,6 +890,12 @@ class WorldModel(nn.Module):
         shape = 2, B * len(self.space_cos), c['kv_heads'], L, c['width'] // c['heads']
         return [[*torch.zeros(shape, dtype=dtype, device=self.a_base.device)]
                 for layer in self.layers if layer.time]
+
+
+def add_state(z, s):
+    """Latents (.., N, D) and the state of their frames (.., S), normalised, NaN where it is not
+    known -> (.., N + 1, D): the state is the last token, padded with zeros."""
+    return torch.cat((z, F.pad(s, (0, z.shape[-1] - s.shape[-1]))[..., None, :]), dim=-2)
 
 
 def compile_layers(model):
@@ -880,7 +913,7 @@ def half_weights(model, dtype):
     pass anew."""
     model.graphs.clear()        # they read the old weights
     for m in model.modules():
-        if isinstance(m, nn.Linear) and m is not model.last:
+        if isinstance(m, nn.Linear) and m not in model.last:
             m.to(dtype)
     return model
 
@@ -902,9 +935,10 @@ OBJECTIVE = dict(               # options of shortcut_loss: train.py has constan
     tau_shift=0.0,              # 0 = sqrt(N D / 4096)
     p_past=0.7,                 # share of clips whose frames before a random one have tau >= 7/8
     p_image=0.3,                # share of clips whose frames are seen as separate images
-    p_null=0.1,                 # share of clips whose actions are hidden
+    p_null=0.1,                 # share of clips whose actions are hidden, and as many the state of
     ramp=True,                  # weights of eq. 8
     space='x',                  # v: the error of velocities, which is divided by (1 - tau)^2
+    state_dim=0,                # numbers of the state, in the last token of a frame
 )
 
 
@@ -915,7 +949,7 @@ def clip_noise(z, seeds=None):
     last."""
     B, T = z.shape[:2]
     sizes = dict(
-        null=1,         # are actions hidden
+        null=1,         # are actions, or is the state hidden
         image=1,        # are frames separate images
         now=1,          # the first frame that is not of the past
         past=1,         # is the past nearly clean
@@ -1016,6 +1050,18 @@ def forcing_task(model, z, a, a_mask, rows, noise, o):
     return inputs, target, weight
 
 
+def frame_errors(z_hat, z, state_dim=0):
+    """Mean squared errors (B, T) of frames (B, T, N, D): of the latents and, added to it, of as many
+    numbers of the state as are known."""
+    if not state_dim:
+        return (z_hat - z).square().mean(dim=(2, 3))
+    error = (z_hat - z)[:, :, :-1].square().mean(dim=(2, 3))
+    s = z[:, :, -1, :state_dim]
+    known = ~s.isnan()
+    off = torch.where(known, z_hat[:, :, -1, :state_dim] - s, 0.0)        # (B, T, S)
+    return error + off.square().sum(dim=2) / known.sum(dim=2).clamp(min=1)
+
+
 def previous_frames(z):
     """What 'direct' sees, z, tau, d: frame t-1 in the place of frame t. Clean everywhere but before
     the first frame, always one step."""
@@ -1041,13 +1087,17 @@ def shortcut_loss(model, z, a, a_mask, z_mask, options={}, rms=None, first=0, no
     *rows, counted = which_rows(z_mask, o.objective, o.bootstrap, first)
     count = count or {name: mask.sum() for name, mask in counted.items()}
     a_mask = a_mask & (noise.null >= o.p_null)
+    if o.state_dim:
+        hidden = (noise.null >= o.p_null) & (noise.null < 2 * o.p_null)         # (B, 1)
+        s = z[:, :, -1, :o.state_dim].masked_fill(hidden[:, :, None], torch.nan)
+        z = add_state(z[:, :, :-1], s)
     if o.objective == 'direct':     # one deterministic step, z_hat[t] = f(z[t-1], a[t])
         inputs = *previous_frames(z), a, a_mask
         target = z
         weight = torch.ones_like(inputs[1])
     else:
         inputs, target, weight = forcing_task(model, z, a, a_mask, rows, noise, o)
-    error = (model(*inputs) - target).square().mean(dim=(2, 3)) * weight     # (B, T)
+    error = frame_errors(model(*inputs), target, o.state_dim) * weight     # (B, T)
 
     terms = {}
     metrics = {}
@@ -1138,6 +1188,7 @@ def predict_frame(model, s, cache, z, noise, a, a_mask, t, last):
     one = torch.ones(z.shape[:2], device=z.device)
     with torch.set_grad_enabled(bool(s.grad)):
         z_hat = model(z, one, one, a, a_mask, cache=cache, start=t).type_as(z)
+        z_hat = torch.where(z.isnan(), z, z_hat)
     if s.grad is True and not last:         # once more, as gradients must not flow through the past
         model(z, one, one, a, a_mask, cache=cache, start=t, commit=True)
     return z_hat
@@ -1179,6 +1230,7 @@ def rollout(model, z_ctx, a, a_mask, K=4, tau_ctx=0.9, seed=0, grad=False, graph
     for t in range(Tc, T):
         noise = torch.randn(2, B, 1, N, D, generator=generator, device=device)
         noise = noise.repeat_interleave(M, dim=1)
+        noise = torch.where(z.isnan(), z, noise)        # a state that is not known stays so
         now = torch.full((), t, device=device) if graph or grad is True else t      # fixed shapes
         imagine = functools.partial(frame, model, s, cache, last=t == T - 1)
         with torch.set_grad_enabled(grad == 'all'):
@@ -1326,6 +1378,12 @@ def robot_stats(stats, i, path):
                 for name in ('mean', 'std', 'low', 'high')]
     except Exception as error:      # damaged
         sys.exit(f'{path}: not a whole checkpoint ({one_line(error)})')
+
+
+def robot_state(stats, i):
+    """What a checkpoint knows of the states of its labelled dataset i, see data.measure_states."""
+    used = int(stats['s_width'][i])
+    return [stats[f's_{name}'][i, :used].cpu() for name in ('mean', 'std', 'change')]
 
 
 def standard(z, stats):

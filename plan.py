@@ -37,9 +37,9 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from model import (WorldModel, check_steps, compile_layers, encode_frames, half_weights, load,
-                   pictures, remember, restore_encoder, robot_stats, rollout, standard,
-                   unstandard)
+from model import (WorldModel, add_state, check_steps, compile_layers, encode_frames, half_weights, load,
+                   pictures, remember, restore_encoder, robot_state, robot_stats, rollout,
+                   standard, unstandard)
 
 # --------------------------------------------------------------------------------------------------
 ckpt = 'out/ckpt.safetensors'
@@ -49,6 +49,8 @@ robot = 0               # whose actions: number of the labelled dataset, from 0
 # a plan between two pictures, or for every new picture in a folder
 start = ''              # picture of now, of a robot at rest, or several, a step apart: a.png,b.png
 goal = ''               # a picture of what is wanted
+start_state = ''        # what the robot senses at --start and is to sense at --goal, where it is to
+goal_state = ''         # count: numbers in the dataset's units, in order or as name=number,..
 watch = ''              # a folder of pictures, read in order of their names until Ctrl-C
 # search
 method = 'cem'          # cem, icem, mppi or adam (gradients)
@@ -72,6 +74,8 @@ K = 1                   # denoising steps per imagined frame
 seeds = 1               # noises under which every candidate is imagined; the mean counts
 cost = 'all'            # distance to the goal: all = over the steps, last = at the last one
 mask = ''               # a picture, white where the goal counts; '' = everywhere
+state_weight = 1.0      # of the robot's own state beside the picture, where the goal's is known: 1 =
+                        # for random pairs of frames as much as the picture; 0 = none
 smooth = 0.0            # weight of squared changes of the action, in normalised units
 # closed loop
 env = 'demo'            # or a class of a file: tests/simulators.py:PushT, ...:PointMaze
@@ -242,8 +246,9 @@ def to_steps(a, rows, A):
 
 
 def distance(z, z_goal, weight):
-    """Mean squared distance (..) of latents (.., N, D) to a goal's."""
-    return ((z - z_goal).square() * weight).mean(dim=(-2, -1))
+    """Mean squared distance (..) of latents (.., N, D) to a goal's, whose NaN do not count."""
+    off = torch.where(z_goal.isnan(), 0.0, z - z_goal)
+    return (off.square() * weight).mean(dim=(-2, -1))
 
 
 def channel_weights(model, tokens=None):
@@ -254,6 +259,21 @@ def channel_weights(model, tokens=None):
     if tokens is not None:
         weight = weight * (tokens / tokens.mean())[:, None]
     return weight
+
+
+def state_weights(model, weight, robot, state_weight):
+    """The weights (N, D) or (D,) of channel_weights with those of the state as one more row, (N + 1,
+    D). A number of the state counts by the variance of its change in one model step; all of them, at
+    state_weight 1, as much as the latents do for two random frames."""
+    c = model.config
+    N = math.prod(c['grid'])
+    weight = weight.expand(N, c['dim']) * (N + 1) / N       # distance divides by N + 1 now
+    mean, std, change = robot_state(model.stats, robot)
+    # what never moves, or not by what the robot does, does not count
+    speed = torch.where(change > 1e-6 * std ** 2, std ** 2 / change, 0.0)
+    share = speed / (2 * speed.sum()).clamp(min=1e-12)        # of two random frames: 1
+    state = state_weight * model.stats['z_pair'] * share.to(weight) * (N + 1) * c['dim']
+    return torch.cat((weight, F.pad(state, (0, c['dim'] - len(state)))[None]))
 
 
 def goal_cost(imagine, z_goal, a_last, known, weight, o, seed):
@@ -304,6 +324,8 @@ def plan(model, z_ctx, a_ctx, z_goal, o, seed=0, low=-5.0, high=5.0, a_mask=None
 
     chunk = o.chunk or (max(1, 1024 // z_goal.shape[1]) if z_ctx.device.type == 'cpu' else 4096)
     weight = channel_weights(model, tokens)
+    if 's_width' in model.stats:
+        weight = state_weights(model, weight, o.robot, o.state_weight)
     step_cost = goal_cost(imagine, z_goal, a_ctx[:, -1], a_mask[:, -1], weight, o, seed)
 
     def cost(actions, i):       # (E, M, H x rows, width) -> (E, M)
@@ -364,6 +386,10 @@ class Planner:
         self.frameskip, self.width = self.a_mean.shape
         self.used = self.a_mean.numel()         # of the padded width
         self.tokens = self.read_mask(o.mask) if o.mask else None
+        self.s_mean = self.s_std = torch.zeros(0)       # of the state, where the model has one
+        self.S = self.model.config['state_dim']
+        if self.S:
+            self.s_mean, self.s_std, _ = robot_state(self.model.stats, o.robot)
         self.past = (self.trained['eval_context'] - 1) * self.frameskip + 1
         self.restart()
 
@@ -406,6 +432,18 @@ class Planner:
         z = encode_frames(self.encoder, flat, self.autocast)
         return standard(z, self.model.stats).unflatten(0, x.shape[:-3])
 
+    def with_state(self, z, states):
+        """Latents (.., N, D) and the robot's states (.., width) as one more token, where the model
+        has one; None: they are not known."""
+        if not self.S:
+            return z
+        if states is None:
+            states = torch.full((1,), torch.nan)
+        states = torch.as_tensor(np.asarray(states, np.float32))
+        s = (states - self.s_mean) / torch.where(self.s_std > 1e-6, self.s_std, torch.inf)
+        s = F.pad(s, (0, self.S - s.shape[-1]), value=torch.nan)
+        return add_state(z, s.to(z).expand(*z.shape[:-2], self.S))
+
     def physical(self, a):
         """(.., A) normalised -> (.., frameskip, width): rows of the dataset, in its units."""
         a = a[..., :self.used].unflatten(-1, (self.frameskip, self.width))
@@ -422,28 +460,32 @@ class Planner:
         self.a = z.new_zeros(*z.shape[:2], self.model.config['action_dim'])
         self.known = z.new_zeros(z.shape[:2], dtype=torch.bool)
 
-    def see_past(self, frames, actions):
-        """The first frames (E, n, H, W, 3), and the rows between them where they are known."""
+    def see_past(self, frames, actions, states):
+        """The first frames (E, n, H, W, 3), the rows between them and the states where they are
+        known."""
         E, n = frames.shape[:2]
         if n < self.past:
             raise ValueError(f'{n} frames to begin with: the model was trained to see {self.past} '
                              f'({self.trained["eval_context"]} of them, {self.frameskip} apart)')
-        self.begin(self.latents(frames[:, n - self.past::self.frameskip]))
+        which = slice(n - self.past, None, self.frameskip)
+        states = None if states is None else states[:, which]
+        self.begin(self.with_state(self.latents(frames[:, which]), states))
         if actions is not None and self.past > 1:
             rows = actions[:, 1 - self.past:].reshape(E, -1, self.frameskip, self.width)
             self.a[:, 1:, :self.used] = self.normalised(rows).flatten(2)
             self.known[:, 1:] = True
 
-    def see_next(self, frames, actions):
-        """One more frame (E, 1, H, W, 3), and the row that was executed where it is not the planned
-        one."""
+    def see_next(self, frames, actions, states):
+        """One more frame (E, 1, H, W, 3), the row that was executed where it is not the planned
+        one, and the state."""
         if frames.shape[1] != 1:
             raise ValueError(f'{frames.shape[1]} frames after one action: wants one')
         if actions is not None:
             self.done[-1] = actions
         if len(self.done) < self.frameskip:
             return
-        self.z = torch.cat((self.z[:, 1:], self.latents(frames)), dim=1)
+        z = self.with_state(self.latents(frames), states)
+        self.z = torch.cat((self.z[:, 1:], z), dim=1)
         self.a = self.a.roll(-1, dims=1)
         self.a[:, -1, :self.used] = self.normalised(np.stack(self.done, axis=1)).flatten(1)
         self.known = self.known.roll(-1, dims=1)
@@ -483,14 +525,16 @@ class Planner:
         return info
 
     @torch.no_grad()
-    def act(self, frames, goal, actions=None):
+    def act(self, frames, goal, actions=None, states=None, goal_state=None):
         """The next action, a row of the dataset in its units: (width,).
 
         frames (n, H, W, 3) uint8: those since the last call, oldest first, one per row; (H, W, 3)
         is one. The first call wants `past` of them at least, as the model was trained to see: a
         robot at rest may repeat its picture. goal (H, W, 3) uint8. actions: what was executed,
         where that is not what act returned: (width,), at the first call the rows (n - 1, width)
-        between its frames, which are else not known. For E robots at once everything has E in
+        between its frames, which are else not known. states (n, numbers of the state): what the
+        robot sensed at the frames, and goal_state what it is to sense at the goal, in the dataset's
+        units, where the model was trained with --state: NaN is not known. For E robots at once everything has E in
         front. A search happens every `replan` x frameskip calls; the calls between them return at
         once.
         """
@@ -498,8 +542,11 @@ class Planner:
         goal = np.asarray(goal)
         if goal.ndim == 3:      # one robot
             frames = frames.reshape(1, -1, *frames.shape[-3:])
-            actions = None if actions is None else np.asarray(actions)[None]
-            return self.act(frames, goal[None], actions)[0]
+            if states is not None:
+                states = np.reshape(states, (frames.shape[1], -1))
+            rest = (None if x is None else np.asarray(x)[None]
+                    for x in (actions, states, goal_state))
+            return self.act(frames, goal[None], *rest)[0]
         E = len(goal if self.z is None else self.z)
         for x in (frames, goal[:, None]):
             if x.dtype != np.uint8 or x.shape[::4] != (E, 3):
@@ -509,17 +556,24 @@ class Planner:
             wants = (E, self.width) if self.z is not None else (E, frames.shape[1] - 1, self.width)
             if actions.shape != wants or not np.isfinite(actions).all():
                 raise ValueError(f'actions {actions.shape}: wants finite numbers {wants}')
+        width = len(self.s_mean)
+        for x, wants in (states, (E, frames.shape[1], width)), (goal_state, (E, width)):
+            if x is not None and np.shape(x) != wants:
+                raise ValueError(f'a state {np.shape(x)}: wants {wants}')
+        if goal_state is not None and np.isfinite(goal_state).any() and states is None:
+            raise ValueError('goal_state: wants states as well, what the robot senses now')
         if aspects_differ(frames.shape[2:], goal.shape[1:]):
             raise ValueError(
                 f'the goal picture is {goal.shape[2]} x {goal.shape[1]} pixels, the frames are '
                 f'{frames.shape[3]} x {frames.shape[2]}: wants the same aspect')
         if self.z is None:
-            self.see_past(frames, actions)
+            self.see_past(frames, actions, states)
         else:
-            self.see_next(frames, actions)
+            self.see_next(frames, actions, states)
         if not np.array_equal(goal, self.goal):
             self.goal = goal
-            self.z_goal = self.latents(goal)
+            self.z_of_goal = self.latents(goal)
+        self.z_goal = self.with_state(self.z_of_goal, goal_state)
         if not self.queue:
             self.search()
         self.done.append(self.queue.pop(0))
@@ -537,8 +591,8 @@ def random_weights(planner, seed):
     other = copy.copy(planner)
     torch.manual_seed(seed)
     other.model = WorldModel(planner.model.config).to(planner.device).requires_grad_(False)
-    # it begins with zeros, which imagine nothing
-    torch.nn.init.normal_(other.model.last.weight, std=0.02)
+    for m in other.model.last:      # they begin with zeros, which imagine nothing
+        torch.nn.init.normal_(m.weight, std=0.02)
     other.model.stats = planner.model.stats
     other.make_fast()
     other.restart()
@@ -558,6 +612,8 @@ def random_weights(planner, seed):
 #   step(action)            what is one row of the dataset
 #   frame()                 uint8 (H, W, 3)
 #   state()                 a vector, of all that restore() needs
+#   sensors()               what the robot itself senses, without velocities: observation.state;
+#                           () = nothing, as where there is no such function
 #   columns(action)         {column: vector} of an action about to be done: 'action', or more
 #   observation, over       what policies of one's own see, too; whether the episode has ended
 # and for --policy=script, as for the questions of an evaluation,
@@ -618,6 +674,11 @@ class Gym:
         if isinstance(self.observation, dict):
             parts = self.observation.values()
         return np.hstack([x for x in parts if np.ndim(x) == 1] or [()])
+
+    def sensors(self):      # lerobot's name in its environments
+        if isinstance(self.observation, dict):
+            return self.observation.get('agent_pos', ())
+        return ()
 
     def columns(self, action):      # discrete ones become one-hot
         import gymnasium
@@ -688,6 +749,9 @@ class Demo:
     pose = state
     observation = property(state)
 
+    def sensors(self):
+        return self.now[:2].copy()
+
     def restore(self, state):
         self.now = np.array(state)
 
@@ -736,7 +800,9 @@ def simulator(env, size, shift='', key='action'):
     if simulator_class is None:
         sys.exit(f'{env}: no such file, or nothing of that name in it')
     sim = simulator_class(size, shift, key)
-    demand(env, sim, 'name fps space reset step frame state columns observation over')
+    if not hasattr(sim, 'sensors'):     # may be left out
+        sim.sensors = tuple
+    demand(env, sim, 'name fps space reset step frame state sensors columns observation over')
     return sim
 
 
@@ -793,8 +859,9 @@ def find_policy(policy, sim):
 def record_dataset(o):
     """Write a LeRobot dataset of a simulator.
 
-    Row i's action is what was done after frame i, flattened (discrete: one-hot); its state what
-    restores a simulator that can be restored, else all vectors of the observation. Ctrl-C ends the
+    Row i's action is what was done after frame i, flattened (discrete: one-hot); observation.state
+    what the robot senses, observation.environment_state what restores a simulator that can be
+    restored, else all vectors of the observation: no model may see that. Ctrl-C ends the
     recording and keeps it, a second one the program.
     """
     if not o.out:
@@ -823,8 +890,8 @@ def record_dataset(o):
                 if step % o.draw_every == 0:
                     frame = sim.frame()
                 action = choose(sim.observation, frame, step, rng)
-                columns = sim.columns(action)
-                writer.add(frame, columns.pop('action'), sim.state(), columns)
+                columns = sim.columns(action) | {data.ENVIRONMENT: sim.state()}
+                writer.add(frame, columns.pop('action'), sim.sensors(), columns)
                 sim.step(action)
                 if sim.over or stop:
                     break
@@ -837,7 +904,8 @@ def record_dataset(o):
 # --------------------------------------------------------------------------------------------------
 # The closed loop. A policy is a function (frames, goals, past) -> actions (E, width), as a planner's
 # act: frames (E, n, H, W, 3) since its last call, pictures of the goals, at first the actions
-# between the first frames. A planner is never handed a simulator; baselines may know theirs.
+# between the first frames; with `sense` also what the robots sensed at the frames (E, n, S), and
+# what they are to sense. A planner is never handed a simulator; baselines may know theirs.
 
 @dataclasses.dataclass
 class Question:
@@ -877,21 +945,25 @@ def question(sim, i, rng, goals, goal_steps, past):
             return Question(states[-past:], between, begin, sim.state(), sim.pose(), expert)
 
 
-def play(policy, sims, questions, budget, see):
+def play(policy, sims, questions, budget, see, sense=False):
     """A fixed budget of steps under a policy, all episodes abreast: poses (budget + 1, E, ..),
     actions (budget, E, width), and where see is set the frames (budget + 1, E, H, W, 3) and goals
     (E, H, W, 3)."""
-    def look(sim, states):
+    def look(states):       # of all questions
         shown = []
-        for state in states:
-            sim.restore(state)
-            shown.append(sim.frame())
-        return shown
+        sensed = []
+        for sim, several in zip(sims, states):
+            for state in several:
+                sim.restore(state)
+                shown.append(sim.frame())
+                sensed.append(sim.sensors())
+        n = len(states[0])
+        return [np.stack(x).reshape(len(sims), n, *np.shape(x[0])) for x in (shown, sensed)]
 
-    frames = goals = None
+    frames = goals = sensed = wanted = None
     if see:
-        goals = np.array([look(sim, [q.goal])[0] for sim, q in zip(sims, questions)])
-        frames = np.array([look(sim, q.states) for sim, q in zip(sims, questions)])
+        goals, wanted = (x[:, 0] for x in look([[q.goal] for q in questions]))
+        frames, sensed = look([q.states for q in questions])
     past = np.stack([q.actions for q in questions])
     states = [q.states[-1] for q in questions]
     poses = []
@@ -900,6 +972,7 @@ def play(policy, sims, questions, budget, see):
     for t in range(budget + 1):
         poses.append([])
         now = []
+        felt = []
         for e, sim in enumerate(sims):
             if t == 0 or sim.exact:         # such a one plays all episodes in turn
                 sim.restore(states[e])
@@ -909,12 +982,16 @@ def play(policy, sims, questions, budget, see):
             poses[-1].append(sim.pose())
             if t > 0 and see:
                 now.append(sim.frame())
+                felt.append(sim.sensors())
         if now:
             frames = np.stack(now)[:, None]             # (E, 1, H, W, 3)
+            sensed = np.stack(felt)[:, None]
         if see:
             shown.append(frames[:, -1])
         if t < budget:
-            executed.append(np.asarray(policy(frames, goals, past if t == 0 else None)))
+            between = past if t == 0 else None
+            senses = (sensed, wanted) if sense else ()
+            executed.append(np.asarray(policy(frames, goals, between, *senses)))
     return np.array(poses), np.array(executed), shown, goals
 
 
@@ -1019,6 +1096,9 @@ def check_robot(o, planner, sim):
     if sim.space.shape != (planner.width,):
         sys.exit(f'--env={o.env}: takes {sim.space.shape[0]} numbers as {planner.key}, {o.ckpt} '
                  f'was trained with {planner.width}')
+    if len(planner.s_mean) not in (0, len(sim.sensors())):
+        sys.exit(f'--env={o.env}: senses {len(sim.sensors())} numbers, {o.ckpt} was trained with '
+                 f'{len(planner.s_mean)}')
     if planner.key not in sim.columns(sim.rest()):
         sys.exit(f'--env={o.env}: has no {planner.key}, the actions that {o.ckpt} was trained with')
     if o.env == 'demo' and (planner.a_high - data.DEMO_STEP).abs().max() > 0.1 * data.DEMO_STEP:
@@ -1061,18 +1141,23 @@ def evaluate(o):
           f'{o.iterations} iterations x {o.horizon} steps of {planner.frameskip}', flush=True)
 
     methods = {}
-    contestants = [('model', planner, sims),
-                   *[(f'model, {s}', planner, robots(o, planner, s)) for s in shifts],
+    by_state = len(planner.s_mean) > 0 and o.state_weight > 0
+    contestants = [('model', planner, sims, by_state),
+                   *[(f'model, {s}', planner, robots(o, planner, s), by_state) for s in shifts],
                    ('random weights', random_weights(planner, o.seed),
-                    sims[:o.blind_episodes or None])]
-    for name, who, worlds in contestants:
+                    sims[:o.blind_episodes or None], by_state)]
+    if by_state:
+        print(f'the cost knows the state {planner.trained["state"]} of the goal, at '
+              f'state_weight {o.state_weight:g}', flush=True)
+        contestants.insert(1, ('model, no state', planner, sims, False))
+    for name, who, worlds, state in contestants:
         who.restart()
         asked = questions[:len(worlds)]
-        poses, executed, shown, goals = play(who.act, worlds, asked, o.budget, True)
+        poses, executed, shown, goals = play(who.act, worlds, asked, o.budget, True, state)
         row, reached = score(worlds, asked, poses, executed)
         seconds = np.mean(who.seconds).item() / len(worlds)
         methods[name] = row | dict(seconds_per_plan=seconds, plans_per_second=1 / seconds,
-                                   iterations=np.mean(who.iterations).item())
+                                   state=state, iterations=np.mean(who.iterations).item())
         if name == 'model':
             video = film(shown, goals, reached)
         if name.startswith('model, '):
@@ -1121,29 +1206,58 @@ def plan_once(o):
         if aspects_differ(x.shape, goal.shape):
             sys.exit(f'--goal={o.goal}: is {goal.shape[1]} x {goal.shape[0]} pixels, '
                      f'--start={o.start} {x.shape[1]} x {x.shape[0]}: wants the same aspect')
+    now, then = (read_state(o, name, planner) for name in ('start_state', 'goal_state'))
+    if np.isfinite(then).any() and not np.isfinite(now).any():
+        sys.exit('--goal_state: wants --start_state as well')
     folder = own_folder(o)
     with torch.no_grad():
-        planner.begin(torch.cat([planner.latents(x[None]) for x in frames])[None])
-        planner.z_goal = planner.latents(goal[None])
+        z = torch.cat([planner.latents(x[None]) for x in frames])
+        states = np.tile(now, (len(frames), 1))
+        if o.start.count(','):      # of the last picture
+            states[:-1] = np.nan
+        planner.begin(planner.with_state(z, states)[None])
+        planner.z_goal = planner.with_state(planner.latents(goal[None]), then[None])
         info = planner.search()
         with planner.autocast:
             z = info['imagine'](planner.last_plan[:, None])[0, 0]           # (horizon, N, D)
     rows = planner.physical(planner.last_plan[0]).flatten(0, 1).numpy()
     for i, row in enumerate(rows):
         print(f'{i:3d}  {" ".join(f"{v:9.4f}" for v in row)}')
-    z_now = planner.z[:, -1]
-    now, then = distance(torch.cat((z_now, z[-1:])), planner.z_goal,
-                         channel_weights(planner.model)).tolist()
+    N = math.prod(planner.encoder.grid)
+    z = torch.cat((planner.z[:, -1], z, planner.z_goal))[:, :N]
+    now, then = distance(z[[0, -2]], z[-1:], channel_weights(planner.model)).tolist()
     print(f'{len(rows)} actions in {planner.seconds[0]:.2f} s, {planner.iterations[0]} iterations; '
           f'latent distance to the goal {now:.4f} now, {then:.4f} imagined at the end')
     with data.writing(folder):
         np.save(f'{folder}/plan.npy', rows)
-    z = unstandard(torch.cat((z_now, z, planner.z_goal)), planner.model.stats)
-    shown = pictures(z, planner.encoder)
+    shown = pictures(unstandard(z, planner.model.stats), planner.encoder)
     goals = shown[-1:].expand_as(shown[:-1])
     video = data.enlarge(torch.cat((shown[:-1], goals), dim=3))         # imagined | goal
     data.write_video(f'{folder}/plan.mp4', video, 2)
     print(f'wrote {folder}/plan.npy and {folder}/plan.mp4')
+
+
+def read_state(o, option, planner):
+    """The numbers (width,) of --start_state or --goal_state, NaN where nothing is said."""
+    text = getattr(o, option)
+    width = len(planner.s_mean)
+    if text and not width:
+        sys.exit(f'--{option}={text}: {o.ckpt} was trained without --state')
+    names = planner.trained['state_names'].split(',')
+    values = np.full(width, np.nan, np.float32)
+    parts = text.split(',') if text else []
+    try:
+        if '=' not in text:
+            values[:len(parts)] = np.float32(parts)
+        for part in parts if '=' in text else []:
+            name, _, number = part.partition('=')
+            values[names.index(name.strip())] = float(number)
+    except ValueError:
+        sys.exit(f'--{option}={text}: wants numbers of {", ".join(names)}, in order or as '
+                 'name=number')
+    if parts and '=' not in text and len(parts) != width:
+        sys.exit(f'--{option}={text}: has {len(parts)} numbers, wants {width} ({", ".join(names)})')
+    return values
 
 
 def arriving(folder):
@@ -1172,6 +1286,8 @@ def watch_folder(o):
     them."""
     if not os.path.isdir(o.watch):
         sys.exit(f'--watch={o.watch}: no such folder')
+    if o.start_state or o.goal_state:
+        sys.exit('--watch: pictures in a folder come without a state; plan.Planner takes one')
     planner = Planner(o.ckpt, vars(o), tell=False)
     goal = picture(o.goal)
     print(f'watching {o.watch}: the first {planner.past} pictures are the past, Ctrl-C ends it',

@@ -32,12 +32,15 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from model import (MODEL_DEFAULTS, OBJECTIVE, WorldModel, check_steps, clip_noise, compile_layers,
-                   encode_frames, flops_per_frame, frame_tokens, half_weights, load, load_encoder,
-                   model_config, one_line, restore_encoder, rollout, save, shortcut_loss, standard,
-                   term_scale, which_rows)
+                   add_state, encode_frames, flops_per_frame, frame_errors, frame_tokens,
+                   half_weights, load, load_encoder, model_config, one_line, restore_encoder,
+                   rollout, save, shortcut_loss, standard, term_scale, which_rows)
 
 if 'RANK' in os.environ:    # torchrun's: the others wait until the first has checked all
     meeting = next(dist.rendezvous('env://'))[0]
+    # after --max-restarts it still holds what the processes before have said
+    attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
+    meeting = dist.PrefixStore(attempt, meeting)
     if os.environ['RANK'] != '0':
         meeting.wait(['checked'])
 
@@ -51,6 +54,7 @@ camera = ''                     # 'front:3,wrist': one per clip, by weight; '' =
 action = ''                     # keys, with commas; '' = action, else actions, else all action.*
 action_mode = 'absolute'        # delta, delta_tool: motions of poses in the base's, tool's frame
 rotation = 'euler'              # of poses: euler, quat_xyzw, quat_wxyz, rotvec, rot6d or rot6d_rows
+state = ''                      # keys, or numbers of them (observation.state.elbow), one more token
 fps = 0.0                       # frames per second that are taken from every dataset; 0 = all
 frameskip = 2                   # dataset frames per model step; 0 = five steps a second
 frames = 4                      # model steps of a training clip
@@ -186,7 +190,7 @@ ckpt = f'{out_dir}/ckpt.safetensors'
 optim = f'{out_dir}/optim.pt'
 log = f'{out_dir}/log.jsonl'
 LATENTS = 'encoder layer frame_height frame_width pool channels whiten'.split()
-SHAPE = [*'size width layers heads kv_heads'.split(), *MODEL_DEFAULTS]
+SHAPE = [*'size width layers heads kv_heads'.split(), *({*MODEL_DEFAULTS} - {'state_dim'})]
 config |= dict(command=' '.join(sys.argv[1:]), processes=world)
 if int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) and os.path.isfile(ckpt):
     # of torchrun --max-restarts; what another command has left is moved aside
@@ -204,11 +208,11 @@ if resume:
         data.a_file(optim)
         if os.path.exists(log):
             data.a_file(log)
-        state = dict(skipped=0, log=math.inf) | torch.load(optim, 'cpu', weights_only=True)
+        left = dict(skipped=0, log=math.inf) | torch.load(optim, 'cpu', weights_only=True)
     except Exception as error:      # missing, cut, or would run code
         sys.exit(f'{optim}: not a readable state of the optimizer ({one_line(error)})')
-    if state['step'] != saved.step:
-        sys.exit(f'{optim} is of step {state["step"]}, {ckpt} of step {saved.step}: they do not '
+    if left['step'] != saved.step:
+        sys.exit(f'{optim} is of step {left["step"]}, {ckpt} of step {saved.step}: they do not '
                  'belong together')
     for kind in ('labelled', 'unlabelled'):     # the same revisions of hub datasets, not the newest
         now, then = (data.weighted(re.sub('@[^:,]*', '', c[kind])) for c in (config, old))
@@ -247,7 +251,8 @@ for kind, episodes, demo_seed in (('labelled', 300, 1), ('unlabelled', 100, 2)):
         say(f'writing the demo world to {config[kind]}')
         data.write_demo(config[kind], episodes, kind == 'labelled', demo_seed)
     keys = action if kind == 'labelled' else 'none'
-    sets[kind] = data.open_sets(config[kind], camera, keys, fps, action_mode, rotation, cache_gb)
+    sets[kind] = data.open_sets(config[kind], camera, keys, fps, action_mode, rotation, cache_gb,
+                                state if kind == 'labelled' else '')
     names = [f'{ds.name}:{ds.weight}' if ds.weight else ds.name for ds in sets[kind]]
     config[kind] = ','.join(names)
     for ds in sets[kind]:
@@ -270,10 +275,19 @@ clips, long_clips = (
 clips.count_faults({}, max_bad)
 batches = data.Lengths(clips, long_clips, long_share)
 shape['action_dim'] = clips.A
+shape['state_dim'] = clips.S
+if state and not clips.S:
+    features = {name for ds in sets['labelled'] for name in ds.features}
+    sys.exit(f'--state={state}: no labelled dataset has it, only {", ".join(sorted(features))}')
+for ds in sets['labelled']:
+    if ds.state_dim == clips.S:
+        config['state_names'] = ','.join(ds.state_names)
+if clips.S > shape['dim']:
+    sys.exit(f'--state={state}: {clips.S} numbers, a token holds {shape["dim"]}')
 
 if resume:
     # datasets by their content: they may have moved
-    fixed = ('datasets camera action action_mode rotation fps frameskip frames long_frames '
+    fixed = ('datasets camera action state action_mode rotation fps frameskip frames long_frames '
              'long_share val_share labelled_share batch_size seed size cache store cache_gb')
     fixed = {*fixed.split(), *LATENTS, *shape}
     for name, now in (config | shape).items():
@@ -308,7 +322,10 @@ def normalised(batch, T=None):
         z = encode_frames(encode, batch['x'][:, :T], autocast)
     a, a_mask, z_mask = (batch[name][:, :T].to(device, non_blocking=True)
                          for name in ('a', 'a_mask', 'z_mask'))
-    return standard(z, stats), a, a_mask, z_mask
+    z = standard(z, stats)
+    if clips.S:
+        z = add_state(z, batch['s'][:, :T].to(device, non_blocking=True))
+    return z, a, a_mask, z_mask
 
 
 def measure(x):
@@ -317,6 +334,7 @@ def measure(x):
     if encode.fit:
         encode.fit(x.to(device).float() / 255)
     z = encode_frames(encode, x, autocast).flatten(0, -2)          # (frames x N, width)
+    N = math.prod(encode.grid)
     stats = dict(z_mean=z.mean(dim=0))
     if channels:
         z = z - stats['z_mean']
@@ -327,9 +345,12 @@ def measure(x):
         share = z.square().sum() / variance
         say(f'{channels} principal components hold {share:.1%} of the variance')
     std = z.std(dim=0).clamp(min=1e-6)
+    # of two random frames, in units of plan.py's distance
+    stats['z_pair'] = 2 * z.unflatten(0, (-1, N)).var(dim=0).mean()
     std = std ** whiten * std.square().mean().sqrt() ** (1 - whiten)
     std *= (z.std(dim=0) / std).square().mean().sqrt()      # 1.0: the variance of the data
     stats['z_std'] = std
+    stats['z_pair'] /= std.square().mean()
     return stats | {f'encoder.{name}': v for name, v in encode.stored().items()}
 
 
@@ -340,6 +361,8 @@ else:
     stats = measure(clips.sample(64, 16))
 if not resume:
     stats |= {f'a_{name}': v for name, v in clips.action_stats().items()}
+    if clips.S:
+        stats |= {f's_{name}': v for name, v in clips.state_stats().items()}
 if compile and not encode.fit:      # what is fitted is too small to gain
     encode.compile()
 if cache:
@@ -361,11 +384,13 @@ if 'labelled' in held_out and len(held_out['labelled']['a']) < 2:
 torch.manual_seed(seed)
 model = WorldModel(shape).to(device)
 if saved:
+    fresh = model.state_dict()
     weights = saved.state_dict()
-    if saved.config['action_dim'] != clips.A:
-        weights.pop('a_in.weight', None)
-        say(f'{init} has actions of another width: what reads them begins anew')
-    model.load_state_dict(model.state_dict() | weights)
+    for name in fresh | weights:        # of actions or states of another width
+        if name not in weights or name not in fresh or weights[name].shape != fresh[name].shape:
+            say(f'{init} has no {name} of this shape: it begins anew')
+            weights.pop(name, None)
+    model.load_state_dict(fresh | weights)
     del saved
 ema_model = copy.deepcopy(model).requires_grad_(False).eval()
 if resume:
@@ -421,21 +446,21 @@ skipped = 0
 if resume:
     order = groups[0]['params'] + groups[1]['params']
     try:
-        for i, moments in state['optimizer']['state'].items():
+        for i, moments in left['optimizer']['state'].items():
             for name in 'exp_avg', 'exp_avg_sq':
                 moments[name] = shard(moments[name].view(order[i].shape), order[i])
             moments['step'].item()
         # the groups are made of the options
-        optimizer.load_state_dict(optimizer.state_dict() | dict(state=state['optimizer']['state']))
-        rms = dict(zip(rms, state['rms'].to(device).view(3)))
-        step = int(state['step'])
-        skipped = int(state['skipped'])
+        optimizer.load_state_dict(optimizer.state_dict() | dict(state=left['optimizer']['state']))
+        rms = dict(zip(rms, left['rms'].to(device).view(3)))
+        step = int(left['step'])
+        skipped = int(left['skipped'])
     except Exception as error:
         sys.exit(f'{optim}: not of this model ({one_line(error)})')
 if rank == 0:
     journal = open(log, 'a', buffering=1)
     if resume:      # what was written after the last save comes again
-        journal.truncate(min(state['log'], journal.tell()))
+        journal.truncate(min(left['log'], journal.tell()))
 peak = data.peak_flops(device)
 tokens_per_frame = sum(frame_tokens(shape).values())
 for name, value in config.items():
@@ -465,13 +490,20 @@ def evaluate():
         with autocast:
             for method, a_and_mask in actions.items():
                 imagined[method] = rollout(net, z[:, :eval_context], *a_and_mask, K=K)
-        val[kind] = {method: horizon_errors(imagined[method], z, z_mask)
-                     for method in sorted(imagined)}
+        off = {method: imagined[method] - z[:, eval_context:] for method in sorted(imagined)}
+        if clips.S and kind == 'labelled':
+            for method in 'model', 'repeat':
+                off[f'state {method}'] = off[method][:, :, -1:, :clips.S]
+        if clips.S:
+            off |= {method: off[method][:, :, :-1] for method in imagined}
+        val[kind] = {method: horizon_errors(x, z_mask) for method, x in off.items()}
     return val
 
 
-def horizon_errors(imagined, z, z_mask):
-    error = (imagined - z[:, eval_context:]).square().mean(dim=(2, 3))          # (B, 20)
+def horizon_errors(off, z_mask):
+    error = off.square().nanmean(dim=(2, 3))            # (B, 20)
+    z_mask = z_mask.clone()
+    z_mask[:, eval_context:] &= error.isfinite()        # a state that is not known
     out = {}
     for h in (1, 5, 10, 20):
         real = z_mask[:, eval_context + h - 1]
@@ -584,7 +616,8 @@ loader = iter(DataLoader(
     pin_memory=device.type == 'cuda', multiprocessing_context='fork' if decoders else None,
     worker_init_fn=lambda _: os.setpgrp()))     # a signal to the group would end them first
 bar = tqdm(total=max_steps, initial=step, disable=rank > 0 or None, dynamic_ncols=True)
-options = {name: config[name] for name in OBJECTIVE} | dict(k_max=shape['k_max'])
+options = {name: config[name] for name in {*OBJECTIVE} - {'state_dim'}}
+options |= dict(k_max=shape['k_max'], state_dim=clips.S)
 bad = torch.full((), -1, device=device)     # the first step whose loss is not finite, seen later
 stop = False
 asked = torch.zeros(())     # by signals, in all processes
@@ -630,7 +663,7 @@ while step < max_steps and not stop:
             if forced < T:
                 imagined = rollout(model, z[:, :forced], a, a_mask, K, grad=True,
                                    seed=hash((seed, step, row, K)) % 2 ** 63)
-                error = (imagined - z[:, forced:]).square().mean(dim=(2, 3))
+                error = frame_errors(imagined, z[:, forced:], clips.S)
                 error = (error * z_mask[:, forced:]).sum()
                 terms['self_forcing'] = error.detach() / count['self_forcing']
                 error = error / count['self_forcing'].clamp(min=1e-6)

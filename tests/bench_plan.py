@@ -120,7 +120,7 @@ class Peer(nn.Module):
         self.norm, self.sdpa = nn.LayerNorm(C), False
         frame = torch.arange(WINDOW * N) // N
         self.register_buffer('mask', frame[:, None] >= frame)
-        self.graphs, self.head = {}, None       # half_weights looks at them
+        self.graphs, self.last = {}, []         # half_weights looks at them
 
     def forward(self, z, a):
         """z (B, T, N, D), a (B, T, A) with a[:, t] what follows z[:, t] -> the next frames (B, T, N, D)."""

@@ -2,7 +2,7 @@
 # What only a GPU can show, in parts that cannot stop each other, each with a time limit: 12 minutes in all.
 #
 #     bash tests/gpu.sh a b c                                         # kernels, training and imagining, planning
-#     WEIGHTS=dinov2_vits14.safetensors bash tests/gpu.sh d [OUT]     # Push-T at full size, from recording to evaluation
+#     WEIGHTS=dinov2_vits14.safetensors bash tests/gpu.sh r d [OUT]   # Push-T at full size: recording, and all that follows
 #     SMALL=1 bash tests/gpu.sh                                       # all of it in miniature on a CPU, some minutes
 #
 # Part d leaves OUT/plan.json, OUT/plan.mp4 and OUT/run/log.jsonl. TRAIN (steps), SAMPLES, ITERATIONS, MODEL, COMPILE and
@@ -19,11 +19,11 @@ fi
 parts=() OUT=
 for word in "$@"; do
     case $word in
-        [abcd]) parts+=("$word") ;;
+        [abcrd]) parts+=("$word") ;;
         *) OUT=$word ;;
     esac
 done
-[ ${#parts[@]} -gt 0 ] || parts=(a b c d)
+[ ${#parts[@]} -gt 0 ] || parts=(a b c r d)
 OUT=$(realpath -m "${OUT:-${TMPDIR:-/tmp}/pusht}")
 
 within() {      # within SECONDS COMMAND ..: SIGINT at the limit, and SIGKILL 15 seconds later
@@ -55,37 +55,43 @@ planning() {
     fi
 }
 
-pusht() {
+record() {
     # 196 pixels are 14 x 14 tokens; a model step is 5 frames, and only the frames that the model sees are drawn
-    local record=${RECORD:-105} size=${SIZE:-196} train=${TRAIN:-3000} batch=${BATCH:-64} seconds=${SECONDS_TRAIN:-160}
-    local model=${MODEL:---size=small --width=384 --heads=6 --layers=8} samples=${SAMPLES:-100} iterations=${ITERATIONS:-6}
-    local episodes=${EVAL:-50} encoder=dinov2_vits14 layer=8 channels=64 compile=${COMPILE:-True} most=100000
+    local record=${RECORD:-105} size=${SIZE:-196} most=100000 begin=$SECONDS i
     if [ "$SMALL" ]; then
-        record=60 size=28 train=12 batch=8 model=--size=nano samples=8 iterations=2 episodes=2 CORES=2 most=6 seconds=60
+        record=60 size=28 CORES=2 most=6
+    fi
+    rm -rf "$OUT"
+    mkdir -p "$OUT"
+    for i in $(seq "$CORES"); do
+        OMP_NUM_THREADS=1 timeout -k 15 -s INT "$record" $PYTHON plan.py --record=tests/simulators.py:PushT --policy=script \
+            --seed="$i" --steps=60 --episodes=$most --frame_height="$size" --draw_every=5 --out="$OUT/data$i" \
+            > "$OUT/record$i.log" 2>&1 &
+    done
+    wait
+    tail -qn 1 "$OUT"/record*.log | head -3
+    echo "recorded in $((SECONDS - begin)) s"
+}
+
+pusht() {
+    local size=${SIZE:-196} train=${TRAIN:-3000} batch=${BATCH:-64} seconds=${SECONDS_TRAIN:-160}
+    local model=${MODEL:---size=small --width=384 --heads=6 --layers=8} samples=${SAMPLES:-100} iterations=${ITERATIONS:-6}
+    local episodes=${EVAL:-50} encoder=dinov2_vits14 layer=8 channels=64 compile=${COMPILE:-True}
+    if [ "$SMALL" ]; then
+        size=28 train=12 batch=8 model=--size=nano samples=8 iterations=2 episodes=2 seconds=60
         compile=${COMPILE:-False}
         if [ ! "$WEIGHTS" ]; then
             encoder=pixels layer=-1 channels=0
         fi
     fi
-    rm -rf "$OUT"
-    mkdir -p "$OUT"
-    local begin=$SECONDS i sets=()
-    for i in $(seq "$CORES"); do
-        OMP_NUM_THREADS=1 timeout -k 15 -s INT "$record" $PYTHON plan.py --record=tests/simulators.py:PushT --policy=script \
-            --seed="$i" --steps=60 --episodes=$most --frame_height="$size" --draw_every=5 --out="$OUT/data$i" \
-            > "$OUT/record$i.log" 2>&1 &
-        sets+=("$OUT/data$i")
-    done
-    wait
-    tail -qn 1 "$OUT"/record*.log | head -3
-    echo "recorded in $((SECONDS - begin)) s"
+    local begin=$SECONDS i sets=("$OUT"/data*) n
+    n=${#sets[@]}
 
     local same=(--action=action.relative --fps=2 --encoder=$encoder --layer=$layer --frame_height="$size"
-                --encoder_path="$WEIGHTS" --cache_dir="$OUT/latents")
-    begin=$SECONDS
+                --encoder_path="$WEIGHTS" --cache_dir="$OUT/latents" --state=observation.state)
     if [ "$encoder" != pixels ]; then       # four processes, a quarter of the datasets each
         for i in 0 1 2 3; do
-            local some=("${sets[@]:i * CORES / 4:(i + 1) * CORES / 4 - i * CORES / 4}")
+            local some=("${sets[@]:i * n / 4:(i + 1) * n / 4 - i * n / 4}")
             [ ${#some[@]} -eq 0 ] || OMP_NUM_THREADS=2 within 100 $PYTHON data.py --cache=True "${same[@]}" --workers=4 \
                 --labelled="$(IFS=,; echo "${some[*]}")" > "$OUT/encode$i.log" 2>&1 &
         done
@@ -116,6 +122,7 @@ for part in "${parts[@]}"; do
         a) kernels ;;
         b) imagining ;;
         c) planning ;;
+        r) record ;;
         d) pusht ;;
     esac
 done

@@ -81,6 +81,9 @@ class PushT(Gym):
             b.angular_velocity = turn
             self.world.space.reindex_shapes_for_body(b)
 
+    def sensors(self):
+        return np.array(self.world.agent.position)
+
     def pose(self):
         block = self.world.block
         return np.array([*self.world.agent.position, *block.position, block.angle])
@@ -195,6 +198,9 @@ class Mujoco(Gym):
         state = np.empty(self.mujoco.mj_stateSize(self.model, kind))
         self.mujoco.mj_getState(self.model, self.data, state, kind)
         return state
+
+    def sensors(self):
+        return self.pose()[:3]      # of the ball or the hand, nothing of a cube
 
     def restore(self, state):
         kind = self.mujoco.mjtState.mjSTATE_INTEGRATION

@@ -381,6 +381,8 @@ def world(context=4, k_max=8, seed=0, **overrides):
     net = model.WorldModel(config)
     for m in (net.head.out, *net.head.modulate) if config['wide_layers'] else (net.head,):
         torch.nn.init.normal_(m.weight, std=0.3)
+    if net.s_out:
+        torch.nn.init.normal_(net.s_out.weight, std=0.3)
     return net.eval()
 
 
@@ -1001,6 +1003,91 @@ def test_a_coin_is_imagined_as_heads_or_tails_in_one_step_or_more():
     assert mean.abs().mean() < 0.35 and (mean.abs() < 0.5).float().mean() > 0.85
 
 
+# state ----------------------------------------------------------------------------------------------------------------
+
+def with_states(B=4, T=5, S=2, unknown=()):
+    """inputs() whose frames have a state, unknown in some clips."""
+    z, tau, d, a, a_mask = inputs(B, T)
+    s = torch.randn(B, T, S, generator=torch.Generator().manual_seed(5))
+    s[list(unknown)] = torch.nan
+    return model.add_state(z, s), tau, d, a, a_mask
+
+
+def test_the_state_is_the_last_token():
+    z, s = torch.randn(2, 3, 6, 5), torch.randn(2, 3, 2)
+    joined = model.add_state(z, s)
+    assert joined.shape == (2, 3, 7, 5) and torch.equal(joined[:, :, :6], z)
+    assert torch.equal(joined[:, :, 6, :2], s) and not joined[:, :, 6, 2:].any()
+    assert list(model.frame_tokens(world(state_dim=2).config)) == ['registers', 'latents', 'state', 'shortcut', 'action']
+    assert sum(model.frame_tokens(world(state_dim=2).config).values()) == 1 + sum(model.frame_tokens(world().config).values())
+
+
+@pytest.mark.parametrize('wide_layers', [0, 1])
+def test_a_state_is_seen_and_its_padding_is_not(wide_layers):
+    net = world(state_dim=2, wide_layers=wide_layers)
+    z, tau, d, a, a_mask = with_states()
+    out = net(z, tau, d, a, a_mask)
+    assert out.shape == z.shape and not out[:, :, -1, 2:].any() and out[:, :, -1, :2].std() > 0.01
+    padded, moved = z.clone(), z.clone()
+    padded[:, :, -1, 2:] = 7.0
+    assert torch.equal(net(padded, tau, d, a, a_mask), out)
+    moved[:, :, -1, 1] += 1.0
+    assert (net(moved, tau, d, a, a_mask) - out).abs()[:, :, :-1].max() > 1e-3, 'the latents see the state'
+    moved = z.clone()
+    moved[:, :, 0] += 1.0
+    assert (net(moved, tau, d, a, a_mask) - out).abs()[:, :, -1].max() > 1e-3, 'and the state the latents'
+
+
+@pytest.mark.parametrize('objective', ['direct', 'shortcut', 'diffusion'])
+def test_the_error_of_a_state_counts_where_it_is_known(double, objective):
+    """Frame by frame, in numpy; clip 1 has no state, of clip 2 one number is missing."""
+    net = world(state_dim=2, objective=objective)
+    z, _, _, a, a_mask = with_states(unknown=[1])
+    z[2, :, -1, 0] = torch.nan
+    seen = {}
+    net.register_forward_hook(lambda m, args, out: seen.update(args=args, out=out))
+    given = dict(objective=objective, k_max=8, bootstrap=0.0, ramp=False, p_image=0.0)
+    loss, _ = loss_of(net, z, a, a_mask, state_dim=2, p_null=0.0, **given)
+    frames = [(b, t) for b in range(4) for t in range(5) if objective != 'direct' or t > 0]
+    wants = []
+    for b, t in frames:
+        off = np.square((seen['out'][b, t] - z[b, t]).detach().numpy())
+        wants.append(off[:-1].mean() + {1: 0.0, 2: off[-1, 1]}.get(b, off[-1, :2].mean()))
+    assert loss.item() == pytest.approx(np.mean(wants), rel=1e-10)
+    loss.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in net.parameters())
+    assert net.s_out.weight.grad.abs().max() > 0 and net.s_in.weight.grad.abs().max() > 0
+    assert net.s_base.grad.abs().max() > 0, 'stands in for the state of clip 1'
+
+
+def test_the_state_of_some_clips_is_hidden():
+    """Of as many as actions, but of others."""
+    net, B = world(state_dim=2), 400
+    z, _, _, a, _ = with_states(B, 2)
+    seen = {}
+    net.register_forward_pre_hook(lambda m, args: seen.update(z=args[0], a_mask=args[4]))
+    loss_of(net, z, a, torch.ones(B, 2, dtype=torch.bool), state_dim=2, p_null=0.2, p_image=0.0, bootstrap=0.0)
+    state, actions = seen['z'][:, :, -1, :2].isnan(), ~seen['a_mask']
+    assert torch.equal(state.all(dim=(1, 2)), state.any(dim=(1, 2))) and not (state.any(dim=2) & actions).any()
+    assert 0.12 < state.float().mean() < 0.28 and 0.12 < actions.float().mean() < 0.28
+    assert seen['z'][:, :, :-1].isfinite().all()
+
+
+@pytest.mark.parametrize('objective', ['direct', 'shortcut'])
+def test_a_state_that_is_not_known_stays_so(objective):
+    net = world(state_dim=2, objective=objective)
+    z, _, _, a, a_mask = with_states(2, 7, unknown=[1])
+    out = model.rollout(net, z[:, :3], a, a_mask, K=2)
+    assert out[0].isfinite().all() and out[1, :, :-1].isfinite().all() and out[1, :, -1, :2].isnan().all()
+    other = z.clone()
+    other[0, :, -1, :2] += 1.0
+    again = model.rollout(net, other[:, :3], a, a_mask, K=2)
+    assert torch.equal(again[1, :, :-1], out[1, :, :-1]) and not torch.equal(again[0], out[0])
+    forced = model.rollout(net, z[:, :3], a, a_mask, K=2, grad=True)
+    model.frame_errors(forced, z[:, 3:], 2).sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in net.parameters())
+
+
 # imagination ----------------------------------------------------------------------------------------------------------
 
 def slow_rollout(net, z_ctx, a, a_mask, K=4, tau_ctx=0.9, seed=0, cut=torch.Tensor.detach):
@@ -1036,13 +1123,15 @@ def slow_rollout(net, z_ctx, a, a_mask, K=4, tau_ctx=0.9, seed=0, cut=torch.Tens
         ('direct', 8, 4))],
     *[(objective, 2, 3, overrides) for objective in ('shortcut', 'direct') for overrides in (
         dict(wide_layers=2), dict(time_every=2, layers=3), dict(kv_heads=1, context=1),
-        dict(registers=0, layers=6, context=30), dict(action_on='token'))]])
+        dict(registers=0, layers=6, context=30), dict(action_on='token'), dict(state_dim=2),
+        dict(state_dim=3, wide_layers=1))]])
 def test_the_cache_changes_nothing(double, objective, K, Tc, overrides):
     """Rollouts of three windows' length, from contexts shorter and longer than the window."""
     net = world(objective=objective, **overrides)
-    z, _, _, a, a_mask = inputs(2, 6 + Tc if K == 64 else 12 + Tc)
+    N = 6 + ('state_dim' in overrides)
+    z, _, _, a, a_mask = inputs(2, 6 + Tc if K == 64 else 12 + Tc, N)
     cached, plain = (f(net, z[:, :Tc], a, a_mask, K=K) for f in (model.rollout, torch.no_grad()(slow_rollout)))
-    assert cached.shape == (2, z.shape[1] - Tc, 6, 3)
+    assert cached.shape == (2, z.shape[1] - Tc, N, 3)
     assert torch.allclose(cached, plain, rtol=0, atol=1e-9), (cached - plain).abs().max()
 
 
