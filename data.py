@@ -1020,6 +1020,7 @@ class LeRobot:
         # an action of text exists as well
         numeric = [key for key, feature in self.features.items()
                    if not re.match(TEXT, str(feature.get('dtype')))]
+        numeric.sort(key=lambda key: not key.startswith('action'))      # as they are named below
         keys = [key for key in ('action', 'actions') if key in numeric][:1]
         keys = keys or [key for key in numeric if key.startswith('action.')]
         if action:

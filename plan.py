@@ -1244,19 +1244,19 @@ def read_state(o, option, planner):
     if text and not width:
         sys.exit(f'--{option}={text}: {o.ckpt} was trained without --state')
     names = planner.trained['state_names'].split(',')
-    values = np.full(width, np.nan, np.float32)
-    parts = text.split(',') if text else []
+    values = np.full(width, np.nan)
     try:
-        if '=' not in text:
-            values[:len(parts)] = np.float32(parts)
-        for part in parts if '=' in text else []:
-            name, _, number = part.partition('=')
-            values[names.index(name.strip())] = float(number)
+        if '=' in text:
+            for part in text.split(','):
+                name, number = part.split('=')
+                values[names.index(name.strip())] = float(number)
+        elif text:
+            values = np.reshape([float(number) for number in text.split(',')], width)
+        if np.isinf(values).any():
+            raise ValueError
     except ValueError:
-        sys.exit(f'--{option}={text}: wants numbers of {", ".join(names)}, in order or as '
-                 'name=number')
-    if parts and '=' not in text and len(parts) != width:
-        sys.exit(f'--{option}={text}: has {len(parts)} numbers, wants {width} ({", ".join(names)})')
+        sys.exit(f'--{option}={text}: wants {width} numbers ({", ".join(names)}), or some of them '
+                 'as name=number')
     return values
 
 

@@ -490,23 +490,20 @@ def evaluate():
         with autocast:
             for method, a_and_mask in actions.items():
                 imagined[method] = rollout(net, z[:, :eval_context], *a_and_mask, K=K)
-        off = {method: imagined[method] - z[:, eval_context:] for method in sorted(imagined)}
-        if clips.S and kind == 'labelled':
-            for method in 'model', 'repeat':
-                off[f'state {method}'] = off[method][:, :, -1:, :clips.S]
-        if clips.S:
-            off |= {method: off[method][:, :, :-1] for method in imagined}
-        val[kind] = {method: horizon_errors(x, z_mask) for method, x in off.items()}
+        N = math.prod(encode.grid)      # the state comes after them
+        val[kind] = {method: horizon_errors(imagined[method][:, :, :N], z[:, :, :N], z_mask)
+                     for method in sorted(imagined)}
+        for method in ('model', 'repeat') if clips.S and kind == 'labelled' else ():
+            val[kind][f'state {method}'] = horizon_errors(
+                imagined[method][:, :, N:, :clips.S], z[:, :, N:, :clips.S], z_mask)
     return val
 
 
-def horizon_errors(off, z_mask):
-    error = off.square().nanmean(dim=(2, 3))            # (B, 20)
-    z_mask = z_mask.clone()
-    z_mask[:, eval_context:] &= error.isfinite()        # a state that is not known
+def horizon_errors(imagined, z, z_mask):
+    error = (imagined - z[:, eval_context:]).square().nanmean(dim=(2, 3))       # (B, 20)
     out = {}
     for h in (1, 5, 10, 20):
-        real = z_mask[:, eval_context + h - 1]
+        real = z_mask[:, eval_context + h - 1] & error[:, h - 1].isfinite()     # a state is known
         out[str(h)] = error[real, h - 1].mean().item() if real.any() else None
     return out
 

@@ -1168,6 +1168,86 @@ def test_actions_are_normalised_padded_and_masked(world, monkeypatch):
     assert (stats['low'] <= stats['mean']).all() and (stats['low'] < stats['high'])[1].all()
 
 
+# states ---------------------------------------------------------------------------------------------------------------
+
+STATE = 'observation.state'
+
+
+@pytest.fixture(scope='module')
+def sensing(tmp_path_factory):
+    """Two datasets of one robot, one of another, one that senses nothing; what they hold."""
+    folder, rng, held = tmp_path_factory.mktemp('sensing'), np.random.default_rng(0), {}
+    for name, robot, scale in (('a', 'arm', 1.0), ('b', 'arm', 5.0), ('c', 'hand', 2.0), ('d', 'arm', 0.0)):
+        held[name] = [(rng.normal(size=(L, 3)) * [scale, 2 * scale, 0] + [7, -1, 4]).astype(np.float32) for L in (13, 17, 21)]
+        names = {STATE: {'motors': ['pan.pos', 'lift.pos', 'stuck']}, 'action': ['go']}
+        write_lerobot(folder / name, [
+            {'observation.images.top': np.full((len(s), 16, 16, 3), 50, np.uint8), 'task': 't', 'action': s[:, :1]}
+            | ({STATE: s, data.ENVIRONMENT: s} if scale else {}) for s in held[name]], 10, names, robot_type=robot)
+    return folder, held
+
+
+@pytest.mark.parametrize('state, numbers', [(STATE, [0, 1, 2]), (f'{STATE}.lift.pos', [1]),
+                                            (f' {STATE}.stuck , {STATE}.pan.pos', [2, 0]), ('', []), (f'{STATE}.elbow', [])])
+def test_states_are_columns_or_numbers_of_them(sensing, state, numbers):
+    folder, held = sensing
+    d = data.LeRobot(folder / 'a', state=state)
+    assert d.state_dim == len(numbers) and d.state_names == [['pan.pos', 'lift.pos', 'stuck'][i] for i in numbers]
+    for i, s in enumerate(held['a']):
+        assert np.array_equal(d.states(i), s[:, numbers])
+    assert np.array_equal(data.LeRobot(folder / 'a', fps=5, state=state).states(1), held['a'][1][::2, numbers])
+    assert data.LeRobot(folder / 'd', state=state).state_dim == 0
+
+
+def test_what_a_simulator_knows_is_no_state(sensing):
+    for state in data.ENVIRONMENT, f'{STATE},{data.ENVIRONMENT}', f'{data.ENVIRONMENT}.0':
+        with pytest.raises(SystemExit, match='what a simulator knows, not what a robot senses'):
+            data.LeRobot(sensing[0] / 'a', state=state)
+
+
+def test_states_of_a_batch(sensing):
+    """At the frames of the clip, normalised by what one robot's datasets have in common, padded with nan."""
+    folder, held = sensing
+    sets = [data.LeRobot(folder / name, state=f'{STATE}.pan.pos,{STATE}.stuck' if name == 'c' else STATE) for name in 'abcd']
+    clips = data.Clips(sets, [data.LeRobot(folder / 'b', action='none', state=STATE)], 4, 2, 16, 8, .5, .1)
+    kept = {name: [held[name][e] for e in clips.train['abc'.index(name)]] for name in 'abc'}
+    arm = kept['a'] + kept['b']
+    pooled = np.concatenate(arm)
+    moves = np.concatenate([s[2:] - s[:-2] for s in arm])
+    mean, std, change = (x.numpy() for x in clips.states[0])
+    assert np.allclose(mean, pooled.mean(0), rtol=1e-4) and np.allclose(std, pooled.std(0), rtol=1e-4, atol=1e-5)
+    assert np.allclose(change, moves.var(0), rtol=1e-4, atol=1e-9) and clips.states[1] is clips.states[0]
+    assert np.allclose(clips.states[2][0], np.concatenate(kept['c'])[:, [0, 2]].mean(0), rtol=1e-4)
+    stats = clips.state_stats()
+    assert stats['width'].tolist() == [3, 3, 2, 0] and stats['mean'].shape == (4, 3) and not stats['change'][3].any()
+    for s, e, start, T in ((0, 0, 1, 4), (1, 2, 16, 5), (2, 1, 3, 4), (3, 0, 0, 4), (4, 0, 0, 4)):
+        got = clips.clip(s, e, start, 'observation.images.top', T)['s'].numpy()
+        assert got.shape == (T, 3)
+        if s >= 3:      # senses nothing; a video alone
+            assert np.isnan(got).all()
+            continue
+        f = np.minimum(start + 2 * np.arange(T), len(held['abc'[s]][e]) - 1)
+        rows, (mean, std, _) = held['abc'[s]][e][f], (x.numpy() for x in clips.states[s])
+        rows = rows[:, [0, 2]] if s == 2 else rows
+        want = np.where(std > 1e-6, (rows - mean) / np.maximum(std, 1e-6), 0)
+        assert np.allclose(got[:, :len(mean)], want, atol=1e-5) and np.isnan(got[:, len(mean):]).all()
+    assert clips[0]['s'].shape == (8, 4, 3)
+    assert 's' not in data.Clips([data.LeRobot(folder / 'a')], [], 4, 2, 16, 8, .5, .1)[0]
+
+
+def test_a_state_that_is_not_finite_is_not_known(tmp_path):
+    s = np.arange(30, dtype=np.float32).reshape(15, 2)
+    s[3, 1], s[5, 0] = np.inf, np.nan
+    pictures = {'observation.images.top': np.zeros((15, 16, 16, 3), np.uint8), 'task': 't', 'action': s[:, :1] * 0}
+    write_lerobot(tmp_path / 'd', [pictures | {STATE: s}, pictures | {STATE: np.abs(s)}], 10)
+    d = data.LeRobot(tmp_path / 'd', state=STATE)
+    assert np.argwhere(np.isnan(d.states(0))).tolist() == [[3, 1], [5, 0]]
+    assert d.state_names == [f'{STATE}.0', f'{STATE}.1']
+    assert all(x.isfinite().all() for x in data.Clips([d], [], 4, 2, 16, 8, .5, .5).states[0])
+    write_lerobot(tmp_path / 'n', [pictures | {STATE: s * np.nan}] * 2, 10)
+    with pytest.raises(SystemExit, match='--state: .*n has a number that is never finite'):
+        data.Clips([data.LeRobot(tmp_path / 'n', state=STATE)], [], 4, 2, 16, 8, .5, .5)
+
+
 def test_no_episode_is_in_both_splits(world):
     c = clips(world)
     for ds, train, val in zip(c.sets, c.train, c.val):

@@ -734,6 +734,11 @@ def test_what_a_policy_sees():
         seen.append((frames.copy(), goals.copy(), past))
         return np.full((3, 2), 0.01 * (len(seen) - 1))
     poses, actions, shown, goals = plan.play(policy, sims, questions, 5, True)
+    felt = []
+    plan.play(lambda *given: felt.append(given[3:]) or np.full((3, 2), 0.01 * (len(felt) - 1)), sims, questions, 5, True, True)
+    assert np.allclose(felt[0][0], [[s[:2] for s in q.states] for q in questions]), 'the tip, not the disc'
+    assert all(np.allclose(now, poses[t, :, None, :2]) for t, (now, _) in enumerate(felt) if t)
+    assert all(np.allclose(wanted, [q.goal[:2] for q in questions]) for _, wanted in felt)
 
     def drawn(state):
         sims[0].restore(state)
@@ -864,6 +869,118 @@ def test_wilson_interval():
     assert plan.wilson(0, 10) == pytest.approx([0.0, 0.2775], abs=1e-3)         # Newcombe 1998, and by hand
     assert plan.wilson(81, 263) == pytest.approx([0.2553, 0.3662], abs=1e-3)
     assert plan.wilson(10, 10)[1] == 1.0
+
+
+# --------------------------------------------------------------------------------------------------
+# the robot's own state
+
+@pytest.fixture(scope='module')
+def sensing(demo, tmp_path_factory):
+    """The folder of a checkpoint that knows the tip's place."""
+    out = tmp_path_factory.mktemp('sensing') / 'out'
+    script('train.py', *demo, *SMALL, '--state=observation.state', '--max_steps=20', f'--out_dir={out}')
+    return out
+
+
+def test_a_state_weighs_as_much_as_the_picture_for_random_frames(sensing):
+    """The distance of frames at random, on average; every number by how fast it changes; and none that is not known."""
+    net, _ = model.load(f'{sensing}/ckpt.safetensors')
+    mean, std, change = model.robot_state(net.stats, 0)
+    rng = np.random.default_rng(0)
+    states = data.demo_start(4000, rng)
+    encoder = model.restore_encoder(_, net.stats)
+    x = torch.from_numpy(data.demo_draw(states, 28)).permute(0, 3, 1, 2)
+    z = model.standard(model.encode_frames(encoder, x, data.autocast(torch.device('cpu'), 'float32')), net.stats)
+    s = torch.randn(4000, 2, generator=torch.Generator().manual_seed(0))        # of the data's spread
+    joined, halves = model.add_state(z, s), (slice(0, 2000), slice(2000, 4000))
+    weight = plan.channel_weights(net)
+    both, latents, unknown = (
+        plan.distance(joined[halves[0]], goal, plan.state_weights(net, weight, 0, w)).mean().item() for goal, w in (
+            (joined[halves[1]], 1.0), (joined[halves[1]], 0.0),
+            (model.add_state(z[halves[1]], s[halves[1]] * torch.nan), 1.0)))
+    alone = plan.distance(z[halves[0]], z[halves[1]], weight).mean().item()
+    assert latents == pytest.approx(alone, rel=1e-5) == unknown
+    assert both - alone == pytest.approx(net.stats['z_pair'].item(), rel=0.1)
+    assert net.stats['z_pair'].item() == pytest.approx(alone, rel=0.35), 'of its own data, on other tables'
+    goal, one = joined[:1].clone(), joined[:1].clone()
+    costs = []
+    for k in range(2):
+        one[:, -1, :2] = goal[:, -1, :2]
+        one[:, -1, k] += 1.0
+        costs.append(plan.distance(one, goal, plan.state_weights(net, weight, 0, 1.0)).item())
+    assert costs[0] / costs[1] == pytest.approx(((std[0] ** 2 / change[0]) / (std[1] ** 2 / change[1])).item(), rel=1e-4)
+
+
+def test_what_does_not_move_does_not_count(sensing):
+    net, _ = model.load(f'{sensing}/ckpt.safetensors')
+    for name, value in (('std', 0.0), ('change', 0.0)):
+        other = types.SimpleNamespace(config=net.config, stats={k: v.clone() for k, v in net.stats.items()})
+        other.stats[f's_{name}'][0, 1] = value
+        weight = plan.state_weights(other, plan.channel_weights(other), 0, 1.0)
+        assert weight.isfinite().all() and weight[-1, 0] > 0 and not weight[-1, 1:].any()
+
+
+def test_the_planner_is_told_the_state(sensing, planned):
+    p = plan.Planner(f'{sensing}/ckpt.safetensors', plan.config | SMALL_SEARCH | dict(replan=1), tell=False)
+    x, goals = film(2, 7), film(2, 1, seed=1)[:, 0]
+    rng = np.random.default_rng(0)
+    s, wanted = rng.uniform(size=(2, 7, 2)), rng.uniform(size=(2, 2))
+    assert (p.past, p.frameskip) == (3, 2)
+    p.act(x[:, :3], goals, None, s[:, :3], wanted)
+    for t in range(3, 7):
+        p.act(x[:, t:t + 1], goals, None, s[:, t:t + 1], wanted)
+    assert len(planned) == 3
+    mean, std, _ = model.robot_state(p.model.stats, 0)
+    for k, call in enumerate(planned):
+        for got, want in ((call['z_ctx'], s[:, [2 * k, 2 * k + 2]]), (call['z_goal'], wanted)):
+            assert torch.allclose(got[..., -1, :2], (torch.from_numpy(want) - mean).float() / std, atol=1e-5)
+        assert torch.allclose(call['z_ctx'][..., :-1, :], p.latents(x[:, [2 * k, 2 * k + 2]]), atol=1e-5)
+    p.reset()
+    p.act(x[:, :3], goals)
+    assert planned[-1]['z_ctx'][..., -1, :2].isnan().all() and planned[-1]['z_goal'][..., -1, :2].isnan().all()
+    p.reset()
+    for given, words in (((s[:, :2], wanted), 'a state .2, 2, 2.: wants .2, 3, 2'), ((s[:, :3], wanted[:1]), 'wants .2, 2'),
+                         ((None, wanted), 'wants states as well')):
+        with pytest.raises(ValueError, match=words):
+            p.act(x[:, :3], goals, None, *given)
+    p.act(x[0, :3][None], goals[:1], None, s[:1, :3], wanted[:1] * np.nan)
+    p.reset()
+    alone = p.act(x[0, :3], goals[0], None, s[0, :3], wanted[0])        # one robot
+    assert alone.shape == (2,) and torch.allclose(planned[-1]['z_ctx'][0], planned[0]['z_ctx'][0], atol=1e-5)
+
+
+def test_the_closed_loop_with_a_state_and_without(sensing, tmp_path, capsys):
+    report = evaluated(sensing, tmp_path, episodes=3, budget=4, shift='light')
+    methods = report['methods']
+    assert [*methods][:4] == ['model', 'model, no state', 'model, light', 'random weights']
+    assert [methods[k]['state'] for k in [*methods][:4]] == [True, False, True, True]
+    assert methods['model']['distance_end'] != methods['model, no state']['distance_end']
+    assert 'state observation.state' in capsys.readouterr().out
+    without = evaluated(sensing, tmp_path, episodes=3, budget=4, state_weight=0.0)['methods']
+    assert 'model, no state' not in without and not without['model']['state']
+    assert without['model']['distance_end'] == methods['model, no state']['distance_end']
+
+
+def test_states_of_pictures(sensing, trained, tmp_path):
+    now, goal = pictures(tmp_path)
+    given = f'--ckpt={sensing}/ckpt.safetensors', f'--start={now}', f'--goal={goal}', f'--out_dir={tmp_path}/o', *QUICK, '--samples=40'
+
+    def planned(*options):
+        script('plan.py', *given, *options)
+        return np.load(tmp_path / 'o/plan.npy')
+    both = planned('--start_state=0.2,0.5', '--goal_state=0.5,0.5')
+    assert np.array_equal(both, planned('--start_state=y=0.5,x=0.2', '--goal_state=y=.5, x=5e-1'))
+    assert not np.array_equal(both, planned()) and both.shape == (4, 2)
+    assert not np.array_equal(both, planned('--start_state=0.2,0.5', '--goal_state=y=0.1'))
+    for options, words in ((['--goal_state=.5,.5'], '--goal_state: wants --start_state as well'),
+                           (['--start_state=.5'], '--start_state=.5: wants 2 numbers (x, y), or some'),
+                           (['--goal_state=1,2,3'], '--goal_state=1,2,3: '),
+                           (['--start_state=z=1'], '--start_state=z=1: wants 2 numbers'),
+                           (['--start_state=here,there'], 'wants 2 numbers'), (['--start_state=x=inf'], 'wants 2 numbers'),
+                           (['--state_weight=-1'], '--state_weight: wants'),
+                           ([f'--ckpt={trained}/ckpt.safetensors', '--goal_state=1,2'], 'was trained without --state')):
+        assert words in ends('plan.py', *given, *options)
+    assert 'come without a state' in ends('plan.py', f'--watch={tmp_path}', f'--goal={goal}', '--goal_state=1,2')
 
 
 # --------------------------------------------------------------------------------------------------

@@ -387,7 +387,7 @@ def levels(d, i):
 @pytest.mark.parametrize('steps', [40, 0])
 def test_recorded_actions_stand_at_the_frame_before_them(sums, steps, policy):
     d = record(sums / 'd', policy=policy, episodes=3, steps=steps)
-    actions, states = rows(d), rows(d, 'observation.state')
+    actions, states = rows(d), rows(d, data.ENVIRONMENT)
     assert (d.fps, d.action_dim, states[0].shape[1], len(actions)) == (5, 2, 5, 3)
     assert d.camera == 'observation.images.render' and d.episodes[0].tasks == ['sumworld/Sum-v0']
     for i, (a, s) in enumerate(zip(actions, states)):
@@ -416,7 +416,11 @@ def test_frames_between_those_that_are_drawn_repeat(sums):
 def test_what_becomes_the_state(sums):
     for name, width in (('Vector', 2), ('Pixels', 0), ('Sum', 5)):
         d = record(sums / name, f'sumworld/{name}-v0', fps=12.5)
-        assert d.features.get('observation.state', {'shape': [0]})['shape'] == [width] and d.fps == 12.5
+        assert d.features.get(data.ENVIRONMENT, {'shape': [0]})['shape'] == [width] and d.fps == 12.5
+        # what of it the robot senses is known where it has lerobot's name
+        assert d.features.get('observation.state', {'shape': [0]})['shape'] == [2 * (name == 'Sum')]
+        if name == 'Sum':
+            assert np.array_equal(rows(d, 'observation.state')[1], rows(d, data.ENVIRONMENT)[1][:, 3:])
         assert [len(a) for a in rows(d)] == [7 if name == 'Pixels' else 10] * 2  # its own limit of time
     assert record(sums / 'bare', 'sumworld:Bare-v0').episodes[0].tasks == ['sumworld:Bare-v0']
 
@@ -520,7 +524,9 @@ def test_a_row_is_a_state_and_what_is_done_in_it(sums, env, width, fps):
     d, again, noise, random = (
         record(sums / copy, env, policy, 2, 30, 1, frame_height=48, frame_width=64)
         for copy, policy in (('a', 'script'), ('b', 'script'), ('n', 'noise'), ('r', 'random')))
-    actions, states = rows(d)[1], rows(d, 'observation.state')[1]
+    actions, states = rows(d)[1], rows(d, data.ENVIRONMENT)[1]
+    sensed = rows(d, 'observation.state')[1]
+    assert sensed.shape == (30, len(sim.sensors())) and np.ptp(sensed, axis=0).min() > 0
     assert (d.fps, d.action_dim) == (fps, width) and states.shape == (30, len(sim.state()))
     assert np.array_equal(actions, rows(again)[1]) and torch.equal(d.frames(1, [29]), again.frames(1, [29]))
     for a in (actions, rows(noise)[1], rows(random)[1]):
@@ -529,6 +535,7 @@ def test_a_row_is_a_state_and_what_is_done_in_it(sums, env, width, fps):
     assert not np.array_equal(actions, rows(noise)[1]) and d.frames(0, [0]).shape == (1, 3, 48, 64)
     for t in (0, 12, 28):       # a row is where its picture was taken; its action leads to the next row
         sim.restore(np.float64(states[t]))
+        assert np.allclose(sim.sensors(), sensed[t], atol=1e-4)
         x = torch.from_numpy(sim.frame()).permute(2, 0, 1)
         assert (x.float() - d.frames(1, [t])[0].float()).mean(dim=0).abs().mean() < 3     # colours are coarser
         sim.step(actions[t])
@@ -544,7 +551,9 @@ def test_pusht_has_its_actions_in_two_ways(sums, policy):
     robot(PUSHT)
     d = record(sums / 'd', PUSHT, policy, 3, 60, frame_height=96)
     assert d.action_keys == ['action'] and d.episodes[0].tasks == ['gym_pusht/PushT-v0']
-    target, motion, state = (np.concatenate(rows(d, k)) for k in ('action', 'action.relative', 'observation.state'))
+    target, motion, state, sensed = (
+        np.concatenate(rows(d, k)) for k in ('action', 'action.relative', data.ENVIRONMENT, 'observation.state'))
+    assert np.array_equal(sensed, state[:, :2]), 'the agent, nothing of the block'
     assert target.shape == motion.shape == (180, 2) and state.shape == (180, 12)
     assert np.allclose(target - state[:, :2], motion, atol=1e-3) and 0 <= target.min() and target.max() <= 512
     if policy == 'script':      # short motions, which push the block now and then

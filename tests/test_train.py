@@ -86,11 +86,11 @@ def test_channels_are_the_leading_principal_components(demo, tmp_path, capsys):
     assert '--channels=999: pixels has' in ends('train.py', *demo, *SMALL, '--channels=999', f'--out_dir={tmp_path}/o')
 
 
-@pytest.mark.parametrize('cache', [True, False])
-def test_resume_is_bitwise(demo, tmp_path, monkeypatch, cache):
+@pytest.mark.parametrize('cache, state', [(True, ''), (False, ''), (True, 'observation.state')])
+def test_resume_is_bitwise(demo, tmp_path, monkeypatch, cache, state):
     """Six steps at once, or three, the file, and three more: the same file, bit for bit, and the same log."""
     options = (*demo, *SMALL, '--max_steps=6', '--save_interval=3', '--log_interval=1', '--eval_interval=3',
-               '--bootstrap_start=0.2', f'--cache={cache}', '--workers=1')
+               '--bootstrap_start=0.2', f'--cache={cache}', '--workers=1', f'--state={state}')
     whole, half = tmp_path / 'whole', tmp_path / 'half'
     save = model.save
 
@@ -261,6 +261,8 @@ def test_the_loss_falls(demo, tmp_path):
     ['--ramp=False', '--space=v', '--bootstrap_start=0.0'], ['--wide_layers=2', '--micro_batch=1'],
     ['--frames=8', '--grow=1.0', '--decay=0.3'], ['--long_frames=8', '--long_share=0.5', '--remat=True'],
     ['--self_forcing=1.0', '--frames=5'], ['--self_forcing=1.0', '--objective=direct', '--decay=0.0'],
+    ['--state=observation.state', '--self_forcing=1.0', '--frames=5', '--wide_layers=1', '--bootstrap_start=0.0'],
+    ['--state=observation.state.y', '--objective=direct', '--remat=True', '--micro_batch=3'],
     ['--ema=0.0', '--weight_decay=0.1', '--soft_cap=5.0', '--size=tiny', '--eval_context=3', '--val_share=0.5']])
 def test_every_option_works_off_its_default(demo, tmp_path, options):
     script('train.py', *demo, *SMALL, '--max_steps=3', f'--out_dir={tmp_path / "o"}', *options)
@@ -522,6 +524,24 @@ def test_what_the_optimizer_is_given(demo, tmp_path):
     assert decay['z_in.bias'] == decay['registers'] == decay['tau_embed.weight'] == 0.0
 
 
+def test_the_state_is_learned_and_told(demo, tmp_path):
+    """Where the tip will be, from where it was and what was done; the same weights without a state begin another run."""
+    given = *demo, *SMALL, '--objective=direct', '--state=observation.state', '--batch_size=16'
+    script('train.py', *given, '--max_steps=150', '--learning_rate=0.01', '--eval_interval=150', f'--out_dir={tmp_path}/o')
+    val = entries(tmp_path / 'o')[1][-1]['val']
+    errors = val['labelled']
+    assert {'state model', 'state repeat'} <= errors.keys() and not {'state model', 'state repeat'} & val['unlabelled'].keys()
+    assert errors['state model']['1'] < 0.5 * errors['state repeat']['1'] and errors['state repeat']['20'] > 0.5
+    net, config = model.load(tmp_path / 'o/ckpt.safetensors')
+    assert net.config['state_dim'] == 2 and config['state_names'] == 'x,y'
+    assert {'s_mean', 's_std', 's_change', 's_width', 'z_pair'} <= net.stats.keys()
+    script('train.py', *demo, *SMALL[4:], f'--init={tmp_path}/o/ckpt.safetensors', '--max_steps=1', f'--out_dir={tmp_path}/p')
+    assert model.load(tmp_path / 'p/ckpt.safetensors')[0].config['state_dim'] == 0
+    script('train.py', *demo, *SMALL[4:], f'--init={tmp_path}/p/ckpt.safetensors', '--state=observation.state.x',
+           '--max_steps=1', f'--out_dir={tmp_path}/q')
+    assert model.load(tmp_path / 'q/ckpt.safetensors')[0].config['state_dim'] == 1
+
+
 def test_padded_frames_do_not_count_in_an_evaluation(demo, tmp_path):
     horizon_errors = script('train.py', *demo, *SMALL, '--max_steps=1', f'--out_dir={tmp_path / "o"}')['horizon_errors']
     z, z_mask = torch.randn(3, 22, 4, 2), torch.ones(3, 22, dtype=bool)
@@ -632,6 +652,9 @@ def test_a_mistake_is_one_line_and_nothing_is_written(demo, tmp_path):
             ([demo[1].replace('--unlabelled', '--labelled')], 'has no actions'),
             (['--labelled=', '--unlabelled='], 'both empty'),
             (['--camera=wrist'], "has no camera 'wrist', only observation.images.top"),
+            (['--state=torque'], '--state=torque: no labelled dataset has it, only action, '),
+            (['--state=observation.environment_state'], 'what a simulator knows, not what a robot senses'),
+            (['--state=observation.state', '--channels=1'], '--state=observation.state: 2 numbers, a token holds 1'),
             (['--action=torque'], "has no numeric 'torque' to be an action, only action"),
             (['--encoder=dinov2_vits15'], 'did you mean dinov2_vits14?'),
             (['--encoder=dinov2_vits14', f'--encoder_path={tmp_path / "none.pth"}'], 'none.pth: no such file'),
