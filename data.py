@@ -110,27 +110,47 @@ def check(name, value):
         sys.exit(f'--{name}: wants one of {", ".join(filter(None, CHOICES[name]))}, got {value!r}')
 
 
+def options(argv, config):
+    """[(name, text)] of a command line, --name=value or --name value, for the constants in config; a
+    bool may stand alone, which is True."""
+    out = []
+    rest = list(argv)
+    while rest:
+        arg = rest.pop(0)
+        name, equals, text = arg.removeprefix('--').partition('=')
+        if '\n' in arg:
+            sys.exit(f'{arg!r}: wants one line')
+        if not arg.startswith('--'):
+            after = f', after --{out[-1][0]}, which has its value' if out else ''
+            sys.exit(f'{arg}: write options as --name=value or --name value{after}')
+        if name not in config:
+            close = [f', did you mean --{k}?' for k in difflib.get_close_matches(name, config, 1)]
+            sys.exit(f'--{name}: no such option' + ''.join(close))
+        if not equals:
+            alone = type(config[name]) is bool and rest[:1] not in (['True'], ['False'])
+            if not alone and (not rest or rest[0].startswith('--')):
+                sys.exit(f'--{name}: wants a value, write options as --name=value or --name value')
+            text = 'True' if alone else rest.pop(0)
+        out.append((name, text))
+    return out
+
+
 def override(g, argv, presets={}):
-    """Set a script's constants, all bool, int, float and str in its globals() g, by argv, a list of
-    --name=value, after those of the preset that it names, {preset: {name: value}}. Returns them
-    all, {name: value}, to print and to save. What cannot be set, or is out of LIMITS or CHOICES,
-    ends the script with one line."""
+    """Set a script's constants, all bool, int, float and str in its globals() g, by argv, see
+    options, after those of the preset that it names, {preset: {name: value}}. Returns them all,
+    {name: value}, to print and to save. What cannot be set, or is out of LIMITS or CHOICES, ends
+    the script with one line."""
     config = {k: v for k, v in g.items() if k[0] != '_' and type(v) in (bool, int, float, str)}
     if '-h' in argv or '--help' in argv:
         print(g['__doc__'], *(f'  --{k}={v}' for k, v in config.items()), sep='\n')
         sys.exit()
-    for arg in argv:
-        preset = presets.get(arg.removeprefix('--preset='), {})
-        argv = [f'--{name}={value}' for name, value in preset.items()] + argv
-    for arg in argv:
-        name, equals, text = arg.removeprefix('--').partition('=')
-        if '\n' in arg:
-            sys.exit(f'{arg!r}: wants one line')
-        if not arg.startswith('--') or not equals:
-            sys.exit(f'{arg}: write options as --name=value')
-        if name not in config:
-            close = [f', did you mean --{k}?' for k in difflib.get_close_matches(name, config, 1)]
-            sys.exit(f'--{name}: no such option' + ''.join(close))
+    pairs = options(argv, config)
+    for name, text in list(pairs):
+        if name == 'preset':
+            pairs = [(k, str(v)) for k, v in presets.get(text, {}).items()] + pairs
+    for name, text in pairs:
+        if '\n' in text:
+            sys.exit(f'--{name}: wants one line, got {text!r}')
         kind = type(config[name])
         try:
             value = {'True': True, 'False': False}[text] if kind is bool else kind(text)
@@ -147,7 +167,7 @@ def override(g, argv, presets={}):
 
 def given(argv):
     """The names of the options that stand on a command line, whatever their values."""
-    return {arg.removeprefix('--').partition('=')[0] for arg in argv}
+    return {arg[2:].partition('=')[0] for arg in argv if arg.startswith('--')}
 
 
 def pick_device(name, index=0):
@@ -1884,16 +1904,10 @@ class Clips:
         if not self.tokens:
             clip = ds.clip(e, start, T, self.frameskip, self.size, True, camera)
         else:
-            latents = self.tokens[s, e, camera]
-            if isinstance(latents, Bad):
-                raise latents
             clip = ds.clip(e, start, T, self.frameskip, pixels=False)
             real = int(clip['z_mask'].sum())
-            rows = latents[start + np.minimum(np.arange(T), real - 1) * self.frameskip]
-            z = rows['z']                                                   # (T, N, D)
-            if 'scale' in rows.dtype.names:
-                z = z * rows['scale'][:, None]
-            clip['z'] = torch.from_numpy(z)
+            numbers = start + np.minimum(np.arange(T), real - 1) * self.frameskip
+            clip['z'] = torch.from_numpy(self.latents(s, e, camera, numbers))       # (T, N, D)
         a = torch.zeros(T, self.A)
         if s in self.kinds['labelled']:
             mean = torch.from_numpy(ds.stats['mean']).repeat(self.frameskip)
@@ -1912,6 +1926,16 @@ class Clips:
                 clip['s'][:, :len(mean)] = torch.where(std > 1e-6, now / std, 0 * now)
         del clip['task']
         return clip
+
+    def latents(self, s, e, camera, numbers):
+        """Cached latents (n, N, D) of some frames."""
+        latents = self.tokens[s, e, camera]
+        if isinstance(latents, Bad):
+            raise latents
+        rows = latents[numbers]
+        if 'scale' in rows.dtype.names:
+            return rows['z'] * rows['scale'][:, None]
+        return rows['z']
 
     def __getitem__(self, step):
         self.prefetch(step)
@@ -1984,9 +2008,12 @@ class Clips:
             sys.exit(batch['end'])
 
     def sample(self, n, m):
-        """uint8 (about n m, 3, H, W): m frames of each of n training episodes."""
+        """uint8 (about n m, 3, H, W): m frames of each of n training episodes; with `tokens` their
+        latents (about n m, N, D), float32."""
         def frames(s, e, _, camera):
             numbers = np.linspace(0, self.sets[s].episodes[e].length - 1, m).astype(int)
+            if self.tokens:
+                return torch.from_numpy(self.latents(s, e, camera, numbers)).float()
             return self.sets[s].frames(e, numbers, self.size, camera)
 
         out = self.readable(frames, range(len(self.sets)), self.train, n, sys.maxsize)

@@ -4,12 +4,13 @@ controller of robots, simulators, recording, the closed loop.
 
     python plan.py                                          # closed loop in the demo world
     python plan.py --env=tests/simulators.py:PushT --ckpt=pusht/ckpt.safetensors    # in another
+    python plan.py --goal=out/goal.png                      # one episode, towards a picture
     python plan.py --start=now.png --goal=goal.png          # one plan between two pictures
     python plan.py --watch=frames/ --goal=goal.png          # a new picture in, a line out
     python plan.py --record=gym_pusht/PushT-v0 --policy=noise --out=pusht   # a dataset
 
-Leaves plan.json and plan.mp4 (closed loop), or plan.npy and plan.mp4 (pictures), in the folder of
-the checkpoint. Letters: E episodes at once, M candidates, H model steps, A action width, Tc frames
+Leaves plan.json, plan.mp4 and goal.png, the first episode's (closed loop), or plan.npy and plan.mp4
+(pictures), in the folder of the checkpoint. Letters: E episodes at once, M candidates, H model steps, A action width, Tc frames
 of context, N tokens, D channels.
 """
 import copy
@@ -1103,7 +1104,7 @@ def check_robot(o, planner, sim):
         sys.exit(f'--env={o.env}: has no {planner.key}, the actions that {o.ckpt} was trained with')
     if o.env == 'demo' and (planner.a_high - data.DEMO_STEP).abs().max() > 0.1 * data.DEMO_STEP:
         sys.exit(f'{o.ckpt}: was trained on another robot, not on the demo world: give --env, or '
-                 '--start and --goal')
+                 '--goal with --start (one plan) or --watch (a folder of pictures)')
 
 
 def check_loop(o):
@@ -1160,6 +1161,7 @@ def evaluate(o):
                                    state=state, iterations=np.mean(who.iterations).item())
         if name == 'model':
             video = film(shown, goals, reached)
+            asked_goal = goals[0]
         if name.startswith('model, '):
             methods[name]['drop'] = methods['model']['success_end'] - row['success_end']
         tell(name, methods[name], sim.unit, len(worlds))
@@ -1173,9 +1175,48 @@ def evaluate(o):
     print(json.dumps(report))
     with data.writing(folder), open(f'{folder}/plan.json', 'w') as f:
         json.dump(report, f, indent=1)
+    data.write_image(f'{folder}/goal.png', torch.from_numpy(asked_goal).permute(2, 0, 1))
     data.write_video(f'{folder}/plan.mp4', video, min(sim.fps, 10))
-    print(f'wrote {folder}/plan.json and {folder}/plan.mp4')
+    print(f'wrote {folder}/plan.json, {folder}/plan.mp4 and {folder}/goal.png')
     return report
+
+
+def play_towards(o):
+    """One episode towards the picture of --goal, from where the first episode of the closed loop
+    with the same options begins: plan.mp4."""
+    o.episodes = 1
+    check_loop(o)
+    goal = picture(o.goal)
+    planner = Planner(o.ckpt, vars(o))
+    sims = robots(o, planner)
+    check_robot(o, planner, sims[0])
+    wanted = read_state(o, 'goal_state', planner)
+    if o.start_state:
+        sys.exit('--start_state: comes with --start; a simulator says what its robot senses')
+    rng = np.random.default_rng(o.seed + 1_000_000)               # of no dataset
+    asked = question(sims[0], 0, rng, o.goals, o.goal_steps, planner.past)
+    frame = sims[0].frame()
+    if aspects_differ(frame.shape, goal.shape):
+        sys.exit(f'--goal={o.goal}: is {goal.shape[1]} x {goal.shape[0]} pixels, --env={o.env} '
+                 f'{frame.shape[1]} x {frame.shape[0]}: wants the same aspect')
+    folder = own_folder(o)
+
+    known = np.isfinite(wanted).any()
+
+    def towards(frames, _, past, *senses):
+        if known:
+            return planner.act(frames, goal[None], past, senses[0], wanted[None])
+        return planner.act(frames, goal[None], past)
+
+    poses, _, shown, _ = play(towards, sims, [asked], o.budget, True, True)
+    goal = scaled(goal, frame.shape[:2])
+    z = planner.latents(np.stack((shown[0][0], shown[-1][0], goal)))
+    before, after = distance(z[:2], z[2:], channel_weights(planner.model)).tolist()
+    print(f'{o.budget} steps in {o.env}: latent distance to the goal {before:.4f} before, '
+          f'{after:.4f} after')
+    never = np.zeros((len(poses), 1), bool)         # nobody knows the goal's pose
+    data.write_video(f'{folder}/plan.mp4', film(shown, goal[None], never), min(sims[0].fps, 10))
+    print(f'wrote {folder}/plan.mp4')
 
 
 def picture(path):
@@ -1308,9 +1349,11 @@ def watch_folder(o):
 
 if __name__ == '__main__':
     o = types.SimpleNamespace(**config)
-    if bool(record) + bool(start) + bool(watch) > 1 or bool(start or watch) != bool(goal):
-        sys.exit('--goal comes with --start (one plan for two pictures) or with --watch (a folder '
-                 'of pictures), and --record with neither')
+    if bool(record) + bool(start) + bool(watch) > 1 or bool(start or watch) > bool(goal):
+        sys.exit('--goal comes alone (an episode in --env), with --start (one plan for two '
+                 'pictures) or with --watch (a folder of pictures), and --record with none of them')
+    if record and goal:
+        sys.exit('--record: comes without --goal')
     if record:
         record_dataset(o)
     elif start:
@@ -1322,5 +1365,7 @@ if __name__ == '__main__':
             sys.exit(f'--watch={watch}: {error}')
         except KeyboardInterrupt:
             sys.exit()
+    elif goal:
+        play_towards(o)
     else:
         evaluate(o)

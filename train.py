@@ -330,10 +330,11 @@ def normalised(batch, T=None):
 
 def measure(x):
     """What a checkpoint keeps beside the weights: the statistics of latents, from uint8 frames x,
-    and the encoder's own tensors."""
+    or from their raw latents where there is a cache, and the encoder's own tensors."""
     if encode.fit:
         encode.fit(x.to(device).float() / 255)
-    z = encode_frames(encode, x, autocast).flatten(0, -2)          # (frames x N, width)
+    z = x.to(device) if clips.tokens else encode_frames(encode, x, autocast)
+    z = z.flatten(0, -2)            # (frames x N, width)
     N = math.prod(encode.grid)
     stats = dict(z_mean=z.mean(dim=0))
     if channels:
@@ -354,18 +355,7 @@ def measure(x):
     return stats | {f'encoder.{name}': v for name, v in encode.stored().items()}
 
 
-if saved:       # its weights know latents of its statistics; those of actions are the data's
-    stats = saved.stats
-else:
-    say('measuring the latents')
-    stats = measure(clips.sample(64, 16))
-if not resume:
-    stats |= {f'a_{name}': v for name, v in clips.action_stats().items()}
-    if clips.S:
-        stats |= {f's_{name}': v for name, v in clips.state_stats().items()}
-if compile and not encode.fit:      # what is fitted is too small to gain
-    encode.compile()
-if cache:
+def encode_all():
     folder = cache_dir
     part = rank, world
     if world > 1 and not folder:        # memory that the processes of a machine share
@@ -376,6 +366,23 @@ if cache:
     if folder != cache_dir:
         dist.barrier()      # all have mapped the files, which stay until nobody has
         shutil.rmtree(folder, ignore_errors=True)
+
+
+if compile and not encode.fit:      # what is fitted is too small to gain
+    encode.compile()
+if cache and not encode.fit:        # no frame is encoded twice
+    encode_all()
+if saved:       # its weights know latents of its statistics; those of actions are the data's
+    stats = saved.stats
+else:
+    say('measuring the latents')
+    stats = measure(clips.sample(64, 16))
+if not resume:
+    stats |= {f'a_{name}': v for name, v in clips.action_stats().items()}
+    if clips.S:
+        stats |= {f's_{name}': v for name, v in clips.state_stats().items()}
+if cache and encode.fit:
+    encode_all()
 held_out = clips.held_out(eval_context + 20, eval_clips)
 if 'labelled' in held_out and len(held_out['labelled']['a']) < 2:
     say("evaluation: one held-out clip has actions: without 'shuffled', those of another clip")

@@ -164,9 +164,37 @@ def test_override_sets(arg, name, value):
     assert not {'torch', 'key', '_hidden', '__doc__', '__name__'} & set(config)
 
 
+@pytest.mark.parametrize('argv, want', [
+    (['--batch_size', '32', '--out_dir', 'a b'], dict(batch_size=32, out_dir='a b')),
+    (['--compile', '--keep', '0.5'], dict(compile=True, keep=.5)), (['--keep', '.5', '--compile'], dict(compile=True, keep=.5)),
+    (['--compile', 'False', '--batch_size=3'], dict(compile=False, batch_size=3)), (['--compile', 'True'], dict(compile=True)),
+    (['--out_dir', '', '--store=int8'], dict(out_dir='', store='int8')), (['--out_dir=', '--compile'], dict(out_dir='')),
+    (['--level', '-1', '--shift', '-2.5'], dict(level=-1, shift=-2.5)), (['--out_dir', 'a=b'], dict(out_dir='a=b')),
+    (['--preset', 'robot', '--batch_size', '4'], dict(preset='robot', batch_size=4, max_iters=77, out_dir='-x')),
+    (['--batch_size', '4', '--preset=robot'], dict(preset='robot', batch_size=4, max_iters=77)),
+    (['--batch_size', '4', '--batch_size=5'], dict(batch_size=5))])
+def test_a_value_may_follow_its_option(argv, want):
+    g = constants() | dict(compile=False, level=0, shift=0.0, preset='')
+    data.override(g, argv, {'robot': dict(batch_size=9, max_iters=77, out_dir='-x')})
+    assert all(g[name] == value and type(g[name]) is type(value) for name, value in want.items())
+    assert data.given(argv) == {a[2:].partition('=')[0] for a in argv if a.startswith('--')}
+
+
+@pytest.mark.parametrize('argv, words', [
+    (['--batch_size', '3', '4'], '4: write options as --name=value or --name value, after --batch_size, which has its value'),
+    (['--compile', 'maybe'], 'maybe: write options'), (['--compile', 'True', 'False'], 'False: write options'),
+    (['--batch_size', '--compile'], '--batch_size: wants a value'), (['--compile', '--out_dir'], '--out_dir: wants a value'),
+    (['--batch_size=3', '4'], '4: write options'), (['--batch_sise', '3'], 'did you mean --batch_size?'),
+    (['--batch_size', 'many'], "--batch_size: wants int, got 'many'"), (['--out_dir', 'a\nb'], 'wants one line'),
+    (['--batch_size', '-3'], '--batch_size: wants 1 or more, got -3'), (['-batch_size', '3'], '-batch_size: write options')])
+def test_a_value_too_few_or_too_many(argv, words):
+    says(lambda: data.override(constants(), argv), words)
+
+
 @pytest.mark.parametrize('arg, words', [
     ('--batch_sise=32', 'did you mean --batch_size?'), ('--compile=false', 'wants True or False'),
-    ('--max_iters=1e6', "wants int, got '1e6'"), ('--batch_size', 'write options as --name=value'), ('32', '32: write'),
+    ('--max_iters=1e6', "wants int, got '1e6'"), ('32', '32: write'),
+    ('--batch_size', '--batch_size: wants a value, write options as --name=value'),
     ('config.py', 'write options'), ('--key=zzz', 'no such option'), ('--__name__=x', 'no such option'),
     ('--_hidden=2', 'no such option'), ('--torch=1', 'no such option'), ('--learning_rate=fast', 'wants float'),
     ('--batch_size=0', '--batch_size: wants 1 or more, got 0'), ('--keep=2', '--keep: wants 0 to 1, got 2.0'),
@@ -202,7 +230,7 @@ def test_override_help(capsys):
 
 
 def test_what_was_given():
-    assert data.given(['--a=1', '--b=', '--b=a=b', 'odd']) == {'a', 'b', 'odd'}
+    assert data.given(['--a=1', '--b=', '--b=a=b', '--c', 'odd', '--d']) == {'a', 'b', 'c', 'd'}
 
 
 # what is written ------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -725,6 +726,34 @@ def test_questions():
         assert np.array_equal(sim.state(), q.goal)
 
 
+def test_an_episode_towards_a_picture(trained, tmp_path, monkeypatch, capsys):
+    """From where the first episode of the evaluation begins, whose goal it left; as its user types it, in another folder."""
+    given = f'--ckpt={trained}/ckpt.safetensors', f'--out_dir={tmp_path}/o', *QUICK
+    script('plan.py', *given, '--episodes', '2', '--budget', '4')
+    first = json.loads((tmp_path / 'o/plan.json').read_text())
+    (tmp_path / 'o/plan.mp4').unlink()
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    seen = []
+    act = plan.Planner.act
+    monkeypatch.setattr(data, 'write_video', lambda path, x, fps: seen.append(x))
+    script('plan.py', '--ckpt', f'{trained}/ckpt.safetensors', '--out_dir', 'o', '--goal', 'o/goal.png', *QUICK,
+           '--budget', '4', '--warm', 'False', '--warm_std', '0.5')
+    said = capsys.readouterr().out
+    assert re.search(r'4 steps in demo: latent distance to the goal \d\.\d{4} before, \d\.\d{4} after\nwrote o/plan.mp4\n$', said)
+    sims, questions = asked(1, seed=1_000_000)
+    sims[0].restore(questions[0].states[-1])
+    video, = seen
+    side = (video.shape[3] - 6) // 2
+    shown = [data.enlarge(torch.from_numpy(sims[0].frame()).permute(2, 0, 1)[None], 96)[0]]
+    sims[0].restore(questions[0].goal)
+    shown.append(data.enlarge(torch.from_numpy(sims[0].frame()).permute(2, 0, 1)[None], 96)[0])
+    for i, want in enumerate(shown):
+        got = video[0, :, 3:3 + side, 3 + i * side:3 + (i + 1) * side]
+        assert (got.float() - want.float()).abs().mean() < 1
+    assert len(video) == 5 + 5 and first['episodes'] == 2
+
+
 def test_what_a_policy_sees():
     """At first the pictures and actions of the past, then one picture at a time, of the world that it acts in."""
     sims, questions = asked(3)
@@ -1010,7 +1039,10 @@ def test_a_plan_between_two_pictures(trained, tmp_path, capsys, method):
 @pytest.mark.parametrize('given, words', [
     (['--ckpt=nowhere.safetensors'], 'nowhere.safetensors: not a readable checkpoint'),
     (['--ckpt={tmp}/cut.safetensors'], 'cut.safetensors: not a readable checkpoint'),
-    (['--start={now}'], '--goal'), (['--goal={goal}'], '--start'), (['--watch={tmp}'], '--goal'),
+    (['--start={now}'], '--goal'), (['--watch={tmp}'], '--goal'),
+    (['--goal={tmp}/none.png'], 'none.png: not a readable picture'), (['--goal={goal}', '--start_state=1'], '--start_state'),
+    (['--goal={tmp}/wide.png'], 'wide.png: is 80 x 40 pixels, --env=demo 64 x 64: wants the same aspect'),
+    (['--goal={goal}', '--env={tmp}/none.py:Robot'], 'no such file, or nothing of that name in it'),
     (['--start={now}', '--goal={goal}', '--watch={tmp}'], '--watch'),
     (['--start={now}', '--goal={goal}', '--record=demo'], '--record'),
     (['--watch={tmp}/nowhere', '--goal={goal}'], '--watch={tmp}/nowhere: no such folder'),
@@ -1032,7 +1064,7 @@ def test_a_plan_between_two_pictures(trained, tmp_path, capsys, method):
     (['--env={tmp}/none.py:Robot'], '{tmp}/none.py:Robot: no such file, or nothing of that name in it'),
     (['--goal_steps=2'], '--goal_steps=2'), (['--elites=7'], '--elites=7: wants at most samples=6'),
     (['--replan=3'], '--replan=3: a plan has only horizon=2'),
-    (['--horizn=3'], 'did you mean --horizon?'), (['--horizon', '3'], 'write options as --name=value'),
+    (['--horizn=3'], 'did you mean --horizon?'), (['--horizon', '3', '4'], '4: write options as'),
     *(([f'--{name}={value}'], f'--{name}: wants') for name, value in (
         ('horizon', 0), ('samples', 0), ('iterations', 0), ('replan', 0), ('seeds', 0), ('seed', -1), ('init_std', 0),
         ('warm_std', -1), ('min_std', -1), ('keep', 2), ('beta', -1), ('temperature', 0), ('chunk', -1),

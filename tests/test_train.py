@@ -688,6 +688,16 @@ def test_real_robot_video(shared, tmp_path):
     assert entries(tmp_path / 'o')[1][-1]['val']['labelled']['model']['5'] > 0
 
 
+def test_frames_with_latents_on_disk_are_not_encoded_again(shared, tmp_path, monkeypatch):
+    given = (f'--labelled={shared}/data/w2cam_h264_v30', '--encoder=dinov2_vits14', '--frame_height=28', '--channels=8',
+             f'--encoder_path={shared}/weights/dinov2_vits14.safetensors', f'--cache_dir={tmp_path}/latents', *SMALL,
+             '--max_steps=1')
+    first = script('train.py', *given, f'--out_dir={tmp_path}/a')['stats']
+    monkeypatch.setattr(model.Encoder, 'forward', None)
+    again = script('train.py', *given, f'--out_dir={tmp_path}/b')['stats']
+    assert first.keys() == again.keys() and all(torch.equal(first[k], again[k]) for k in first)
+
+
 def test_other_rates_cameras_and_motions(tmp_path):
     """A robot with odd cameras, 26 actions of which a pose makes motions, and 30 frames a second of which 10 count."""
     rng = np.random.default_rng(0)
