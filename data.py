@@ -102,7 +102,7 @@ CHOICES = {
 
 def check(name, value):
     """End the script with one line unless an option's value is within LIMITS or one of CHOICES."""
-    least, most = LIMITS.get(name, (value, value))
+    least, most = LIMITS.get(name, (-MANY, MANY))       # of scripts elsewhere
     if type(value) in (int, float) and not least <= value <= most:      # nor nan
         bounds = f'{least} or more' if value < least else f'{least} to {most}'
         sys.exit(f'--{name}: wants {bounds}, got {value}')
@@ -774,7 +774,7 @@ def inside(root, template, **values):
         path = os.path.normpath(os.path.join(root, path))
         if os.path.commonpath([path, root]) != root:
             raise ValueError(f'refused: {path} is not in the dataset')
-        if '\0' in path or re.search('[{}]', FIELD.sub('', template)):
+        if b'\0' in os.fsencode(path) or re.search('[{}]', FIELD.sub('', template)):
             raise ValueError('no path')
     except (LookupError, TypeError, ValueError) as error:
         raise Bad(f'cannot make a path from {template!r} and {values} ({error!r})', root) from None
@@ -995,7 +995,7 @@ class LeRobot:
         version = info.get('codebase_version')
         if version not in ('v2.0', 'v2.1', 'v3.0'):
             sys.exit(f'{where}: wants codebase_version v2.0, v2.1 or v3.0 (lerobot converts older '
-                     f'ones), got {version}')
+                     f'ones), got {" ".join(str(version).split())[:80]}')
         self.info = info
         self.v3 = version == 'v3.0'
         self.features = info.get('features')
@@ -1106,7 +1106,7 @@ class LeRobot:
                 place = numbers_of_file(row, 'data')
                 video = {key: numbers_of_file(row, f'videos/{key}') for key in videos}
                 # to_timestamp is off by a frame in some datasets
-                start = {key: row[f'videos/{key}/from_timestamp'] or 0 for key in videos}
+                start = {key: float(row[f'videos/{key}/from_timestamp'] or 0) for key in videos}
             else:
                 chunk = i // (self.info.get('chunks_size') or 1000)
                 place = dict(episode_index=i, episode_chunk=chunk, total_episodes=len(rows),
@@ -2158,6 +2158,9 @@ def cached_latents(sets, encoder, device, autocast, folder='', store='float16', 
                 made[path] = encode_part(path, ds, episodes, frames, encode, kind, bool(folder))
             for path in parts:
                 z, bad = made.get(path) or load_part(path)
+                if z.dtype != kind or len(z) != sum(ds.episodes[e].length for e in parts[path]):
+                    sys.exit(f'{path}: not latents of these frames ({z.dtype} {z.shape}). Remove '
+                             f'{os.path.dirname(path)} to encode them again')
                 for e in parts[path]:
                     length = ds.episodes[e].length
                     latents[s, e, camera] = bad.get(e, z[:length])

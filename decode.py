@@ -52,7 +52,7 @@ device = data.pick_device(device)
 autocast = data.autocast(device, dtype)
 model, trained = load(ckpt, device)
 check_steps(K, model.config['k_max'])
-encode = restore_encoder(trained, model.stats, encoder_path).to(device)
+encode = restore_encoder(trained, model.stats, encoder_path, model.config['grid']).to(device)
 out_dir = out_dir or os.path.dirname(ckpt) or '.'
 kind = 'unlabelled'
 action = 'none'

@@ -287,7 +287,8 @@ def read_tensors(file):
         sys.exit(f'{file}: cannot be read as weights ({one_line(e)})')
     tensors = {k: v for k, v in state.items() if torch.is_tensor(v)}
     if not tensors:
-        sys.exit(f'{file}: no weights in it, but {", ".join(map(str, state))[:160]}')
+        there = ', '.join(map(str, state))
+        sys.exit(f'{file}: no weights in it, but {" ".join(there.split())[:160]}')
     return tensors
 
 
@@ -1324,6 +1325,8 @@ def load(path, device='cpu', ema=True):
     there are any (ema=False: the trained ones), with .stats ({name: tensor}) and .step; config is
     what save was given, and CONFIG_DEFAULTS."""
     try:
+        if os.path.exists(path) and not os.path.isfile(path):       # a pipe would be waited for
+            raise OSError('not a regular file')
         with safetensors.safe_open(path, 'pt', device=str(device)) as f:
             metadata = f.metadata()
             # copies: what is mapped would change with the file
@@ -1403,9 +1406,9 @@ def unstandard(z, stats):
     return z + stats['z_mean']
 
 
-def restore_encoder(config, stats, path=''):
+def restore_encoder(config, stats, path='', grid=None):
     """The encoder that a checkpoint was trained with: config and model.stats are load's; path
-    replaces its file."""
+    replaces its file. grid: the model's, whose latents it must make."""
     path = path or config['encoder_path']
     encoder = load_encoder(config['encoder'], path, config['layer'], config['frame_height'],
                            config['frame_width'], config['pool'])
@@ -1413,6 +1416,9 @@ def restore_encoder(config, stats, path=''):
     if known not in ('', encoder.hash):
         sys.exit(f'--encoder_path={path}: has other weights than those of training: their hash is '
                  f'{encoder.hash}, not {known}')
+    if grid not in (None, [*encoder.grid]):
+        sys.exit(f'the checkpoint has been changed: its model has {grid} tokens in a frame, its '
+                 f'encoder {[*encoder.grid]}')
     stored = take_prefix(dict(stats), 'encoder.')
     if stored.keys() != encoder.stored().keys():
         sys.exit(f'the checkpoint has {[*stored]} of the encoder, {encoder.name} wants '

@@ -376,7 +376,8 @@ class Planner:
         if not self.model.config['action_dim']:
             sys.exit(f'{ckpt}: was trained without actions, there is nothing to search')
         self.make_fast()
-        encoder = restore_encoder(self.trained, self.model.stats, o.encoder_path)
+        encoder = restore_encoder(self.trained, self.model.stats, o.encoder_path,
+                                  self.model.config['grid'])
         self.encoder = encoder.to(self.device)
         self.frame_size = self.encoder.size, self.encoder.width
         self.key = self.trained['action'] or 'action'       # the dataset's column

@@ -136,7 +136,7 @@ fsdp = False                    # shards weights and optimizer (FSDP2) where DDP
 PRESETS = {
     'robot': dict(              # one robot, hours of data, one GPU
         encoder='dinov2_vits14', frame_height=224, pool=2, whiten=1.0, size='small', registers=4,
-        frames=16, context=16, frameskip=0, k_max=64, tau_shift=0.0, batch_size=16,
+        objective='direct', frames=16, context=16, frameskip=0, k_max=64, tau_shift=0.0, batch_size=16,
         learning_rate=1e-3, max_steps=20000, warmup=500, decay=0.3, eval_interval=1000,
         save_interval=1000),
     'thesis': dict(             # Dreamer 4 on DINOv3, nearly all video without actions; many GPUs
@@ -209,6 +209,8 @@ if resume:
         if os.path.exists(log):
             data.a_file(log)
         left = dict(skipped=0, log=math.inf) | torch.load(optim, 'cpu', weights_only=True)
+        left |= {name: int(left[name]) for name in ('step', 'skipped')}
+        left['log'] = max(0.0, float(left['log']))
     except Exception as error:      # missing, cut, or would run code
         sys.exit(f'{optim}: not a readable state of the optimizer ({one_line(error)})')
     if left['step'] != saved.step:
@@ -230,7 +232,7 @@ if init:        # what its weights depend on comes with them
 # the encoder and the model's shape come first: they are checked before anything is written
 if saved:
     config['encoder_path'] = encoder_path or old['encoder_path']
-    encode = restore_encoder(old, saved.stats, encoder_path)
+    encode = restore_encoder(old, saved.stats, encoder_path, saved.config['grid'])
 else:
     encode = load_encoder(encoder, encoder_path, layer, frame_height, frame_width, pool)
 encode.to(device)
@@ -460,14 +462,14 @@ if resume:
         # the groups are made of the options
         optimizer.load_state_dict(optimizer.state_dict() | dict(state=left['optimizer']['state']))
         rms = dict(zip(rms, left['rms'].to(device).view(3)))
-        step = int(left['step'])
-        skipped = int(left['skipped'])
+        step = left['step']
+        skipped = left['skipped']
     except Exception as error:
         sys.exit(f'{optim}: not of this model ({one_line(error)})')
 if rank == 0:
     journal = open(log, 'a', buffering=1)
     if resume:      # what was written after the last save comes again
-        journal.truncate(min(left['log'], journal.tell()))
+        journal.truncate(int(min(left['log'], journal.tell())))
 peak = data.peak_flops(device)
 tokens_per_frame = sum(frame_tokens(shape).values())
 for name, value in config.items():

@@ -663,6 +663,8 @@ def info_is(text):
     (lambda r: os.mkdir(f'{r}/meta_data'), ['v1', 'convert']),
     (lambda r: edit_info(r, codebase_version='v1.6'), ['v1.6', 'convert']),
     (lambda r: edit_info(r, codebase_version='v4.0'), ['v4.0', 'v3.0']),
+    (lambda r: edit_info(r, codebase_version='a\nb' * 99), ['got a ba b']),
+    (lambda r: edit_info(r, data_path='data/\ud800/x'), ['cannot make a path']),
     (lambda r: edit_info(r, features={'action': dict(dtype='float32', shape=[2])}), ['no cameras', 'action']),
     (lambda r: edit_info(r, features=None), ['features']),
     (lambda r: edit_info(r, data_path='../{chunk_index}/x.parquet'), ['refused', '../']),
@@ -1672,6 +1674,9 @@ def test_damaged_latents_are_one_line(mixture, tmp_path):
         path.write_bytes(text)
         says(lambda: cache(small(mixture), folder=tmp_path), str(path.with_suffix('')), 'damaged', 'Remove')
         path.write_bytes(whole)
+    for other in np.zeros(3), np.load(path.with_suffix('.npy'))[:-1]:
+        np.save(path.with_suffix('.npy'), other)
+        says(lambda: cache(small(mixture), folder=tmp_path), str(path.with_suffix('')), 'not latents of these frames', 'Remove')
 
 
 def test_a_cache_that_cannot_be_written(mixture, tmp_path, capsys):      # without that, print fails

@@ -254,6 +254,8 @@ def test_each_mistake_is_one_line(tiny, tmp_path):
     assert ends('tiny2', odd) == f'{odd}: norm.bias is not finite'
     torch.save({'network': state, 'epoch': 3}, tmp_path / 'none.pth')
     assert 'none.pth: no weights in it, but network, epoch' in ends('tiny2', str(tmp_path / 'none.pth'))
+    torch.save({'a\nb': 1}, tmp_path / 'none.pth')
+    assert ends('tiny2', str(tmp_path / 'none.pth')).endswith('none.pth: no weights in it, but a b')
     torch.save({'model': state, 'model_ema': state}, tmp_path / 'two.pth')
     assert 'two.pth: has model and model_ema: save the one' in ends('tiny2', str(tmp_path / 'two.pth'))
     assert ends('tiny3', file).startswith(f'{file}: ')
@@ -1289,6 +1291,9 @@ def test_save_then_load(tmp_path, capsys):
         path.write_bytes(content)
         with pytest.raises(SystemExit, match='not a readable checkpoint'):
             model.load(path)
+    os.mkfifo(tmp_path / 'pipe')
+    with pytest.raises(SystemExit, match='not a readable checkpoint .OSError: not a regular file'):
+        model.load(tmp_path / 'pipe')
     half = {k: v.half() for k, v in net.state_dict().items()}
     texts = dict(config=json.dumps(config), model=json.dumps(net.config), step='3')
     safetensors.torch.save_file(half, path, texts)
@@ -1334,7 +1339,9 @@ def test_another_encoder_than_that_of_training_is_refused(tiny, tmp_path):
     hash = model.restore_encoder(config, {}).hash
     assert re.fullmatch('[0-9a-f]{16}', hash)
     config['encoder_hash'] = hash
-    assert model.restore_encoder(config, {}).hash == hash
+    assert model.restore_encoder(config, {}).hash == hash == model.restore_encoder(config, {}, grid=[2, 2]).hash
+    with pytest.raises(SystemExit, match='has been changed: its model has .3, 2. tokens in a frame, its encoder .2, 2.'):
+        model.restore_encoder(config, {}, grid=[3, 2])
     for path in (other, ''):
         config['encoder_path'] = file if path else other
         with pytest.raises(SystemExit, match=f'--encoder_path={other}: has other weights than those of training'):

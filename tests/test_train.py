@@ -1,3 +1,4 @@
+import io
 import json
 import math
 import os
@@ -161,6 +162,13 @@ def test_a_state_of_the_optimizer_that_is_cut_or_would_run_code(half, tmp_path, 
     for content in (whole[:len(whole) // 2], b'', pickle.dumps(Evil()), pickle.dumps(dict(step=20))):
         (out / 'optim.pt').write_bytes(content)
         assert 'optim.pt: not a readable state of the optimizer' in ends('train.py', *options)
+    for change in dict(step=torch.zeros(2)), dict(step=None), dict(log={}), dict(skipped='x'):
+        torch.save(torch.load(io.BytesIO(whole)) | change, out / 'optim.pt')
+        assert 'optim.pt: not a readable state of the optimizer' in ends('train.py', *options)
+    state = torch.load(io.BytesIO(whole))
+    del state['step']
+    torch.save(state, out / 'optim.pt')
+    assert 'optim.pt: not a readable state of the optimizer' in ends('train.py', *options)
     os.remove(out / 'optim.pt')
     assert 'optim.pt: not a readable' in ends('train.py', *options) and not os.path.exists('evil')
 
