@@ -729,6 +729,12 @@ TOP = 'observation.images.top'
 ROWS, VIDEO = 'data/chunk-000/file-000.parquet', 'videos/observation.images.top/chunk-000/file-000.mp4'
 
 
+def test_a_place_that_is_a_date(copy):
+    path = f'{copy}/meta/episodes/chunk-000/file-000.parquet'
+    set_column(path, f'videos/{TOP}/from_timestamp', [1, 2, 3], 'timestamp[ms]')
+    says(lambda: data.LeRobot(copy), str(copy), 'odd metadata')
+
+
 def test_rows_that_are_missing(copy, capfd):
     edit_table(f'{copy}/{ROWS}', lambda t: t.slice(0, 40))      # 30 of episode 0, 10 of 17 of episode 1, none of 2
     d = data.LeRobot(str(copy))
