@@ -111,8 +111,8 @@ def check(name, value):
 
 
 def options(argv, config):
-    """[(name, text)] of a command line, --name=value or --name value, for the constants in config; a
-    bool may stand alone, which is True."""
+    """[(name, text)] of a command line, --name=value or --name value, for the constants in config;
+    a bool may stand alone, which is True."""
     out = []
     rest = list(argv)
     while rest:
@@ -789,7 +789,7 @@ def inside(root, template, **values):
 
 TEXT = '(large_)?(str|utf|text|binary)|bytes|image|video|audio|lang'  # what is no number
 STATS = 'mean', 'std', 'min', 'max'
-ENVIRONMENT = 'observation.environment_state'   # lerobot's name of what a simulator knows of its world
+ENVIRONMENT = 'observation.environment_state'   # lerobot's name of what a simulator knows
 PROBE = 1 << 12     # bytes of a file that are looked at in two places, to know it again
 QUANTILES = {'q01': .01, 'q10': .1, 'q50': .5, 'q90': .9, 'q99': .99}
 
@@ -904,9 +904,10 @@ class LeRobot:
     `action`, else `actions`, else all `action.*`, else nothing; 'none' ignores actions. fps: the
     nearest frames at this lower rate; 0 is all frames. action_mode, rotation: see rows. state: keys
     or numbers of them, 'observation.state.elbow', comma-separated; a dataset that lacks one has no
-    state. `episode` is a position in `.episodes`. A dataset that cannot be used ends the program with one line, a
-    file of it that cannot be read is a Bad. A folder's files are compared with its metadata: what
-    differs is named, the shorter counts, and .dropped has what is wrong with the episodes left out.
+    state. `episode` is a position in `.episodes`. A dataset that cannot be used ends the program
+    with one line, a file of it that cannot be read is a Bad. A folder's files are compared with its
+    metadata: what differs is named, the shorter counts, and .dropped has what is wrong with the
+    episodes left out.
     """
 
     def __init__(self, root, camera='', action='', fps=0, action_mode='absolute', rotation='euler',
@@ -1807,8 +1808,8 @@ class Clips:
     A batch holds x (B, T, 3, H, W) uint8, or z (B, T, N, D) float16 once `tokens` are set (see
     cached_latents); a (B, T, A) normalised by each dataset's mean and std, padded to the widest;
     a_mask, z_mask (B, T); s (B, T, S), the state, normalised and padded likewise, NaN where it is
-    not known, and in all unlabelled clips; and `faults`, for count_faults. Of any 1/labelled_share consecutive clips
-    exactly one is labelled. All datasets of a kind share clips exactly, by duration or the weights
+    not known, and in all unlabelled clips; and `faults`, for count_faults. Of any 1/labelled_share
+    consecutive clips exactly one is labelled. All datasets of a kind share clips exactly, by duration or the weights
     given; every window of one is seen once before any again. Cameras are drawn by weight. A clip
     that cannot be read is replaced by one of its dataset.
     """

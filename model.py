@@ -839,7 +839,8 @@ class WorldModel(nn.Module):
 
     def forward(self, z, tau, d, a, a_mask, alone=None, cache=None, start=0, commit=False):
         """z (B, T, N, D) noised latents, tau and d (B, T), a (B, T, A), a_mask (B, T) bool -> z_hat
-        (B, T, N, D), with a state as add_state makes it (B, T, N + 1, D). alone (B,) bool: clips whose frames do not see each other (separate images).
+        (B, T, N, D), with a state as add_state makes it (B, T, N + 1, D). alone (B,) bool: clips
+        whose frames do not see each other (separate images).
         cache: what new_cache makes, start: the index of the first frame of this call. commit=True
         only fills the cache and returns None."""
         c = self.config
@@ -1052,8 +1053,8 @@ def forcing_task(model, z, a, a_mask, rows, noise, o):
 
 
 def frame_errors(z_hat, z, state_dim=0):
-    """Mean squared errors (B, T) of frames (B, T, N, D): of the latents and, added to it, of as many
-    numbers of the state as are known."""
+    """Mean squared errors (B, T) of frames (B, T, N, D): of the latents and, added to it, of as
+    many numbers of the state as are known."""
     if not state_dim:
         return (z_hat - z).square().mean(dim=(2, 3))
     error = (z_hat - z)[:, :, :-1].square().mean(dim=(2, 3))

@@ -10,8 +10,8 @@ controller of robots, simulators, recording, the closed loop.
     python plan.py --record=gym_pusht/PushT-v0 --policy=noise --out=pusht   # a dataset
 
 Leaves plan.json, plan.mp4 and goal.png, the first episode's (closed loop), or plan.npy and plan.mp4
-(pictures), in the folder of the checkpoint. Letters: E episodes at once, M candidates, H model steps, A action width, Tc frames
-of context, N tokens, D channels.
+(pictures), in the folder of the checkpoint. Letters: E episodes at once, M candidates, H model
+steps, A action width, Tc frames of context, N tokens, D channels.
 """
 import copy
 import dataclasses
@@ -38,8 +38,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from model import (WorldModel, add_state, check_steps, compile_layers, encode_frames, half_weights, load,
-                   pictures, remember, restore_encoder, robot_state, robot_stats, rollout,
+from model import (WorldModel, add_state, check_steps, compile_layers, encode_frames,
+                   half_weights, load, pictures, remember, restore_encoder, robot_state, robot_stats, rollout,
                    standard, unstandard)
 
 # --------------------------------------------------------------------------------------------------
@@ -75,8 +75,8 @@ K = 1                   # denoising steps per imagined frame
 seeds = 1               # noises under which every candidate is imagined; the mean counts
 cost = 'all'            # distance to the goal: all = over the steps, last = at the last one
 mask = ''               # a picture, white where the goal counts; '' = everywhere
-state_weight = 1.0      # of the robot's own state beside the picture, where the goal's is known: 1 =
-                        # for random pairs of frames as much as the picture; 0 = none
+state_weight = 1.0      # of the robot's own state beside the picture, where the goal's is known: 1
+                        # = for random pairs of frames as much as the picture; 0 = none
 smooth = 0.0            # weight of squared changes of the action, in normalised units
 # closed loop
 env = 'demo'            # or a class of a file: tests/simulators.py:PushT, ...:PointMaze
@@ -262,18 +262,21 @@ def channel_weights(model, tokens=None):
     return weight
 
 
-def state_weights(model, weight, robot, state_weight):
-    """The weights (N, D) or (D,) of channel_weights with those of the state as one more row, (N + 1,
-    D). A number of the state counts by the variance of its change in one model step; all of them, at
-    state_weight 1, as much as the latents do for two random frames."""
+def cost_weights(model, tokens, o):
+    """What counts how much in the cost: channel_weights, and where the model has a state that as
+    one more row, (N + 1, D). A number of the state counts by the variance of its change in one model
+    step; all of them, at state_weight 1, as much as the latents do for two random frames."""
+    weight = channel_weights(model, tokens)
+    if 's_width' not in model.stats:
+        return weight
     c = model.config
     N = math.prod(c['grid'])
     weight = weight.expand(N, c['dim']) * (N + 1) / N       # distance divides by N + 1 now
-    mean, std, change = robot_state(model.stats, robot)
+    _, std, change = robot_state(model.stats, o.robot)
     # what never moves, or not by what the robot does, does not count
     speed = torch.where(change > 1e-6 * std ** 2, std ** 2 / change, 0.0)
     share = speed / (2 * speed.sum()).clamp(min=1e-12)        # of two random frames: 1
-    state = state_weight * model.stats['z_pair'] * share.to(weight) * (N + 1) * c['dim']
+    state = o.state_weight * model.stats['z_pair'] * share.to(weight) * (N + 1) * c['dim']
     return torch.cat((weight, F.pad(state, (0, c['dim'] - len(state)))[None]))
 
 
@@ -324,9 +327,7 @@ def plan(model, z_ctx, a_ctx, z_goal, o, seed=0, low=-5.0, high=5.0, a_mask=None
         return z.unflatten(0, (E, M))
 
     chunk = o.chunk or (max(1, 1024 // z_goal.shape[1]) if z_ctx.device.type == 'cpu' else 4096)
-    weight = channel_weights(model, tokens)
-    if 's_width' in model.stats:
-        weight = state_weights(model, weight, o.robot, o.state_weight)
+    weight = cost_weights(model, tokens, o)
     step_cost = goal_cost(imagine, z_goal, a_ctx[:, -1], a_mask[:, -1], weight, o, seed)
 
     def cost(actions, i):       # (E, M, H x rows, width) -> (E, M)
@@ -536,8 +537,8 @@ class Planner:
         where that is not what act returned: (width,), at the first call the rows (n - 1, width)
         between its frames, which are else not known. states (n, numbers of the state): what the
         robot sensed at the frames, and goal_state what it is to sense at the goal, in the dataset's
-        units, where the model was trained with --state: NaN is not known. For E robots at once everything has E in
-        front. A search happens every `replan` x frameskip calls; the calls between them return at
+        units, where the model was trained with --state: NaN is not known. For E robots at once
+        everything has E in front. A search happens every `replan` x frameskip calls; the calls between them return at
         once.
         """
         frames = np.asarray(frames)
@@ -558,12 +559,7 @@ class Planner:
             wants = (E, self.width) if self.z is not None else (E, frames.shape[1] - 1, self.width)
             if actions.shape != wants or not np.isfinite(actions).all():
                 raise ValueError(f'actions {actions.shape}: wants finite numbers {wants}')
-        width = len(self.s_mean)
-        for x, wants in (states, (E, frames.shape[1], width)), (goal_state, (E, width)):
-            if x is not None and np.shape(x) != wants:
-                raise ValueError(f'a state {np.shape(x)}: wants {wants}')
-        if goal_state is not None and np.isfinite(goal_state).any() and states is None:
-            raise ValueError('goal_state: wants states as well, what the robot senses now')
+        self.check_states((E, frames.shape[1]), states, goal_state)
         if aspects_differ(frames.shape[2:], goal.shape[1:]):
             raise ValueError(
                 f'the goal picture is {goal.shape[2]} x {goal.shape[1]} pixels, the frames are '
@@ -580,6 +576,15 @@ class Planner:
             self.search()
         self.done.append(self.queue.pop(0))
         return self.done[-1]
+
+
+    def check_states(self, shape, states, goal_state):
+        width = len(self.s_mean)
+        for x, wants in (states, (*shape, width)), (goal_state, (shape[0], width)):
+            if x is not None and np.shape(x) != wants:
+                raise ValueError(f'a state {np.shape(x)}: wants {wants}')
+        if goal_state is not None and np.isfinite(goal_state).any() and states is None:
+            raise ValueError('goal_state: wants states as well, what the robot senses now')
 
 
 def aspects_differ(a, b):
@@ -904,8 +909,8 @@ def record_dataset(o):
 
 
 # --------------------------------------------------------------------------------------------------
-# The closed loop. A policy is a function (frames, goals, past) -> actions (E, width), as a planner's
-# act: frames (E, n, H, W, 3) since its last call, pictures of the goals, at first the actions
+# The closed loop. A policy is a function (frames, goals, past) -> actions (E, width), as a
+# planner's act: frames (E, n, H, W, 3) since its last call, pictures of the goals, at first the actions
 # between the first frames; with `sense` also what the robots sensed at the frames (E, n, S), and
 # what they are to sense. A planner is never handed a simulator; baselines may know theirs.
 
@@ -964,7 +969,9 @@ def play(policy, sims, questions, budget, see, sense=False):
 
     frames = goals = sensed = wanted = None
     if see:
-        goals, wanted = (x[:, 0] for x in look([[q.goal] for q in questions]))
+        goals, wanted = look([[q.goal] for q in questions])
+        goals = goals[:, 0]
+        wanted = wanted[:, 0]
         frames, sensed = look([q.states for q in questions])
     past = np.stack([q.actions for q in questions])
     states = [q.states[-1] for q in questions]
@@ -1122,6 +1129,21 @@ def check_loop(o):
     return shifts
 
 
+def contestants(o, planner, sims, shifts):
+    """Who plans in the closed loop: (name, planner, simulators, whether the cost knows the state of
+    the goal)."""
+    state = len(planner.s_mean) > 0 and o.state_weight > 0
+    out = [('model', planner, sims, state)]
+    if state:
+        print(f'the cost knows the state {planner.trained["state"]} of the goal, at '
+              f'state_weight {o.state_weight:g}', flush=True)
+        out.append(('model, no state', planner, sims, False))
+    for name in shifts:
+        out.append((f'model, {name}', planner, robots(o, planner, name), state))
+    blind = random_weights(planner, o.seed)
+    return out + [('random weights', blind, sims[:o.blind_episodes or None], state)]
+
+
 # --------------------------------------------------------------------------------------------------
 # the programs
 
@@ -1143,16 +1165,7 @@ def evaluate(o):
           f'{o.iterations} iterations x {o.horizon} steps of {planner.frameskip}', flush=True)
 
     methods = {}
-    by_state = len(planner.s_mean) > 0 and o.state_weight > 0
-    contestants = [('model', planner, sims, by_state),
-                   *[(f'model, {s}', planner, robots(o, planner, s), by_state) for s in shifts],
-                   ('random weights', random_weights(planner, o.seed),
-                    sims[:o.blind_episodes or None], by_state)]
-    if by_state:
-        print(f'the cost knows the state {planner.trained["state"]} of the goal, at '
-              f'state_weight {o.state_weight:g}', flush=True)
-        contestants.insert(1, ('model, no state', planner, sims, False))
-    for name, who, worlds, state in contestants:
+    for name, who, worlds, state in contestants(o, planner, sims, shifts):
         who.restart()
         asked = questions[:len(worlds)]
         poses, executed, shown, goals = play(who.act, worlds, asked, o.budget, True, state)

@@ -136,8 +136,8 @@ fsdp = False                    # shards weights and optimizer (FSDP2) where DDP
 PRESETS = {
     'robot': dict(              # one robot, hours of data, one GPU
         encoder='dinov2_vits14', frame_height=224, pool=2, whiten=1.0, size='small', registers=4,
-        objective='direct', frames=16, context=16, frameskip=0, k_max=64, tau_shift=0.0, batch_size=16,
-        learning_rate=1e-3, max_steps=20000, warmup=500, decay=0.3, eval_interval=1000,
+        objective='direct', frames=16, context=16, frameskip=0, k_max=64, tau_shift=0.0,
+        batch_size=16, learning_rate=1e-3, max_steps=20000, warmup=500, decay=0.3, eval_interval=1000,
         save_interval=1000),
     'thesis': dict(             # Dreamer 4 on DINOv3, nearly all video without actions; many GPUs
         encoder='dinov3_vitb16', frame_height=224, whiten=1.0, size='base', registers=4,
@@ -279,8 +279,8 @@ batches = data.Lengths(clips, long_clips, long_share)
 shape['action_dim'] = clips.A
 shape['state_dim'] = clips.S
 if state and not clips.S:
-    features = {name for ds in sets['labelled'] for name in ds.features}
-    sys.exit(f'--state={state}: no labelled dataset has it, only {", ".join(sorted(features))}')
+    ds = (sets['labelled'] + sets['unlabelled'])[0]
+    sys.exit(f'--state={state}: no labelled dataset has it; {ds.name} has {", ".join(ds.features)}')
 for ds in sets['labelled']:
     if ds.state_dim == clips.S:
         config['state_names'] = ','.join(ds.state_names)
@@ -502,9 +502,11 @@ def evaluate():
         N = math.prod(encode.grid)      # the state comes after them
         val[kind] = {method: horizon_errors(imagined[method][:, :, :N], z[:, :, :N], z_mask)
                      for method in sorted(imagined)}
-        for method in ('model', 'repeat') if clips.S and kind == 'labelled' else ():
-            val[kind][f'state {method}'] = horizon_errors(
-                imagined[method][:, :, N:, :clips.S], z[:, :, N:, :clips.S], z_mask)
+        if clips.S and kind == 'labelled':
+            s = z[:, :, N:, :clips.S]
+            for method in 'model', 'repeat':
+                val[kind][f'state {method}'] = horizon_errors(
+                    imagined[method][:, :, N:, :clips.S], s, z_mask)
     return val
 
 
