@@ -39,8 +39,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from model import (WorldModel, add_state, check_steps, compile_layers, encode_frames,
-                   half_weights, load, pictures, remember, restore_encoder, robot_state, robot_stats, rollout,
-                   standard, unstandard)
+                   half_weights, load, pictures, remember, restore_encoder, robot_state,
+                   robot_stats, rollout, standard, unstandard)
 
 # --------------------------------------------------------------------------------------------------
 ckpt = 'out/ckpt.safetensors'
@@ -264,8 +264,8 @@ def channel_weights(model, tokens=None):
 
 def cost_weights(model, tokens, o):
     """What counts how much in the cost: channel_weights, and where the model has a state that as
-    one more row, (N + 1, D). A number of the state counts by the variance of its change in one model
-    step; all of them, at state_weight 1, as much as the latents do for two random frames."""
+    one more row, (N + 1, D). A number of the state counts by the variance of its change in one
+    model step; all of them, at state_weight 1, as much as the latents do for two random frames."""
     weight = channel_weights(model, tokens)
     if 's_width' not in model.stats:
         return weight
@@ -538,8 +538,8 @@ class Planner:
         between its frames, which are else not known. states (n, numbers of the state): what the
         robot sensed at the frames, and goal_state what it is to sense at the goal, in the dataset's
         units, where the model was trained with --state: NaN is not known. For E robots at once
-        everything has E in front. A search happens every `replan` x frameskip calls; the calls between them return at
-        once.
+        everything has E in front. A search happens every `replan` x frameskip calls; the calls
+        between them return at once.
         """
         frames = np.asarray(frames)
         goal = np.asarray(goal)
@@ -910,9 +910,9 @@ def record_dataset(o):
 
 # --------------------------------------------------------------------------------------------------
 # The closed loop. A policy is a function (frames, goals, past) -> actions (E, width), as a
-# planner's act: frames (E, n, H, W, 3) since its last call, pictures of the goals, at first the actions
-# between the first frames; with `sense` also what the robots sensed at the frames (E, n, S), and
-# what they are to sense. A planner is never handed a simulator; baselines may know theirs.
+# planner's act: frames (E, n, H, W, 3) since its last call, pictures of the goals, at first the
+# actions between the first frames; with `sense` also what the robots sensed at the frames (E, n,
+# S), and what they are to sense. A planner is never handed a simulator; baselines may know theirs.
 
 @dataclasses.dataclass
 class Question:

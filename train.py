@@ -137,8 +137,8 @@ PRESETS = {
     'robot': dict(              # one robot, hours of data, one GPU
         encoder='dinov2_vits14', frame_height=224, pool=2, whiten=1.0, size='small', registers=4,
         objective='direct', frames=16, context=16, frameskip=0, k_max=64, tau_shift=0.0,
-        batch_size=16, learning_rate=1e-3, max_steps=20000, warmup=500, decay=0.3, eval_interval=1000,
-        save_interval=1000),
+        batch_size=16, learning_rate=1e-3, max_steps=20000, warmup=500, decay=0.3,
+        eval_interval=1000, save_interval=1000),
     'thesis': dict(             # Dreamer 4 on DINOv3, nearly all video without actions; many GPUs
         encoder='dinov3_vitb16', frame_height=224, whiten=1.0, size='base', registers=4,
         frames=64, context=64, frameskip=0, k_max=64, tau_shift=0.0, labelled_share=0.05,
