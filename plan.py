@@ -78,6 +78,9 @@ mask = ''               # a picture, white where the goal counts; '' = everywher
 state_weight = 1.0      # of the robot's own state beside the picture, where the goal's is known: 1
                         # = for random pairs of frames as much as the picture; 0 = none
 smooth = 0.0            # weight of squared changes of the action, in normalised units
+hold = 0.0              # rest while the sensed state is that close to the goal's, in the dataset's
+                        # units; 0 = never
+rest = 'zero'           # the action that holds still: zero (of motions) or state (of targets)
 # closed loop
 env = 'demo'            # or a class of a file: tests/simulators.py:PushT, ...:PointMaze
 episodes = 20           # also of a recording
@@ -393,6 +396,10 @@ class Planner:
         self.S = self.model.config['state_dim']
         if self.S:
             self.s_mean, self.s_std, _ = robot_state(self.model.stats, o.robot)
+        if o.hold and not self.S:
+            sys.exit(f'--hold={o.hold}: wants a model that was trained with --state')
+        if o.hold and o.rest == 'state' and len(self.s_mean) != self.width:
+            sys.exit(f'--rest=state: actions have {self.width} numbers, states {len(self.s_mean)}')
         self.past = (self.trained['eval_context'] - 1) * self.frameskip + 1
         self.restart()
 
@@ -572,10 +579,27 @@ class Planner:
             self.goal = goal
             self.z_of_goal = self.latents(goal)
         self.z_goal = self.with_state(self.z_of_goal, goal_state)
-        if not self.queue:
-            self.search()
-        self.done.append(self.queue.pop(0))
+        held = self.there(E, states, goal_state)
+        rest = np.zeros((E, self.width))
+        if self.o.hold and self.o.rest == 'state' and states is not None:
+            rest = np.asarray(states)[:, -1]
+        row = rest
+        if held.all():
+            self.queue = []         # what was planned is of another time
+        else:
+            if not self.queue:
+                self.search()
+            row = self.queue.pop(0)
+        self.done.append(np.where(held[:, None], rest, row))
         return self.done[-1]
+
+    def there(self, E, states, goal_state):
+        """Which of E robots sense that they are at the goal (E,), as --hold has it."""
+        if not self.o.hold or states is None or goal_state is None:
+            return np.zeros(E, bool)
+        off = np.asarray(states)[:, -1] - np.asarray(goal_state)        # NaN: not known
+        near = np.sqrt(np.nansum(np.square(off), axis=1)) < self.o.hold
+        return near & np.isfinite(off).any(axis=1)
 
 
     def check_states(self, shape, states, goal_state):

@@ -978,6 +978,28 @@ def test_the_planner_is_told_the_state(sensing, planned):
     assert alone.shape == (2,) and torch.allclose(planned[-1]['z_ctx'][0], planned[0]['z_ctx'][0], atol=1e-5)
 
 
+def test_a_robot_that_is_there_rests(sensing, planned):
+    """Each on its own, at every call; what was planned before is not done afterwards."""
+    p = plan.Planner(f'{sensing}/ckpt.safetensors', plan.config | SMALL_SEARCH | dict(replan=3, hold=0.1), tell=False)
+    x, goals = film(2, 12), film(2, 1, seed=1)[:, 0]
+    wanted = np.array([[0.5, 0.5], [0.2, 0.4]])
+    far, near = [0.9, 0.9], [0.45, 0.55]
+    at = [[far, far], [far, far], [far, far], [near, far], [far, [0.25, 0.4]], [near, [0.15, 0.4]], [far, far], [near, far]]
+    at = np.array(at, float).swapaxes(0, 1)         # (E, 8, 2)
+    rows = [p.act(x[:, :3], goals, None, at[:, :3], wanted)]
+    rows += [p.act(x[:, t:t + 1], goals, None, at[:, t:t + 1], wanted) for t in range(3, 8)]
+    held = [[not row[e].any() for row in rows] for e in range(2)]
+    assert held == [[False, True, False, True, False, True], [False, False, True, True, False, False]]
+    assert len(planned) == 2, 'not while both rest, but then anew'
+    for goal, reached in ([0.5, np.nan], True), ([np.nan, 0.5], False), ([np.nan, np.nan], False):
+        assert p.there(1, [[far, [0.45, 99]]], [goal]).tolist() == [reached]
+    assert np.allclose(rows[1][1], p.physical(planned[0]['found'])[1].flatten(0, 1)[1], atol=1e-6)
+    assert torch.equal(planned[1]['a_ctx'][0, -1], p.normalised(np.stack([rows[2][0], rows[3][0]])[None]).flatten())
+    q = plan.Planner(f'{sensing}/ckpt.safetensors', plan.config | SMALL_SEARCH | dict(hold=0.1, rest='state'), tell=False)
+    assert np.allclose(q.act(x[0, :3], goals[0], None, [near] * 3, wanted[0]), near)
+    assert not np.allclose(q.act(x[0, 3], goals[0]), near) and not np.allclose(q.act(x[0, 4], goals[0], None, near), near)
+
+
 def test_the_closed_loop_with_a_state_and_without(sensing, tmp_path, capsys):
     report = evaluated(sensing, tmp_path, episodes=3, budget=4, shift='light')
     methods = report['methods']
@@ -1006,7 +1028,8 @@ def test_states_of_pictures(sensing, trained, tmp_path):
                            (['--goal_state=1,2,3'], '--goal_state=1,2,3: '),
                            (['--start_state=z=1'], '--start_state=z=1: wants 2 numbers'),
                            (['--start_state=here,there'], 'wants 2 numbers'), (['--start_state=x=inf'], 'wants 2 numbers'),
-                           (['--state_weight=-1'], '--state_weight: wants'),
+                           (['--state_weight=-1'], '--state_weight: wants'), (['--rest=lie'], '--rest: wants one of zero, state'),
+                           ([f'--ckpt={trained}/ckpt.safetensors', '--hold=1'], '--hold=1.0: wants a model'),
                            ([f'--ckpt={trained}/ckpt.safetensors', '--goal_state=1,2'], 'was trained without --state')):
         assert words in ends('plan.py', *given, *options)
     assert 'come without a state' in ends('plan.py', f'--watch={tmp_path}', f'--goal={goal}', '--goal_state=1,2')
