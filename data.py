@@ -96,7 +96,7 @@ CHOICES = {
     'space': ('x', 'v'),
     'method': ('cem', 'icem', 'mppi', 'adam'),
     'cost': ('all', 'last'),
-    'rest': ('zero', 'state'),
+    'rest': ('', 'zero', 'state'),
     'goals': ('expert', 'random'),
 }
 
@@ -1066,29 +1066,35 @@ class LeRobot:
     def _choose_state(self, state):
         self.state_numbers = []         # (key, which of its numbers)
         self.state_names = []
-        parts = [part.strip() for part in state.split(',') if part.strip()]
-        for part in parts:
-            for key, feature in self.features.items():
-                name = part.removeprefix(key).removeprefix('.')
-                names = feature.get('names') or []
-                if isinstance(names, dict):     # {'motors': [..]}
-                    names = list(names.values())
-                names = [*map(str, np.ravel(names))]
-                if part == key:
-                    width = int(np.prod(feature.get('shape') or 1))
-                    self.state_numbers.append((key, [*range(width)]))
-                    if len(names) != width:
-                        names = [f'{key}.{i}' for i in range(width)]
-                    self.state_names += names
-                elif part.startswith(f'{key}.') and name in names:
-                    self.state_numbers.append((key, [names.index(name)]))
-                    self.state_names.append(name)
+        for part in filter(None, map(str.strip, state.split(','))):
             if part.startswith(ENVIRONMENT):
                 sys.exit(f'--state={part}: is what a simulator knows, not what a robot senses')
-        if len(self.state_numbers) < len(parts):        # one is missing
-            self.state_numbers = []
+            found = self._numbers_called(part)
+            if found is None:       # one is missing: it has no state
+                self.state_numbers = []
+                self.state_names = []
+                break
+            key, names, numbers = found
+            self.state_numbers.append((key, numbers))
+            self.state_names += [names[i] for i in numbers]
         self.state_dim = sum(len(numbers) for _, numbers in self.state_numbers)
         self.columns = [*dict.fromkeys(self.action_keys + [k for k, _ in self.state_numbers])]
+
+    def _numbers_called(self, part):
+        """(key, names of its numbers, which of them) of a key, or of a key and a name; None where
+        there is none."""
+        for key, feature in self.features.items():
+            numeric = not re.match(TEXT, str(feature.get('dtype')))
+            if not numeric or not f'{part}.'.startswith(f'{key}.'):
+                continue
+            width = int(np.prod(feature.get('shape') or 1))
+            names = flat_names(feature.get('names'))
+            if len(names) != width:
+                names = [str(i) for i in range(width)]
+            if part == key:
+                return key, names, [*range(width)]
+            if part.removeprefix(f'{key}.') in names:
+                return key, names, [names.index(part.removeprefix(f'{key}.'))]
 
     def _read_episodes(self):
         videos = [key for key in self.chosen if self.features[key]['dtype'] == 'video']
@@ -1434,6 +1440,18 @@ class LeRobot:
                     found.update(f.read(PROBE))
             found.update(b'%d' % size)
         return found.hexdigest()
+
+
+def flat_names(names):
+    """A feature's names as a list: they are one, or a list of lists, {'motors': [..]} or
+    {name: place}."""
+    if isinstance(names, dict):
+        nested = [value for value in names.values() if isinstance(value, list)]
+        names = nested or list(names)
+    out = []
+    for name in names or []:
+        out += name if isinstance(name, list) else [name]
+    return [str(name) for name in out]
 
 
 def numbers_of_file(row, prefix):
@@ -1857,7 +1875,10 @@ class Clips:
             weights.append(weight or order.count / exact_rate(ds.fps))
         self.S = max([ds.state_dim for ds in self.labelled], default=0)
         self.states = []        # of each labelled dataset: mean, std, change (state_dim,)
-        robots = [(ds.info.get('robot_type') or ds.name, *ds.state_names) for ds in self.labelled]
+        robots = []
+        for ds in self.labelled:
+            kind = ds.info.get('robot_type')
+            robots.append((ds.name if kind in (None, '', 'unknown') else kind, *ds.state_names))
         for robot in robots:    # those of one robot have them in common: a place is one number
             if robot in robots[:len(self.states)]:
                 self.states.append(self.states[robots.index(robot)])
@@ -2092,6 +2113,8 @@ def measure_states(sets, frameskip):
                 changes.append(states[-1][frameskip:] - states[-1][:-frameskip])
     states = np.concatenate(states)
     changes = np.concatenate(changes)
+    if not len(changes):
+        sys.exit(f'--state: no episode of {ds.name} can be read and is longer than a model step')
     if np.isnan(states).all(axis=0).any() or np.isnan(changes).all(axis=0).any():
         sys.exit(f'--state: {ds.name} has a number that is never finite')
     values = np.nanmean(states, 0), np.nanstd(states, 0), np.nanvar(changes, 0)

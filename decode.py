@@ -74,6 +74,8 @@ for i, ds in enumerate(of_kind['labelled']):        # normalised as in training,
         ds.stats[name] = v.flatten()[:ds.action_dim].numpy()
     if model.config['state_dim']:
         clips.states[i] = robot_state(model.stats, robot if labelled else i)
+        if ds.state_dim != len(clips.states[i][0]):
+            ds.state_dim = 0        # another robot's: not known
 clips.A = model.config['action_dim']
 clips.S = model.config['state_dim']
 

@@ -1010,6 +1010,7 @@ def noised_clips(z, boot, noise, o):
     e = 1 + (noise.d * int(math.log2(o.k_max))).floor()     # d = 2^e d_min <= 1
     e = torch.where(past, 1, e)
     d = 2.0 ** torch.where(boot[:, None], e, 0) / o.k_max
+    N -= o.state_dim > 0        # the state is no latent
     tau = signal_levels(noise.tau, o.tau_schedule, o.tau_shift or math.sqrt(N * D / 4096))
     tau = torch.where(past, 1 - noise.past_tau / 8, tau)
     tau = torch.minimum((tau / d).floor() * d, 1 - d)
@@ -1058,9 +1059,9 @@ def frame_errors(z_hat, z, state_dim=0):
     if not state_dim:
         return (z_hat - z).square().mean(dim=(2, 3))
     error = (z_hat - z)[:, :, :-1].square().mean(dim=(2, 3))
-    s = z[:, :, -1, :state_dim]
-    known = ~s.isnan()
-    off = torch.where(known, z_hat[:, :, -1, :state_dim] - s, 0.0)        # (B, T, S)
+    off = (z_hat - z)[:, :, -1, :state_dim]         # (B, T, S)
+    known = ~off.isnan()        # a rollout from a state that is not known has none
+    off = torch.where(known, off, 0.0)
     return error + off.square().sum(dim=2) / known.sum(dim=2).clamp(min=1)
 
 

@@ -79,8 +79,8 @@ state_weight = 1.0      # of the robot's own state beside the picture, where the
                         # = for random pairs of frames as much as the picture; 0 = none
 smooth = 0.0            # weight of squared changes of the action, in normalised units
 hold = 0.0              # rest while the sensed state is that close to the goal's, in the dataset's
-                        # units; 0 = never
-rest = 'zero'           # the action that holds still: zero (of motions) or state (of targets)
+                        # units: where it is all that the goal asks for; 0 = never
+rest = ''               # how, of --hold: zero (actions are motions) or state (they are targets)
 # closed loop
 env = 'demo'            # or a class of a file: tests/simulators.py:PushT, ...:PointMaze
 episodes = 20           # also of a recording
@@ -270,14 +270,15 @@ def cost_weights(model, tokens, o):
     one more row, (N + 1, D). A number of the state counts by the variance of its change in one
     model step; all of them, at state_weight 1, as much as the latents do for two random frames."""
     weight = channel_weights(model, tokens)
-    if 's_width' not in model.stats:
+    if not model.config.get('state_dim'):
         return weight
     c = model.config
     N = math.prod(c['grid'])
     weight = weight.expand(N, c['dim']) * (N + 1) / N       # distance divides by N + 1 now
     _, std, change = robot_state(model.stats, o.robot)
-    # what never moves, or not by what the robot does, does not count
-    speed = torch.where(change > 1e-6 * std ** 2, std ** 2 / change, 0.0)
+    # what never moves, or only from one episode to the next, does not count
+    moves = (std > 1e-6) & (change > 1e-3 * std ** 2)
+    speed = torch.where(moves, std ** 2 / change, 0.0)
     share = speed / (2 * speed.sum()).clamp(min=1e-12)        # of two random frames: 1
     state = o.state_weight * model.stats['z_pair'] * share.to(weight) * (N + 1) * c['dim']
     return torch.cat((weight, F.pad(state, (0, c['dim'] - len(state)))[None]))
@@ -318,6 +319,7 @@ def plan(model, z_ctx, a_ctx, z_goal, o, seed=0, low=-5.0, high=5.0, a_mask=None
                  for v in (low, high))
     if a_mask is None:
         a_mask = torch.arange(Tc, device=z_ctx.device).expand(E, Tc) > 0
+    z_goal = torch.where(z_ctx[:, -1].isnan(), torch.nan, z_goal)       # nor is what follows known
     with torch.no_grad():
         cache = remember(model, z_ctx, a_ctx, a_mask, Tc + o.horizon, seed=seed)
 
@@ -396,8 +398,8 @@ class Planner:
         self.S = self.model.config['state_dim']
         if self.S:
             self.s_mean, self.s_std, _ = robot_state(self.model.stats, o.robot)
-        if o.hold and not self.S:
-            sys.exit(f'--hold={o.hold}: wants a model that was trained with --state')
+        if o.hold and not (self.S and o.rest):
+            sys.exit(f'--hold={o.hold}: wants a model that was trained with --state, and --rest')
         if o.hold and o.rest == 'state' and len(self.s_mean) != self.width:
             sys.exit(f'--rest=state: actions have {self.width} numbers, states {len(self.s_mean)}')
         self.past = (self.trained['eval_context'] - 1) * self.frameskip + 1
@@ -429,6 +431,7 @@ class Planner:
         self.goal = None
         self.last_plan = None
         self.last_elites = None
+        self.held = None        # which robots rest until their model step is over
         self.done = []          # rows executed since the context's last frame
         self.queue = []         # rows planned and not yet executed
 
@@ -579,27 +582,32 @@ class Planner:
             self.goal = goal
             self.z_of_goal = self.latents(goal)
         self.z_goal = self.with_state(self.z_of_goal, goal_state)
-        held = self.there(E, states, goal_state)
-        rest = np.zeros((E, self.width))
-        if self.o.hold and self.o.rest == 'state' and states is not None:
-            rest = np.asarray(states)[:, -1]
-        row = rest
-        if held.all():
+        if not self.done:       # a model step begins
+            self.held, self.still = self.there(E, states, goal_state)
+        row = self.still
+        if self.held.all():
             self.queue = []         # what was planned is of another time
         else:
             if not self.queue:
                 self.search()
             row = self.queue.pop(0)
-        self.done.append(np.where(held[:, None], rest, row))
+        self.done.append(np.where(self.held[:, None], self.still, row))
         return self.done[-1]
 
     def there(self, E, states, goal_state):
-        """Which of E robots sense that they are at the goal (E,), as --hold has it."""
+        """Which of E robots sense that they are at the goal (E,), as --hold has it, and the rows
+        (E, width) that let them rest."""
+        still = np.zeros((E, self.width), np.float32)
         if not self.o.hold or states is None or goal_state is None:
-            return np.zeros(E, bool)
-        off = np.asarray(states)[:, -1] - np.asarray(goal_state)        # NaN: not known
-        near = np.sqrt(np.nansum(np.square(off), axis=1)) < self.o.hold
-        return near & np.isfinite(off).any(axis=1)
+            return np.zeros(E, bool), still
+        now = np.asarray(states, np.float32)[:, -1]
+        off = now - goal_state      # NaN: not known
+        there = np.sqrt(np.nansum(np.square(off), axis=1)) < self.o.hold
+        there &= np.isfinite(off).any(axis=1)
+        if self.o.rest == 'state':
+            still = np.nan_to_num(now)
+            there &= np.isfinite(now).all(axis=1)
+        return there, still
 
 
     def check_states(self, shape, states, goal_state):
@@ -643,8 +651,8 @@ def random_weights(planner, seed):
 #   step(action)            what is one row of the dataset
 #   frame()                 uint8 (H, W, 3)
 #   state()                 a vector, of all that restore() needs
-#   sensors()               what the robot itself senses, without velocities: observation.state;
-#                           () = nothing, as where there is no such function
+#   sensors()               what the robot itself senses, without velocities: observation.state, also
+#                           after restore(); () = nothing, as where there is no such function
 #   columns(action)         {column: vector} of an action about to be done: 'action', or more
 #   observation, over       what policies of one's own see, too; whether the episode has ended
 # and for --policy=script, as for the questions of an evaluation,
@@ -1126,17 +1134,17 @@ def robots(o, planner, shift=''):
 
 def check_robot(o, planner, sim):
     """Whether the checkpoint was trained on this robot's actions."""
+    instead = ''
+    if o.env == 'demo':
+        instead = (': give --env, or --goal with --start (one plan) or --watch (a folder of '
+                   'pictures)')
     if sim.space.shape != (planner.width,):
         sys.exit(f'--env={o.env}: takes {sim.space.shape[0]} numbers as {planner.key}, {o.ckpt} '
-                 f'was trained with {planner.width}')
-    if len(planner.s_mean) not in (0, len(sim.sensors())):
-        sys.exit(f'--env={o.env}: senses {len(sim.sensors())} numbers, {o.ckpt} was trained with '
-                 f'{len(planner.s_mean)}')
+                 f'was trained with {planner.width}{instead}')
     if planner.key not in sim.columns(sim.rest()):
         sys.exit(f'--env={o.env}: has no {planner.key}, the actions that {o.ckpt} was trained with')
     if o.env == 'demo' and (planner.a_high - data.DEMO_STEP).abs().max() > 0.1 * data.DEMO_STEP:
-        sys.exit(f'{o.ckpt}: was trained on another robot, not on the demo world: give --env, or '
-                 '--goal with --start (one plan) or --watch (a folder of pictures)')
+        sys.exit(f'{o.ckpt}: was trained on another robot, not on the demo world{instead}')
 
 
 def check_loop(o):
@@ -1153,15 +1161,27 @@ def check_loop(o):
     return shifts
 
 
+def senses_alike(o, planner, sim):
+    """Whether the simulator senses the state that the model was trained with."""
+    width = len(planner.s_mean)
+    if not width:
+        return False
+    alike = planner.trained['state'].strip() == 'observation.state' and len(sim.sensors()) == width
+    if not alike:
+        print(f'the state is not used: {o.env} senses {len(sim.sensors())} numbers of '
+              f'observation.state, {o.ckpt} knows {planner.trained["state"]} ({width})', flush=True)
+    return alike
+
+
 def contestants(o, planner, sims, shifts):
     """Who plans in the closed loop: (name, planner, simulators, whether the cost knows the state of
     the goal)."""
-    state = len(planner.s_mean) > 0 and o.state_weight > 0
+    state = senses_alike(o, planner, sims[0]) and o.state_weight > 0
     out = [('model', planner, sims, state)]
     if state:
         print(f'the cost knows the state {planner.trained["state"]} of the goal, at '
               f'state_weight {o.state_weight:g}', flush=True)
-        out.append(('model, no state', planner, sims, False))
+        out.append(('model without state', planner, sims, False))
     for name in shifts:
         out.append((f'model, {name}', planner, robots(o, planner, name), state))
     blind = random_weights(planner, o.seed)
@@ -1194,9 +1214,11 @@ def evaluate(o):
         asked = questions[:len(worlds)]
         poses, executed, shown, goals = play(who.act, worlds, asked, o.budget, True, state)
         row, reached = score(worlds, asked, poses, executed)
-        seconds = np.mean(who.seconds).item() / len(worlds)
-        methods[name] = row | dict(seconds_per_plan=seconds, plans_per_second=1 / seconds,
-                                   state=state, iterations=np.mean(who.iterations).item())
+        methods[name] = row | dict(state=state)
+        if who.seconds:         # none where all rest from the beginning
+            seconds = np.mean(who.seconds).item() / len(worlds)
+            methods[name] |= dict(seconds_per_plan=seconds, plans_per_second=1 / seconds,
+                                  iterations=np.mean(who.iterations).item())
         if name == 'model':
             video = film(shown, goals, reached)
             asked_goal = goals[0]
@@ -1237,16 +1259,15 @@ def play_towards(o):
     if aspects_differ(frame.shape, goal.shape):
         sys.exit(f'--goal={o.goal}: is {goal.shape[1]} x {goal.shape[0]} pixels, --env={o.env} '
                  f'{frame.shape[1]} x {frame.shape[0]}: wants the same aspect')
+    sense = senses_alike(o, planner, sims[0])
     folder = own_folder(o)
 
-    known = np.isfinite(wanted).any()
-
     def towards(frames, _, past, *senses):
-        if known:
-            return planner.act(frames, goal[None], past, senses[0], wanted[None])
-        return planner.act(frames, goal[None], past)
+        if sense:
+            senses = senses[0], wanted[None]
+        return planner.act(frames, goal[None], past, *senses)
 
-    poses, _, shown, _ = play(towards, sims, [asked], o.budget, True, True)
+    poses, _, shown, _ = play(towards, sims, [asked], o.budget, True, sense)
     goal = scaled(goal, frame.shape[:2])
     z = planner.latents(np.stack((shown[0][0], shown[-1][0], goal)))
     before, after = distance(z[:2], z[2:], channel_weights(planner.model)).tolist()
@@ -1286,8 +1307,8 @@ def plan_once(o):
             sys.exit(f'--goal={o.goal}: is {goal.shape[1]} x {goal.shape[0]} pixels, '
                      f'--start={o.start} {x.shape[1]} x {x.shape[0]}: wants the same aspect')
     now, then = (read_state(o, name, planner) for name in ('start_state', 'goal_state'))
-    if np.isfinite(then).any() and not np.isfinite(now).any():
-        sys.exit('--goal_state: wants --start_state as well')
+    if (np.isfinite(then) & ~np.isfinite(now)).any():
+        sys.exit('--goal_state: wants --start_state as well, of the same numbers')
     folder = own_folder(o)
     with torch.no_grad():
         z = torch.cat([planner.latents(x[None]) for x in frames])
@@ -1320,20 +1341,22 @@ def read_state(o, option, planner):
     """The numbers (width,) of --start_state or --goal_state, NaN where nothing is said."""
     text = getattr(o, option)
     width = len(planner.s_mean)
-    if text and not width:
+    if not text:
+        return np.full(width, np.nan)
+    if not width:
         sys.exit(f'--{option}={text}: {o.ckpt} was trained without --state')
-    names = planner.trained['state_names'].split(',')
+    names = planner.trained['state_names'].split(';')[o.robot].split(',')
     values = np.full(width, np.nan)
     try:
         if '=' in text:
             for part in text.split(','):
                 name, number = part.split('=')
                 values[names.index(name.strip())] = float(number)
-        elif text:
+        else:
             values = np.reshape([float(number) for number in text.split(',')], width)
         if np.isinf(values).any():
             raise ValueError
-    except ValueError:
+    except (ValueError, IndexError):
         sys.exit(f'--{option}={text}: wants {width} numbers ({", ".join(names)}), or some of them '
                  'as name=number')
     return values
@@ -1392,6 +1415,8 @@ if __name__ == '__main__':
                  'pictures) or with --watch (a folder of pictures), and --record with none of them')
     if record and goal:
         sys.exit('--record: comes without --goal')
+    if hold and (start or watch):
+        sys.exit('--hold: pictures say nothing of where the robot is')
     if record:
         record_dataset(o)
     elif start:

@@ -281,9 +281,9 @@ shape['state_dim'] = clips.S
 if state and not clips.S:
     ds = (sets['labelled'] + sets['unlabelled'])[0]
     sys.exit(f'--state={state}: no labelled dataset has it; {ds.name} has {", ".join(ds.features)}')
-for ds in sets['labelled']:
-    if ds.state_dim == clips.S:
-        config['state_names'] = ','.join(ds.state_names)
+if clips.S and saved and 'z_pair' not in saved.stats:
+    sys.exit(f'{init or ckpt}: was made before there was --state, and cannot go on with it')
+config['state_names'] = ';'.join(','.join(ds.state_names) for ds in sets['labelled'])
 if clips.S > shape['dim']:
     sys.exit(f'--state={state}: {clips.S} numbers, a token holds {shape["dim"]}')
 
@@ -380,6 +380,7 @@ else:
     say('measuring the latents')
     stats = measure(clips.sample(64, 16))
 if not resume:
+    stats = {name: v for name, v in stats.items() if not name.startswith('s_')}
     stats |= {f'a_{name}': v for name, v in clips.action_stats().items()}
     if clips.S:
         stats |= {f's_{name}': v for name, v in clips.state_stats().items()}
@@ -503,18 +504,22 @@ def evaluate():
         val[kind] = {method: horizon_errors(imagined[method][:, :, :N], z[:, :, :N], z_mask)
                      for method in sorted(imagined)}
         if clips.S and kind == 'labelled':
-            s = z[:, :, N:, :clips.S]
             for method in 'model', 'repeat':
-                val[kind][f'state {method}'] = horizon_errors(
-                    imagined[method][:, :, N:, :clips.S], s, z_mask)
+                s = z[:, :, N:, :clips.S].clone()
+                then = imagined[method][:, :, N:, :clips.S]
+                s[:, eval_context:][then.isnan()] = torch.nan       # not known at the beginning
+                val[kind][f'state {method}'] = horizon_errors(then, s, z_mask)
     return val
 
 
 def horizon_errors(imagined, z, z_mask):
-    error = (imagined - z[:, eval_context:]).square().nanmean(dim=(2, 3))       # (B, 20)
+    known = ~z[:, eval_context:].isnan()
+    error = torch.where(known, (imagined - z[:, eval_context:]).square(), 0.0).sum(dim=(2, 3))
+    count = known.sum(dim=(2, 3))
+    error = error / count           # (B, 20)
     out = {}
     for h in (1, 5, 10, 20):
-        real = z_mask[:, eval_context + h - 1] & error[:, h - 1].isfinite()     # a state is known
+        real = z_mask[:, eval_context + h - 1] & (count[:, h - 1] > 0)
         out[str(h)] = error[real, h - 1].mean().item() if real.any() else None
     return out
 

@@ -1234,6 +1234,26 @@ def test_states_are_columns_or_numbers_of_them(sensing, state, numbers):
     assert data.LeRobot(folder / 'd', state=state).state_dim == 0
 
 
+@pytest.mark.parametrize('names, flat', [
+    (['a', 'b'], ['a', 'b']), ([['a', 'b'], ['c']], ['a', 'b', 'c']), ({'arm': ['a', 'b'], 'grip': ['c']}, ['a', 'b', 'c']),
+    ({'x': 0, 'y': 1}, ['x', 'y']), ({'axes': ['x', 'y']}, ['x', 'y']), (None, []), ([], []), ([0, 1], ['0', '1'])])
+def test_names_of_numbers(names, flat):
+    assert data.flat_names(names) == flat
+
+
+def test_numbers_without_names_and_odd_keys(sensing, tmp_path):
+    folder = shutil.copytree(sensing[0] / 'a', tmp_path / 'a')
+    info = read_json(folder / 'meta/info.json')
+    info['features'][STATE]['names'] = None
+    info['features']['action']['names'] = {'arm': ['a'], 'rest': []}
+    write_json(folder / 'meta/info.json', info)
+    d = data.LeRobot(folder, state=f'{STATE}.2,{STATE}.0')
+    assert d.state_numbers == [(STATE, [2]), (STATE, [0])] and d.state_names == ['2', '0']
+    for state in f'{STATE}.pan.pos', f'{STATE}.3', f'{STATE}.0,missing', 'observation.images.top', f'{STATE}.':
+        d = data.LeRobot(folder, state=state)
+        assert (d.state_dim, d.state_names, d.columns) == (0, [], ['action'])
+
+
 def test_what_a_simulator_knows_is_no_state(sensing):
     for state in data.ENVIRONMENT, f'{STATE},{data.ENVIRONMENT}', f'{data.ENVIRONMENT}.0':
         with pytest.raises(SystemExit, match='what a simulator knows, not what a robot senses'):
@@ -1277,7 +1297,7 @@ def test_a_state_that_is_not_finite_is_not_known(tmp_path):
     write_lerobot(tmp_path / 'd', [pictures | {STATE: s}, pictures | {STATE: np.abs(s)}], 10)
     d = data.LeRobot(tmp_path / 'd', state=STATE)
     assert np.argwhere(np.isnan(d.states(0))).tolist() == [[3, 1], [5, 0]]
-    assert d.state_names == [f'{STATE}.0', f'{STATE}.1']
+    assert d.state_names == ['0', '1']
     assert all(x.isfinite().all() for x in data.Clips([d], [], 4, 2, 16, 8, .5, .5).states[0])
     write_lerobot(tmp_path / 'n', [pictures | {STATE: s * np.nan}] * 2, 10)
     with pytest.raises(SystemExit, match='--state: .*n has a number that is never finite'):

@@ -1062,6 +1062,16 @@ def test_the_error_of_a_state_counts_where_it_is_known(double, objective):
     assert net.s_base.grad.abs().max() > 0, 'stands in for the state of clip 1'
 
 
+def test_a_state_does_not_move_the_levels_of_noise():
+    seen = []
+    for S in 0, 2:
+        net = world(state_dim=S)
+        z, _, _, a, a_mask = with_states(8) if S else inputs(8, 5)
+        net.register_forward_pre_hook(lambda m, args: seen.append(args[1]))
+        loss_of(net, z, a, a_mask, state_dim=S, bootstrap=0.0)
+    assert (seen[0] - seen[1]).abs().max() == 0
+
+
 def test_the_state_of_some_clips_is_hidden():
     """Of as many as actions, but of others."""
     net, B = world(state_dim=2), 400
@@ -1085,8 +1095,10 @@ def test_a_state_that_is_not_known_stays_so(objective):
     other[0, :, -1, :2] += 1.0
     again = model.rollout(net, other[:, :3], a, a_mask, K=2)
     assert torch.equal(again[1, :, :-1], out[1, :, :-1]) and not torch.equal(again[0], out[0])
+    known = z.clone()
+    known[1, 3:, -1, :2] = 0.5      # a sensor that was away in the context alone
     forced = model.rollout(net, z[:, :3], a, a_mask, K=2, grad=True)
-    model.frame_errors(forced, z[:, 3:], 2).sum().backward()
+    model.frame_errors(forced, known[:, 3:], 2).sum().backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in net.parameters())
 
 

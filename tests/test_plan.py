@@ -979,37 +979,52 @@ def test_the_planner_is_told_the_state(sensing, planned):
 
 
 def test_a_robot_that_is_there_rests(sensing, planned):
-    """Each on its own, at every call; what was planned before is not done afterwards."""
-    p = plan.Planner(f'{sensing}/ckpt.safetensors', plan.config | SMALL_SEARCH | dict(replan=3, hold=0.1), tell=False)
+    """Each on its own, for whole steps of the model; what was planned before is not done afterwards."""
+    known = plan.config | SMALL_SEARCH | dict(hold=0.1)
+    p = plan.Planner(f'{sensing}/ckpt.safetensors', known | dict(replan=3, rest='zero'), tell=False)
     x, goals = film(2, 12), film(2, 1, seed=1)[:, 0]
     wanted = np.array([[0.5, 0.5], [0.2, 0.4]])
-    far, near = [0.9, 0.9], [0.45, 0.55]
-    at = [[far, far], [far, far], [far, far], [near, far], [far, [0.25, 0.4]], [near, [0.15, 0.4]], [far, far], [near, far]]
-    at = np.array(at, float).swapaxes(0, 1)         # (E, 8, 2)
+    far, near, near1 = [0.9, 0.9], [0.45, 0.55], [0.25, 0.4]
+    at = [[far, far], [far, far], [far, far], [near, near1], [near, far], [far, far], [near, near1], [far, far], [far, far], [near, near1]]
+    at = np.array(at, float).swapaxes(0, 1)         # (E, 10, 2), two of them of the past
     rows = [p.act(x[:, :3], goals, None, at[:, :3], wanted)]
-    rows += [p.act(x[:, t:t + 1], goals, None, at[:, t:t + 1], wanted) for t in range(3, 8)]
+    rows += [p.act(x[:, t:t + 1], goals, None, at[:, t:t + 1], wanted) for t in range(3, 10)]
     held = [[not row[e].any() for row in rows] for e in range(2)]
-    assert held == [[False, True, False, True, False, True], [False, False, True, True, False, False]]
+    assert held == [[False, False, True, True, True, True, False, False], [False, False, False, False, True, True, False, False]]
     assert len(planned) == 2, 'not while both rest, but then anew'
+    want = p.physical(planned[0]['found']).flatten(1, 2)
+    assert np.allclose(np.stack(rows[:2], axis=1), want[:, :2], atol=1e-6) and np.allclose(rows[3][1], want[1, 3], atol=1e-6)
+    assert torch.allclose(planned[1]['a_ctx'][:, -1], p.normalised(np.zeros((2, 2, 2))).flatten(1))
+    assert torch.allclose(planned[1]['z_ctx'][:, -1, :-1], p.latents(x[:, 8:9])[:, 0], atol=1e-5), 'of now'
     for goal, reached in ([0.5, np.nan], True), ([np.nan, 0.5], False), ([np.nan, np.nan], False):
-        assert p.there(1, [[far, [0.45, 99]]], [goal]).tolist() == [reached]
-    assert np.allclose(rows[1][1], p.physical(planned[0]['found'])[1].flatten(0, 1)[1], atol=1e-6)
-    assert torch.equal(planned[1]['a_ctx'][0, -1], p.normalised(np.stack([rows[2][0], rows[3][0]])[None]).flatten())
-    q = plan.Planner(f'{sensing}/ckpt.safetensors', plan.config | SMALL_SEARCH | dict(hold=0.1, rest='state'), tell=False)
+        assert p.there(1, [[far, [0.45, 99]]], [goal])[0].tolist() == [reached]
+    q = plan.Planner(f'{sensing}/ckpt.safetensors', known | dict(rest='state'), tell=False)
     assert np.allclose(q.act(x[0, :3], goals[0], None, [near] * 3, wanted[0]), near)
-    assert not np.allclose(q.act(x[0, 3], goals[0]), near) and not np.allclose(q.act(x[0, 4], goals[0], None, near), near)
+    assert not q.there(1, [[[0.5, np.nan]]], [[0.5, np.nan]])[0].any(), 'nobody knows all of where it is'
+
+
+def test_a_number_that_is_not_known_now_does_not_count(sensing):
+    """Whether the whole state is missing or one sensor, in the last frame of the context alone."""
+    x, goal = film(1, 3)[0], film(1, 1, seed=1)[0, 0]
+    rows = []
+    for now, wanted in (([0.1, 0.2], [0.5, 0.5]), ([np.nan, 0.2], [0.5, 0.5]), ([np.nan, 0.2], [np.nan, 0.5]), ([np.nan] * 2, [0.5, 0.5])):
+        p = plan.Planner(f'{sensing}/ckpt.safetensors', plan.config | SMALL_SEARCH | dict(samples=30), tell=False)
+        rows.append(p.act(x, goal, None, [[0.1, 0.2], [0.1, 0.2], now], wanted))
+    assert np.isfinite(rows).all() and np.array_equal(rows[1], rows[2]) and not np.array_equal(rows[0], rows[1])
 
 
 def test_the_closed_loop_with_a_state_and_without(sensing, tmp_path, capsys):
     report = evaluated(sensing, tmp_path, episodes=3, budget=4, shift='light')
     methods = report['methods']
-    assert [*methods][:4] == ['model', 'model, no state', 'model, light', 'random weights']
+    assert [*methods][:4] == ['model', 'model without state', 'model, light', 'random weights']
     assert [methods[k]['state'] for k in [*methods][:4]] == [True, False, True, True]
-    assert methods['model']['distance_end'] != methods['model, no state']['distance_end']
+    assert methods['model']['distance_end'] != methods['model without state']['distance_end']
     assert 'state observation.state' in capsys.readouterr().out
     without = evaluated(sensing, tmp_path, episodes=3, budget=4, state_weight=0.0)['methods']
-    assert 'model, no state' not in without and not without['model']['state']
-    assert without['model']['distance_end'] == methods['model, no state']['distance_end']
+    assert 'model without state' not in without and not without['model']['state']
+    assert without['model']['distance_end'] == methods['model without state']['distance_end']
+    rested = evaluated(sensing, tmp_path, episodes=2, budget=4, hold=9.0, rest='zero')['methods']['model']
+    assert rested['jerk'] == 0 and rested['seconds_per_plan'] is None
 
 
 def test_states_of_pictures(sensing, trained, tmp_path):
@@ -1029,9 +1044,13 @@ def test_states_of_pictures(sensing, trained, tmp_path):
                            (['--start_state=z=1'], '--start_state=z=1: wants 2 numbers'),
                            (['--start_state=here,there'], 'wants 2 numbers'), (['--start_state=x=inf'], 'wants 2 numbers'),
                            (['--state_weight=-1'], '--state_weight: wants'), (['--rest=lie'], '--rest: wants one of zero, state'),
-                           ([f'--ckpt={trained}/ckpt.safetensors', '--hold=1'], '--hold=1.0: wants a model'),
+                           (['--hold=1', '--rest=zero'], '--hold: pictures say nothing'),
+                           (['--start_state=x=1', '--goal_state=y=1'], 'of the same numbers'),
                            ([f'--ckpt={trained}/ckpt.safetensors', '--goal_state=1,2'], 'was trained without --state')):
         assert words in ends('plan.py', *given, *options)
+    for ckpt, options in (sensing, ['--hold=1']), (trained, ['--hold=1', '--rest=zero']):
+        assert '--hold=1.0: wants a model that was trained with --state, and --rest' in ends(
+            'plan.py', f'--ckpt={ckpt}/ckpt.safetensors', *options)
     assert 'come without a state' in ends('plan.py', f'--watch={tmp_path}', f'--goal={goal}', '--goal_state=1,2')
 
 

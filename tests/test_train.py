@@ -544,10 +544,15 @@ def test_the_state_is_learned_and_told(demo, tmp_path):
     assert net.config['state_dim'] == 2 and config['state_names'] == 'x,y'
     assert {'s_mean', 's_std', 's_change', 's_width', 'z_pair'} <= net.stats.keys()
     script('train.py', *demo, *SMALL[4:], f'--init={tmp_path}/o/ckpt.safetensors', '--max_steps=1', f'--out_dir={tmp_path}/p')
-    assert model.load(tmp_path / 'p/ckpt.safetensors')[0].config['state_dim'] == 0
+    net, config = model.load(tmp_path / 'p/ckpt.safetensors')
+    assert net.config['state_dim'] == 0 and not [k for k in net.stats if k.startswith('s_')]
     script('train.py', *demo, *SMALL[4:], f'--init={tmp_path}/p/ckpt.safetensors', '--state=observation.state.x',
            '--max_steps=1', f'--out_dir={tmp_path}/q')
     assert model.load(tmp_path / 'q/ckpt.safetensors')[0].config['state_dim'] == 1
+    del net.stats['z_pair']         # of before there was --state
+    model.save(tmp_path / 'p/old.safetensors', net, config, {}, net.stats)
+    line = ends('train.py', *demo, *SMALL[4:], f'--init={tmp_path}/p/old.safetensors', '--state=observation.state', f'--out_dir={tmp_path}/r')
+    assert 'old.safetensors: was made before there was --state' in line and not (tmp_path / 'r').exists()
 
 
 def test_padded_frames_do_not_count_in_an_evaluation(demo, tmp_path):
