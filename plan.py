@@ -310,8 +310,7 @@ def plan(model, z_ctx, a_ctx, z_goal, o, seed=0, low=-5.0, high=5.0, a_mask=None
     low, high: bounds, numbers or (rows, width): an action is so many rows of so many numbers, and
     zeros up to A. mean (E, horizon, A) and carried (E, n, up to horizon, A): where to begin, the
     last plan and its elites, shifted. tokens (N,): their weights.
-    info: 'cost' (iterations, E), 'elites', 'imagine': actions (E, M, H, A) -> (E, M, H, N, D).
-    """
+    info: 'cost' (iterations, E), 'elites', 'imagine': actions (E, M, H, A) -> (E, M, H, N, D)."""
     deadline = time.perf_counter() + o.budget_ms / 1000 if o.budget_ms else math.inf
     E, Tc, A = a_ctx.shape
     rows, width = np.shape(low) or (1, A)
@@ -584,6 +583,10 @@ class Planner:
         self.z_goal = self.with_state(self.z_of_goal, goal_state)
         if not self.done:       # a model step begins
             self.held, self.still = self.there(E, states, goal_state)
+        self.done.append(self.next_row())
+        return self.done[-1]
+
+    def next_row(self):
         row = self.still
         if self.held.all():
             self.queue = []         # what was planned is of another time
@@ -591,8 +594,7 @@ class Planner:
             if not self.queue:
                 self.search()
             row = self.queue.pop(0)
-        self.done.append(np.where(self.held[:, None], self.still, row))
-        return self.done[-1]
+        return np.where(self.held[:, None], self.still, row)
 
     def there(self, E, states, goal_state):
         """Which of E robots sense that they are at the goal (E,), as --hold has it, and the rows
@@ -651,8 +653,8 @@ def random_weights(planner, seed):
 #   step(action)            what is one row of the dataset
 #   frame()                 uint8 (H, W, 3)
 #   state()                 a vector, of all that restore() needs
-#   sensors()               what the robot itself senses, without velocities: observation.state, also
-#                           after restore(); () = nothing, as where there is no such function
+#   sensors()               what the robot itself senses, without velocities: observation.state,
+#                           also after restore(); () = nothing, as where there is none
 #   columns(action)         {column: vector} of an action about to be done: 'action', or more
 #   observation, over       what policies of one's own see, too; whether the episode has ended
 # and for --policy=script, as for the questions of an evaluation,
@@ -1088,6 +1090,15 @@ def score(sims, questions, poses, executed):
     return row, reached
 
 
+def times(planner, E):
+    """What the report says of a planner's searches for E robots at once; nothing if they rested."""
+    if not planner.seconds:
+        return {}
+    seconds = np.mean(planner.seconds).item() / E
+    return dict(seconds_per_plan=seconds, plans_per_second=1 / seconds,
+                iterations=np.mean(planner.iterations).item())
+
+
 def tell(name, row, unit, E):
     low, high = row['ci95']
     line = (f'{name:17s} success at the end {row["success_end"]:.2f} (95 % interval {low:.2f} to '
@@ -1214,11 +1225,7 @@ def evaluate(o):
         asked = questions[:len(worlds)]
         poses, executed, shown, goals = play(who.act, worlds, asked, o.budget, True, state)
         row, reached = score(worlds, asked, poses, executed)
-        methods[name] = row | dict(state=state)
-        if who.seconds:         # none where all rest from the beginning
-            seconds = np.mean(who.seconds).item() / len(worlds)
-            methods[name] |= dict(seconds_per_plan=seconds, plans_per_second=1 / seconds,
-                                  iterations=np.mean(who.iterations).item())
+        methods[name] = row | dict(state=state) | times(who, len(worlds))
         if name == 'model':
             video = film(shown, goals, reached)
             asked_goal = goals[0]
