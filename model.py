@@ -846,7 +846,7 @@ class WorldModel(nn.Module):
         c = self.config
         B, T = z.shape[:2]
         N = math.prod(c['grid'])
-        fits = z.shape[2:] == (N + (c['state_dim'] > 0), c['dim'])
+        fits = z.shape[2:] == (N + frame_tokens(c)['state'], c['dim'])
         fits = fits and a.shape == (B, T, c['action_dim'])
         assert fits, f'latents {tuple(z.shape)} and actions {tuple(a.shape)} do not fit {c}'
         x = self.embed(z, tau, d, a, a_mask)
@@ -1010,7 +1010,8 @@ def noised_clips(z, boot, noise, o):
     e = 1 + (noise.d * int(math.log2(o.k_max))).floor()     # d = 2^e d_min <= 1
     e = torch.where(past, 1, e)
     d = 2.0 ** torch.where(boot[:, None], e, 0) / o.k_max
-    N -= o.state_dim > 0        # the state is no latent
+    if o.state_dim:     # which is no latent
+        N -= 1
     tau = signal_levels(noise.tau, o.tau_schedule, o.tau_shift or math.sqrt(N * D / 4096))
     tau = torch.where(past, 1 - noise.past_tau / 8, tau)
     tau = torch.minimum((tau / d).floor() * d, 1 - d)
