@@ -58,7 +58,7 @@ method = 'cem'          # cem, icem, mppi or adam (gradients)
 horizon = 5             # model steps
 samples = 64            # candidates per iteration; adam: starts
 elites = 8              # the best of them, which the next iteration is drawn from
-iterations = 3
+iterations = 5
 init_std = 1.0          # of the first candidates of a search, in units of the actions' std: wider
                         # where the data's range is beyond five of these
 warm_std = 0.0          # where a search begins from the last plan; 0 = init_std
