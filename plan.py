@@ -1009,8 +1009,7 @@ def play(policy, sims, questions, budget, see, sense=False):
         frames, sensed = look([q.states for q in questions])
     past = np.stack([q.actions for q in questions])
     states = [q.states[-1] for q in questions]
-    poses = []
-    executed = []
+    poses, executed = [], []
     shown = []
     for t in range(budget + 1):
         poses.append([])
@@ -1026,15 +1025,16 @@ def play(policy, sims, questions, budget, see, sense=False):
             if t > 0 and see:
                 now.append(sim.frame())
                 felt.append(sim.sensors())
-        if now:
-            frames = np.stack(now)[:, None]             # (E, 1, H, W, 3)
-            sensed = np.stack(felt)[:, None]
         if see:
+            if t > 0:
+                frames = np.stack(now)[:, None]             # (E, 1, H, W, 3)
+                sensed = np.stack(felt)[:, None]
             shown.append(frames[:, -1])
+            data.progress(f'playing {len(sims)} episodes:', f'step {t} of {budget}')
         if t < budget:
-            between = past if t == 0 else None
             senses = (sensed, wanted) if sense else ()
-            executed.append(np.asarray(policy(frames, goals, between, *senses)))
+            executed.append(np.asarray(policy(frames, goals, past, *senses)))
+            past = None
     return np.array(poses), np.array(executed), shown, goals
 
 
