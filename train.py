@@ -105,7 +105,7 @@ self_forcing = 0.0              # share of the run, its last, that learns from r
 # optimisation
 batch_size = 32                 # clips per step, over all processes
 micro_batch = 0                 # clips that a process computes at once; 0 = all of its share
-max_steps = 1000
+max_steps = 1200
 learning_rate = 4e-3            # after warmup steps
 decay = 1.0                     # share of the run, its last, over which it falls linearly to min_lr
 min_lr = 5e-5
@@ -121,7 +121,7 @@ seed = 0
 out_dir = 'out'
 resume = False
 init = ''                       # a checkpoint to begin with: its weights, and its encoder and shape
-eval_interval = 500             # steps
+eval_interval = 600             # steps
 eval_clips = 64                 # of each kind, from held-out episodes
 eval_context = 2                # frames that are given before the imagined ones
 K = 4                           # denoising steps per imagined frame
