@@ -2085,7 +2085,6 @@ class Clips:
         out['rows'] = torch.tensor([ds.rows_each * self.frameskip for ds in self.labelled])
         return out
 
-
     def state_stats(self):
         """{mean, std and change, see measure_states: (labelled datasets, S); width: (n,)}."""
         out = {'width': torch.tensor([ds.state_dim for ds in self.labelled])}

@@ -611,7 +611,6 @@ class Planner:
             there &= np.isfinite(now).all(axis=1)
         return there, still
 
-
     def check_states(self, shape, states, goal_state):
         width = len(self.s_mean)
         for x, wants in (states, (*shape, width)), (goal_state, (shape[0], width)):

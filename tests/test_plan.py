@@ -1007,9 +1007,9 @@ def test_a_number_that_is_not_known_now_does_not_count(sensing):
     """Whether the whole state is missing or one sensor, in the last frame of the context alone."""
     x, goal = film(1, 3)[0], film(1, 1, seed=1)[0, 0]
     rows = []
-    for now, wanted in (([0.1, 0.2], [0.5, 0.5]), ([np.nan, 0.2], [0.5, 0.5]), ([np.nan, 0.2], [np.nan, 0.5]), ([np.nan] * 2, [0.5, 0.5])):
+    for sensed, wanted in (([0.1, 0.2], [0.5, 0.5]), ([np.nan, 0.2], [0.5, 0.5]), ([np.nan, 0.2], [np.nan, 0.5]), ([np.nan] * 2, [0.5, 0.5])):
         p = plan.Planner(f'{sensing}/ckpt.safetensors', plan.config | SMALL_SEARCH | dict(samples=30), tell=False)
-        rows.append(p.act(x, goal, None, [[0.1, 0.2], [0.1, 0.2], now], wanted))
+        rows.append(p.act(x, goal, None, [[0.1, 0.2], [0.1, 0.2], sensed], wanted))
     assert np.isfinite(rows).all() and np.array_equal(rows[1], rows[2]) and not np.array_equal(rows[0], rows[1])
 
 
