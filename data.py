@@ -791,6 +791,7 @@ def inside(root, template, **values):
 TEXT = '(large_)?(str|utf|text|binary)|bytes|image|video|audio|lang'  # what is no number
 STATS = 'mean', 'std', 'min', 'max'
 ENVIRONMENT = 'observation.environment_state'   # lerobot's name of what a simulator knows
+NO_PLACE = '(?i)vel|force|time'     # names of numbers that a single picture does not show
 PROBE = 1 << 12     # bytes of a file that are looked at in two places, to know it again
 QUANTILES = {'q01': .01, 'q10': .1, 'q50': .5, 'q90': .9, 'q99': .99}
 
@@ -905,14 +906,15 @@ class LeRobot:
     `action`, else `actions`, else all `action.*`, else nothing; 'none' ignores actions. fps: the
     nearest frames at this lower rate; 0 is all frames. action_mode, rotation: see rows. state: keys
     or numbers of them, 'observation.state.elbow', comma-separated; a dataset that lacks one has no
-    state. `episode` is a position in `.episodes`. A dataset that cannot be used ends the program
-    with one line, a file of it that cannot be read is a Bad. A folder's files are compared with its
-    metadata: what differs is named, the shorter counts, and .dropped has what is wrong with the
-    episodes left out.
+    state. probe: likewise, what a probe learns to read; of a whole key without what its names call
+    velocities, forces or time. `episode` is a position in `.episodes`. A dataset that cannot be
+    used ends the program with one line, a file of it that cannot be read is a Bad. A folder's files
+    are compared with its metadata: what differs is named, the shorter counts, and .dropped has what
+    is wrong with the episodes left out.
     """
 
     def __init__(self, root, camera='', action='', fps=0, action_mode='absolute', rotation='euler',
-                 cache_gb=50, state=''):
+                 cache_gb=50, state='', probe=''):
         self.name = str(root)
         self.weight = 0.0       # among other datasets, see open_sets
         self.action_mode = action_mode
@@ -928,7 +930,7 @@ class LeRobot:
                 self._read_info(fps)
                 self._choose_cameras(camera)
                 self._choose_actions(action)
-                self._choose_state(state)
+                self._choose_numbers(state, probe)
                 self._read_episodes()
             except Bad:
                 raise
@@ -1063,22 +1065,37 @@ class LeRobot:
             sys.exit(f'--action_mode={self.action_mode}: {self.name} has no pose of {pose} numbers '
                      f'in {", ".join(keys)} ({self.widths}): name it by --action=...')
 
-    def _choose_state(self, state):
-        self.state_numbers = []         # (key, which of its numbers)
-        self.state_names = []
-        for part in filter(None, map(str.strip, state.split(','))):
-            if part.startswith(ENVIRONMENT):
+    def _choose_numbers(self, state, probe):
+        for part in state.split(','):
+            if part.strip().startswith(ENVIRONMENT):
                 sys.exit(f'--state={part}: is what a simulator knows, not what a robot senses')
+        self.state_numbers, names = self._numbers_of(state, '')
+        self.state_names = [name for _, name in names]
+        self.probe_numbers, names = self._numbers_of(probe, NO_PLACE)
+        self.probe_names = ['.'.join(name) for name in names]
+        self.state_dim = len(self.state_names)
+        self.probe_dim = len(self.probe_names)
+        chosen = self.state_numbers + self.probe_numbers
+        self.columns = [*dict.fromkeys(self.action_keys + [key for key, _ in chosen])]
+
+    def _numbers_of(self, text, but):
+        """((key, which of its numbers), ..) and the (key, name) of each, of a list of keys and
+        numbers of keys; of a whole key without those whose names match `but`. Nothing where one is
+        missing."""
+        chosen = []
+        pairs = []
+        for part in filter(None, map(str.strip, text.split(','))):
             found = self._numbers_called(part)
-            if found is None:       # one is missing: it has no state
-                self.state_numbers = []
-                self.state_names = []
-                break
+            if found is None:
+                return (), []
             key, names, numbers = found
-            self.state_numbers.append((key, numbers))
-            self.state_names += [names[i] for i in numbers]
-        self.state_dim = sum(len(numbers) for _, numbers in self.state_numbers)
-        self.columns = [*dict.fromkeys(self.action_keys + [k for k, _ in self.state_numbers])]
+            if but and part == key:
+                numbers = [i for i in numbers if not re.search(but, names[i])]
+            if not numbers:
+                continue
+            chosen.append((key, tuple(numbers)))
+            pairs += [(key, names[i]) for i in numbers]
+        return tuple(chosen), pairs
 
     def _numbers_called(self, part):
         """(key, names of its numbers, which of them) of a key, or of a key and a name; None where
@@ -1321,21 +1338,28 @@ class LeRobot:
             out.append(x[1:, pose:])
         return np.concatenate(out, 1).astype(np.float32)
 
-    @lru_cache(maxsize=16)
     def states(self, episode):
         """float32 (length, state_dim): the robot's state at each frame, NaN where it is not known.
         """
+        return self._numbers(episode, self.state_numbers)
+
+    def probed(self, episode):
+        """float32 (length, probe_dim): as states, of what a probe learns to read."""
+        return self._numbers(episode, self.probe_numbers)
+
+    @lru_cache(maxsize=16)
+    def _numbers(self, episode, chosen):
         e = self.episodes[episode]
         rows = self._rows_of(e)
         at = self._at(np.arange(e.length))
         parts = [np.zeros((e.length, 0), np.float32)]
-        for key, numbers in self.state_numbers:
+        for key, numbers in chosen:
             if rows[key].shape[1] <= max(numbers):
                 raise Bad(f'{key} has {rows[key].shape[1]} numbers in episode {e.index}, expected '
                           f'{max(numbers) + 1} or more', self.place(e))
             parts.append(rows[key][at][:, numbers])
-        s = np.concatenate(parts, axis=1)
-        return np.where(np.isfinite(s), s, np.nan)
+        x = np.concatenate(parts, axis=1)
+        return np.where(np.isfinite(x), x, np.nan)
 
     def _action_columns(self, e):
         """{key: (usable, width)} of an episode; what is odd in them is named."""
@@ -1428,8 +1452,9 @@ class LeRobot:
             return self.hub.revision
         found = hashlib.sha256()
         paths = []
+        seen = *self.chosen, *self.action_keys, *(key for key, _ in self.state_numbers)
         for i, e in enumerate(self.episodes):
-            for key in [camera] if camera else [*self.chosen, *self.columns]:
+            for key in [camera] if camera else dict.fromkeys(seen):
                 found.update(self._where(i, key)[:e.usable].tobytes())
                 paths.append(self.place(e, key))
         for path in dict.fromkeys(paths):
@@ -1615,7 +1640,7 @@ class Writer:
             self.sizes[key] += _encode(self.videos[key], x, self.first + self.length, self.fps,
                                        crf=str(self.crf), g=str(self.gop))
             if (self.length + 1) % ((self.length + 1) // 32 + 1) == 0:      # fewer and fewer
-                self.small[key].append(x[::len(x) // 64 or 1, ::x.shape[1] // 64 or 1].copy())
+                self.small[key].append(x[::len(x) // 32 or 1, ::x.shape[1] // 32 or 1].copy())
         self.length += 1
         for key, vector in {'observation.state': state, 'action': action, **(extra or {})}.items():
             if vector is not None and np.size(vector):
@@ -1874,6 +1899,7 @@ class Clips:
             weight = Fraction(ds.weight).limit_denominator(10 ** 6)
             weights.append(weight or order.count / exact_rate(ds.fps))
         self.S = max([ds.state_dim for ds in self.labelled], default=0)
+        self.P = max([ds.probe_dim for ds in self.labelled], default=0)
         self.states = []        # of each labelled dataset: mean, std, change (state_dim,)
         robots = []
         for ds in self.labelled:
@@ -1944,10 +1970,24 @@ class Clips:
             clip['s'] = torch.full((T, self.S), torch.nan)
             if s in self.kinds['labelled'] and ds.state_dim:
                 mean, std, _ = self.states[s]
-                f = np.minimum(start + np.arange(T) * self.frameskip, ds.episodes[e].length - 1)
+                f = self.rows(s, e, start, T)
                 now = torch.from_numpy(ds.states(e)[f]) - mean
                 clip['s'][:, :len(mean)] = torch.where(std > 1e-6, now / std, 0 * now)
         del clip['task']
+        return clip
+
+    def rows(self, s, e, start, T):
+        """The frames of a clip, the last one again where an episode is over."""
+        last = self.sets[s].episodes[e].length - 1
+        return np.minimum(start + np.arange(T) * self.frameskip, last)
+
+    def clip_and_probe(self, s, e, start, camera, T):
+        """A clip with p (T, P) as well: what a probe is to read, as the dataset has it, or NaN."""
+        clip = self.clip(s, e, start, camera, T)
+        if self.P:
+            clip['p'] = torch.full((T, self.P), torch.nan)
+            if s in self.kinds['labelled'] and self.sets[s].probe_dim:
+                clip['p'] = torch.from_numpy(self.sets[s].probed(e)[self.rows(s, e, start, T)])
         return clip
 
     def latents(self, s, e, camera, numbers):
@@ -2047,9 +2087,13 @@ class Clips:
     def held_out(self, T, n):
         """{'labelled' and/or 'unlabelled': a batch of about n clips of T steps from validation
         episodes}."""
+        return self.some(T, n, self.val)
+
+    def some(self, T, n, split):
+        """As held_out, of the episodes `split` of each dataset."""
         out = {}
         for name, kind in self.kinds.items():
-            clips = self.readable(lambda *where: self.clip(*where, T), kind, self.val, n, T)
+            clips = self.readable(lambda *at: self.clip_and_probe(*at, T), kind, split, n, T)
             if clips:
                 out[name] = default_collate(clips)
         return out
@@ -2340,6 +2384,8 @@ def load_part(path):
 
 DEMO_STEP = 0.05    # the longest move of the tip in a frame
 DEMO_NEAR = 0.08    # what counts as reached
+DEMO_NAMES = {'action': ['dx', 'dy'], 'observation.state': ['x', 'y'],
+              ENVIRONMENT: ['tip_x', 'tip_y', 'disc_x', 'disc_y']}
 TIP = 0.11          # radii
 DISC = 0.15
 HALO = 0.3
@@ -2374,7 +2420,8 @@ def demo_draw(state, size=64):
         y = (at - centre[:, 1:]) ** 2
         distance = np.sqrt(y[:, :, None] + x[:, None, :])                   # (n, size, size)
         shape = np.clip((radius - distance) / 0.03 + 0.5, 0, 1)
-        cover = np.maximum(shape, 0.45 * np.exp(-(distance / HALO) ** 2))
+        halo = np.exp(-y / HALO ** 2)[:, :, None] * np.exp(-x / HALO ** 2)[:, None, :]
+        cover = np.maximum(shape, 0.45 * halo)
         image += cover[..., None] * (np.float32(colour) - image)
     return np.uint8(image * 255 + 0.5)
 
@@ -2426,8 +2473,7 @@ def write_demo(root, n, labelled, seed):
         actions[:, t] = act(state)
         state = demo_step(state, actions[:, t])
     mine = own_tmp(root)
-    names = {'action': ['dx', 'dy'], 'observation.state': ['x', 'y']}
-    with Writer(mine, 10, names=names) as writer:
+    with Writer(mine, 10, DEMO_NAMES) as writer:
         for e in range(n):
             for t, frame in enumerate(demo_draw(states[e])):
                 action = actions[e, t] if labelled else None

@@ -1290,6 +1290,67 @@ def capture(graphs, f, buffers):
 
 
 # --------------------------------------------------------------------------------------------------
+# The probe: numbers of the dataset (where the hand is, how the block lies), read from the latents
+# of a frame, so that errors of imagination have units. The world model never sees it.
+
+class Probe(nn.Module):
+    """P numbers, as the dataset has them, of frames of latents (.., N, D): learned queries attend
+    to the tokens, which know their places, and a layer tells what they found (attentive probing, as
+    in V-JEPA, arXiv:2404.08471). mean, std (P,) of the numbers; turn (P,): 2 pi or 360 where a
+    number is an angle that may go round, which is learned as sine and cosine, else 0."""
+    def __init__(self, N, D, mean, std, turn, width=64, queries=8):
+        super().__init__()
+        for name, value in ('mean', mean), ('std', std), ('turn', turn):
+            self.register_buffer(name, value)
+        self.token = nn.Linear(D, width)
+        self.place = nn.Parameter(0.5 * torch.randn(N, width))
+        self.query = nn.Parameter(torch.randn(queries, width))
+        self.key = nn.Linear(width, width, bias=False)
+        self.hidden = nn.Linear(queries * width, 2 * width)
+        self.out = nn.Linear(2 * width, 2 * len(mean))
+
+    def forward(self, z):
+        """(.., P, 2): of an angle its sine and cosine, else the normalised number and 0."""
+        x = F.gelu(self.token(z) + self.place)                      # (.., N, C)
+        weight = self.query @ self.key(x).mT / x.shape[-1] ** 0.5   # (.., queries, N)
+        found = weight.softmax(dim=-1) @ x                          # (.., queries, C)
+        first, second = self.out(F.gelu(self.hidden(found.flatten(-2)))).chunk(2, dim=-1)
+        return torch.stack((first, torch.where(self.turn > 0, second, 0.0)), dim=-1)
+
+    def code(self, numbers):
+        """What forward is to return of numbers (.., P)."""
+        angle = 2 * torch.pi * numbers / self.turn
+        line = (numbers - self.mean) / self.std
+        first = torch.where(self.turn > 0, angle.sin(), line)
+        return torch.stack((first, torch.where(self.turn > 0, angle.cos(), 0 * line)), dim=-1)
+
+    def read(self, z):
+        """Numbers (.., P), in the dataset's units."""
+        first, second = self(z).unbind(dim=-1)
+        angle = torch.atan2(first, second) * self.turn / (2 * torch.pi)
+        return torch.where(self.turn > 0, angle, first * self.std + self.mean)
+
+    def off(self, z, numbers):
+        """Absolute errors (.., P) of read; of angles the short way round."""
+        off = self.read(z) - numbers
+        half = self.turn / 2
+        return torch.where(self.turn > 0, (off + half) % self.turn - half, off).abs()
+
+
+def restore_probe(stats):
+    """The Probe of a checkpoint's stats; None where there is none."""
+    stored = take_prefix(dict(stats), 'probe.')
+    if not stored:
+        return None
+    N, width = stored['place'].shape
+    D = stored['token.weight'].shape[1]
+    probe = Probe(N, D, *(stored[name] for name in ('mean', 'std', 'turn')), width,
+                  len(stored['query']))
+    probe.load_state_dict(stored)
+    return probe.requires_grad_(False)
+
+
+# --------------------------------------------------------------------------------------------------
 # The checkpoint: one file that holds all that planning and decoding need: the weights, their
 # average, what latents and actions are normalised by, a fitted encoder, and every constant of the
 # run.

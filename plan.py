@@ -655,6 +655,7 @@ def random_weights(planner, seed):
 #   sensors()               what the robot itself senses, without velocities: observation.state,
 #                           also after restore(); () = nothing, as where there is none
 #   columns(action)         {column: vector} of an action about to be done: 'action', or more
+#   names                   {column: names of its numbers}; may be left out, as sensors
 #   observation, over       what policies of one's own see, too; whether the episode has ended
 # and for --policy=script, as for the questions of an evaluation,
 #   script(rng)             a function () -> action: noisy behaviour that gets about
@@ -678,6 +679,7 @@ class Gym:
     """Any gymnasium environment, as far as recording needs it, and what of evaluation robots at
     rest share. options: gymnasium.make's."""
     exact = False
+    names = {}
     observation = None
     over = False
 
@@ -759,6 +761,7 @@ class Demo:
     unit = 'table widths'
     exact = True
     over = False
+    names = data.DEMO_NAMES
     space = Box([-data.DEMO_STEP] * 2, [data.DEMO_STEP] * 2)
 
     def __init__(self, size=(0, 0), shift='', key='action'):
@@ -842,6 +845,8 @@ def simulator(env, size, shift='', key='action'):
     sim = simulator_class(size, shift, key)
     if not hasattr(sim, 'sensors'):     # may be left out
         sim.sensors = tuple
+    if not hasattr(sim, 'names'):
+        sim.names = {}
     demand(env, sim, 'name fps space reset step frame state sensors columns observation over')
     return sim
 
@@ -923,7 +928,7 @@ def record_dataset(o):
 
     signal.signal(signal.SIGINT, interrupt)
     gop = max(2, o.draw_every)      # what is read of them begins at a key frame
-    with data.Writer(o.out, fps, robot_type=sim.name, gop=gop) as writer:
+    with data.Writer(o.out, fps, sim.names, sim.name, gop=gop) as writer:
         for i in tqdm(range(o.episodes), f'recording {o.out}', disable=None):
             sim.reset(seed=int(rng.integers(2 ** 31)))
             for step in range(o.steps or sys.maxsize):

@@ -33,8 +33,8 @@ from tqdm import tqdm
 
 from model import (MODEL_DEFAULTS, OBJECTIVE, WorldModel, check_steps, clip_noise, compile_layers,
                    add_state, encode_frames, flops_per_frame, frame_errors, frame_tokens,
-                   half_weights, load, load_encoder, model_config, one_line, restore_encoder,
-                   rollout, save, shortcut_loss, standard, term_scale, which_rows)
+                   half_weights, load, load_encoder, model_config, one_line, Probe,
+                   restore_encoder, rollout, save, shortcut_loss, standard, term_scale, which_rows)
 
 if 'RANK' in os.environ:    # torchrun's: the others wait until the first has checked all
     meeting = next(dist.rendezvous('env://'))[0]
@@ -55,6 +55,7 @@ action = ''                     # keys, with commas; '' = action, else actions, 
 action_mode = 'absolute'        # delta, delta_tool: motions of poses in the base's, tool's frame
 rotation = 'euler'              # of poses: euler, quat_xyzw, quat_wxyz, rotvec, rot6d or rot6d_rows
 state = ''                      # keys, or numbers of them (observation.state.elbow), one more token
+probe = ''                      # likewise: read from latents at the end, for errors with units
 fps = 0.0                       # frames per second that are taken from every dataset; 0 = all
 frameskip = 2                   # dataset frames per model step; 0 = five steps a second
 frames = 4                      # model steps of a training clip
@@ -254,7 +255,7 @@ for kind, episodes, demo_seed in (('labelled', 300, 1), ('unlabelled', 100, 2)):
         data.write_demo(config[kind], episodes, kind == 'labelled', demo_seed)
     keys = action if kind == 'labelled' else 'none'
     sets[kind] = data.open_sets(config[kind], camera, keys, fps, action_mode, rotation, cache_gb,
-                                state if kind == 'labelled' else '')
+                                *((state, probe) if kind == 'labelled' else ()))
     names = [f'{ds.name}:{ds.weight}' if ds.weight else ds.name for ds in sets[kind]]
     config[kind] = ','.join(names)
     for ds in sets[kind]:
@@ -281,6 +282,11 @@ shape['state_dim'] = clips.S
 if state and not clips.S:
     ds = (sets['labelled'] + sets['unlabelled'])[0]
     sys.exit(f'--state={state}: no labelled dataset has it; {ds.name} has {", ".join(ds.features)}')
+probed = {tuple(ds.probe_names) for ds in sets['labelled'] if ds.probe_dim}
+if probe and len(probed) != 1:
+    sys.exit(f'--probe={probe}: wants the same numbers in all labelled datasets that have them, '
+             f'got {[*probed] or "none"}')
+config['probe_names'] = [*next(iter(probed), ())]
 if clips.S and saved and 'z_pair' not in saved.stats:
     sys.exit(f'{init or ckpt}: was made before there was --state, and cannot go on with it')
 config['state_names'] = ';'.join(','.join(ds.state_names) for ds in sets['labelled'])
@@ -337,7 +343,6 @@ def measure(x):
         encode.fit(x.to(device).float() / 255)
     z = x.to(device) if clips.tokens else encode_frames(encode, x, autocast)
     z = z.flatten(0, -2)            # (frames x N, width)
-    N = math.prod(encode.grid)
     stats = dict(z_mean=z.mean(dim=0))
     if channels:
         z = z - stats['z_mean']
@@ -370,6 +375,7 @@ def encode_all():
         shutil.rmtree(folder, ignore_errors=True)
 
 
+N = math.prod(encode.grid)          # tokens of a frame's picture; that of the state follows them
 if compile and not encode.fit:      # what is fitted is too small to gain
     encode.compile()
 if cache and not encode.fit:        # no frame is encoded twice
@@ -379,6 +385,7 @@ if saved:       # its weights know latents of its statistics; those of actions a
 else:
     say('measuring the latents')
     stats = measure(clips.sample(64, 16))
+stats = {name: v for name, v in stats.items() if not name.startswith('probe.')}
 if not resume:
     stats = {name: v for name, v in stats.items() if not name.startswith('s_')}
     stats |= {f'a_{name}': v for name, v in clips.action_stats().items()}
@@ -500,7 +507,6 @@ def evaluate():
         with autocast:
             for method, a_and_mask in actions.items():
                 imagined[method] = rollout(net, z[:, :eval_context], *a_and_mask, K=K)
-        N = math.prod(encode.grid)      # the state comes after them
         val[kind] = {method: horizon_errors(imagined[method][:, :, :N], z[:, :, :N], z_mask)
                      for method in sorted(imagined)}
         if clips.S and kind == 'labelled':
@@ -522,6 +528,77 @@ def horizon_errors(imagined, z, z_mask):
         real = z_mask[:, eval_context + h - 1] & (count[:, h - 1] > 0)
         out[str(h)] = error[real, h - 1].mean().item() if real.any() else None
     return out
+
+
+def fit_probe():
+    """A Probe of the latents of training clips, real and imagined ones: it is not to take errors of
+    imagination for places."""
+    torch.manual_seed(seed)
+    T = eval_context + 20
+    n = 2 ** 27 // (N * shape['dim'] * 2 * T)       # half a GB
+    batch = clips.some(T, min(512, max(n, 2)), clips.train)['labelled']
+    z, a, a_mask, z_mask = normalised(batch)
+    numbers = batch['p'].to(device)
+    with torch.no_grad(), autocast:
+        imagined = rollout(ema_model.to(device), z[:, :eval_context], a, a_mask, K=K).float()
+    later = slice(eval_context, None)
+    real = torch.cat((z_mask, z_mask[:, later]), dim=1)
+    z = torch.cat((z, imagined), dim=1)[:, :, :N][real]                     # (frames, N, D)
+    numbers = torch.cat((numbers, numbers[:, later]), dim=1)[real]          # (frames, P)
+    mean = numbers.nanmean(dim=0)
+    std = (numbers - mean).square().nanmean(dim=0).sqrt().clamp(min=1e-6)
+    turn = torch.zeros_like(mean)
+    for i, name in enumerate(config['probe_names']):
+        unit = re.split('[^a-z]', name.lower())[-1]
+        turn[i] = {'rad': 2 * math.pi, 'deg': 360}.get(unit, 0)
+    reader = Probe(N, shape['dim'], mean, std, turn).to(device)
+    code = reader.code(numbers)
+    steps = 1000
+    descent = torch.optim.AdamW(reader.parameters(), weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(descent, 3e-3, steps)
+    for _ in tqdm(range(steps), 'fitting the probe', disable=None):
+        rows = torch.randint(len(z), (128,), device=device)
+        off = reader(z[rows]) - code[rows]
+        off.nan_to_num().square().mean().backward()     # NaN: not known
+        descent.step()
+        descent.zero_grad()
+        schedule.step()
+    return reader.requires_grad_(False)
+
+
+@torch.no_grad()
+def tell_probe(reader):
+    """Log and print the errors, in the dataset's units, of what is read from held-out frames: real
+    ones, and those imagined so many steps ahead."""
+    batch = held_out['labelled']
+    z, a, a_mask, z_mask = normalised(batch)
+    numbers = batch['p'].to(device)
+    with autocast:
+        imagined = rollout(ema_model.to(device), z[:, :eval_context], a, a_mask, K=K).float()
+    frames = dict(real=(z, numbers, z_mask))
+    for h in (1, 5, 10, 20):
+        t = eval_context + h - 1
+        frames[str(h)] = imagined[:, h - 1], numbers[:, t], z_mask[:, t]
+    entry = {name: {} for name in config['probe_names']}
+    for when, (z, wanted, real) in frames.items():
+        z = z[..., :N, :][real]         # (frames, N, D)
+        code = reader.code(wanted[real])
+        if when == 'real':
+            variance = (code - code.nanmean(dim=0)).square().nanmean(dim=0).sum(dim=-1)
+        r2 = 1 - (reader(z) - code).square().nanmean(dim=0).sum(dim=-1) / variance      # (P,)
+        for name, off, share in zip(entry, reader.off(z, wanted[real]).T, r2.tolist()):
+            off = off[~off.isnan()]
+            if len(off) and math.isfinite(share):
+                entry[name][when] = dict(median=off.median().item(), p90=off.quantile(0.9).item(),
+                                         r2=share)
+    say('read from held-out frames, real and imagined so many steps ahead: median error '
+        '(90 % are below), R2')
+    for name, errors in entry.items():
+        texts = []
+        for when, e in errors.items():
+            texts.append(f'{when} {e["median"]:.3g} ({e["p90"]:.3g}) {e["r2"]:.3f}')
+        say(f'{name}: {", ".join(texts)}')
+    note(dict(step=step, probe=entry))
 
 
 def audit(loss):
@@ -755,6 +832,12 @@ while step < max_steps and not stop:
                 texts.append(f'{method} {"/".join(errors)}')
             say(f'step {step}: {kind} error at 1/5/10/20 steps: {", ".join(texts)}')
     if step % save_interval == 0 or last:       # after the log: what is in it is not made again
+        save_all()
+    if probe and step == max_steps:
+        if rank == 0 and 'labelled' in held_out:        # nothing is lost where it is interrupted
+            reader = fit_probe()
+            tell_probe(reader)
+            stats |= {f'probe.{name}': v for name, v in reader.state_dict().items()}
         save_all()
     logged = step
 bar.close()

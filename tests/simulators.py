@@ -11,6 +11,7 @@ import sys
 
 import numpy as np
 
+from data import ENVIRONMENT
 from plan import Gym, scaled
 
 
@@ -24,6 +25,9 @@ class PushT(Gym):
     env/pusht/pusht_wrapper.py): the four positions together within 20, the angle within pi / 9.
     """
     unit = 'px of 512'
+    names = {'observation.state': ['agent_x', 'agent_y'], ENVIRONMENT: [
+        'agent_x', 'agent_y', 'agent_vel_x', 'agent_vel_y', 'agent_turn_rad', 'agent_vel_turn',
+        'block_x', 'block_y', 'block_vel_x', 'block_vel_y', 'block_turn_rad', 'block_vel_turn']}
 
     def __init__(self, size=(0, 0), shift='', key='action'):
         super().__init__('gym_pusht/PushT-v0', size, dict(disable_env_checker=True))
@@ -168,6 +172,7 @@ class Mujoco(Gym):
         self.data = inner.data
         self.viewer = inner.mujoco_renderer.viewer
         self.fps = round(1 / inner.dt)
+        self.names = {ENVIRONMENT: self.numbers()}
         camera = self.viewer.cam
         camera.distance, camera.elevation, camera.azimuth, camera.lookat[:] = self.look()
         self.model.site(self.target).rgba[3] = 0
@@ -198,6 +203,15 @@ class Mujoco(Gym):
         state = np.empty(self.mujoco.mj_stateSize(self.model, kind))
         self.mujoco.mj_getState(self.model, self.data, state, kind)
         return state
+
+    def numbers(self):
+        """Names of state(): where joints are, then how they move and what moves them."""
+        names = ['time']
+        for i in range(self.model.njnt):
+            joint = self.model.joint(i)
+            places = [''] if len(joint.qpos0) == 1 else '_x _y _z _qw _qx _qy _qz'.split()
+            names += [joint.name + place for place in places[-len(joint.qpos0):]]
+        return names + [f'force_{i}' for i in range(len(names), len(self.state()))]
 
     def sensors(self):
         return self.pose()[:3]      # of the ball or the hand, nothing of a cube

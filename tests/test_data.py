@@ -1247,7 +1247,7 @@ def test_numbers_without_names_and_odd_keys(sensing, tmp_path):
     info['features']['action']['names'] = {'arm': ['a'], 'rest': []}
     write_json(folder / 'meta/info.json', info)
     d = data.LeRobot(folder, state=f'{STATE}.2,{STATE}.0')
-    assert d.state_numbers == [(STATE, [2]), (STATE, [0])] and d.state_names == ['2', '0']
+    assert np.array_equal(d.states(0), sensing[1]['a'][0][:, [2, 0]]) and d.state_names == ['2', '0']
     for state in f'{STATE}.pan.pos', f'{STATE}.3', f'{STATE}.0,missing', 'observation.images.top', f'{STATE}.':
         d = data.LeRobot(folder, state=state)
         assert (d.state_dim, d.state_names, d.columns) == (0, [], ['action'])
@@ -1257,6 +1257,31 @@ def test_what_a_simulator_knows_is_no_state(sensing):
     for state in data.ENVIRONMENT, f'{STATE},{data.ENVIRONMENT}', f'{data.ENVIRONMENT}.0':
         with pytest.raises(SystemExit, match='what a simulator knows, not what a robot senses'):
             data.LeRobot(sensing[0] / 'a', state=state)
+
+
+def test_what_a_probe_reads(tmp_path):
+    """Numbers of the simulator, too; of a whole key only those that a picture shows; as they are, NaN where not known."""
+    rng = np.random.default_rng(0)
+    x = [rng.normal(size=(L, 5)).astype(np.float32) for L in (9, 12)]
+    x[1][3, 2] = np.inf
+    names = {data.ENVIRONMENT: ['time', 'cube_x', 'cube_turn_deg', 'cube_velocity', 'hand_vel_x'], STATE: ['force', 'Velocity']}
+    write_lerobot(tmp_path / 'd', [{'observation.images.top': np.zeros((len(v), 16, 16, 3), np.uint8), 'task': 't', 'action': v[:, :1],
+                                    data.ENVIRONMENT: v, STATE: v[:, :2]} for v in x], 10, names)
+    for probe, numbers in ((data.ENVIRONMENT, [1, 2]), (f'{data.ENVIRONMENT}.cube_velocity', [3]),
+                           (f'{STATE},{data.ENVIRONMENT}.cube_x', [1]), (f'{data.ENVIRONMENT},missing', []), ('', [])):
+        d = data.LeRobot(tmp_path / 'd', probe=probe)
+        want = np.where(np.isfinite(x[1]), x[1], np.nan)[:, numbers]
+        assert d.probe_names == [f'{data.ENVIRONMENT}.{names[data.ENVIRONMENT][i]}' for i in numbers] and d.probe_dim == len(numbers)
+        assert np.array_equal(d.probed(1), want, equal_nan=True) and not d.state_dim
+    d = data.LeRobot(tmp_path / 'd', state=STATE, probe=data.ENVIRONMENT)
+    assert d.fingerprint() == data.LeRobot(tmp_path / 'd', state=STATE).fingerprint()       # it is the same data
+    other = data.LeRobot(tmp_path / 'd', action='none', probe=data.ENVIRONMENT)
+    clips = data.Clips([d], [other], 4, 3, 16, 8, .5, .1)
+    clip = clips.clip_and_probe(0, 1, 2, 'observation.images.top', 5)
+    assert np.array_equal(clip['p'], d.probed(1)[[2, 5, 8, 11, 11]], equal_nan=True) and clip['s'].shape == (5, 2)
+    assert clips.clip_and_probe(1, 1, 2, 'observation.images.top', 5)['p'].isnan().all()
+    assert clips.held_out(4, 3)['labelled']['p'].shape[1:] == (4, 2) and 'p' not in clips[0]
+    assert 'p' not in data.Clips([data.LeRobot(tmp_path / 'd')], [], 4, 2, 16, 8, .5, .1).held_out(4, 3)['labelled']
 
 
 def test_states_of_a_batch(sensing):

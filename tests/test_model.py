@@ -1530,3 +1530,39 @@ def test_cuda_encoder_gives_the_features_of_the_cpu():
     with torch.autocast('cuda', torch.bfloat16):
         got = encoder(x.cuda()).cpu()
     assert (got - want).norm() < 3e-2 * want.norm()
+
+
+def test_a_probe_reads_numbers_and_angles():
+    """What it is to answer, and what an answer means, are inverse; an angle is wrong by the short way round."""
+    torch.manual_seed(0)
+    turn = torch.tensor([0, 2 * math.pi, 360])
+    probe = model.Probe(6, 4, torch.tensor([5., 0, 0]), torch.tensor([3., 1, 1]), turn, 8, 2)
+    numbers = torch.tensor([[4., 3.1, -179], [6, -3.1, 350], [5, 9, 10]])
+    probe.forward = lambda z: 2 * probe.code(numbers) * torch.tensor([.5, 1, 1])[:, None]      # a sine of any length
+    read = probe.read(None)
+    assert torch.allclose(read, torch.tensor([[4, 3.1, -179], [6, -3.1, -10], [5, 9 - 2 * math.pi, 10]]), atol=1e-4)
+    off = probe.off(None, torch.tensor([[1, -3.1, 179.], [6, 3.1, 350], [math.nan, 9, 190]]))
+    short = 2 * math.pi - 6.2
+    assert torch.allclose(off, torch.tensor([[3, short, 2], [0, short, 0], [math.nan, 0, 180]]), atol=1e-3, equal_nan=True)
+    assert probe.code(torch.tensor([[math.nan, 0, 0]])).isnan().any(dim=2).tolist() == [[True, False, False]]
+
+
+def test_a_probe_attends_and_comes_back_from_a_checkpoint():
+    torch.manual_seed(1)
+    probe = model.Probe(6, 4, torch.zeros(3), torch.ones(3), torch.tensor([0, 0, 360.]), 8, 2)
+    z = torch.randn(5, 2, 6, 4)
+    w = {name: v.double().numpy() for name, v in probe.state_dict().items()}
+    gelu = np.vectorize(lambda x: x * (1 + math.erf(x / math.sqrt(2))) / 2)
+    for b, t in (0, 1), (4, 0):         # one number after the other, in float64
+        x = gelu(z[b, t].double().numpy() @ w['token.weight'].T + w['token.bias'] + w['place'])
+        found = []
+        for q in w['query']:
+            logits = np.array([q @ (w['key.weight'] @ row) for row in x]) / math.sqrt(8)
+            weight = np.exp(logits) / np.exp(logits).sum()
+            found += [*sum(p * row for p, row in zip(weight, x))]
+        y = w['out.weight'] @ gelu(w['hidden.weight'] @ np.array(found) + w['hidden.bias']) + w['out.bias']
+        y = np.stack((y[:3], [0, 0, y[5]]), axis=1)      # the second of an angle alone
+        np.testing.assert_allclose(probe(z)[b, t].detach().numpy(), y, atol=1e-5)
+    again = model.restore_probe({f'probe.{name}': v for name, v in probe.state_dict().items()} | {'z_mean': z})
+    assert torch.allclose(again.read(z), probe.read(z)) and not any(p.requires_grad for p in again.parameters())
+    assert model.restore_probe({'z_mean': z}) is None

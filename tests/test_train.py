@@ -555,6 +555,37 @@ def test_the_state_is_learned_and_told(demo, tmp_path):
     assert 'old.safetensors: was made before there was --state' in line and not (tmp_path / 'r').exists()
 
 
+def test_a_probe_tells_errors_in_units(demo, tmp_path):
+    """What is logged is what the probe of the checkpoint reads of held-out frames, real and imagined."""
+    given = *demo, *SMALL, '--objective=direct', '--state=observation.state.y', '--batch_size=16', '--learning_rate=0.01'
+    probe = f'--probe=observation.state,{data.ENVIRONMENT}.disc_x'
+    g = script('train.py', *given, probe, '--max_steps=60', '--eval_interval=60', f'--out_dir={tmp_path}/o')
+    told = json.loads((tmp_path / 'o/log.jsonl').read_text().splitlines()[-1])['probe']
+    assert [*told] == ['observation.state.x', 'observation.state.y', f'{data.ENVIRONMENT}.disc_x']
+    assert all([*e] == ['real', '1', '5', '10', '20'] for e in told.values())
+    assert all(e['real']['median'] < .05 and e['real']['r2'] > .4 for e in told.values())
+    net, config = model.load(tmp_path / 'o/ckpt.safetensors')
+    reader = model.restore_probe(net.stats)
+    assert config['probe_names'] == [*told]
+    batch = g['held_out']['labelled']
+    assert torch.equal(batch['p'][:, :, 1].isnan(), batch['s'][:, :, 0].isnan())
+    z, a, a_mask, z_mask = g['normalised'](batch)
+    with torch.no_grad():
+        imagined = model.rollout(net, z[:, :2], a, a_mask, K=g['K'])
+    for h, frames, truth, real in (('real', z, batch['p'], z_mask), ('5', imagined[:, 4], batch['p'][:, 6], z_mask[:, 6])):
+        off = (reader.read(frames[..., :g['N'], :]) - truth).abs()[real]
+        want = off.median(dim=0).values
+        assert [told[name][h]['median'] for name in told] == pytest.approx(want.tolist(), rel=1e-3)
+        r2 = 1 - off.square().mean(dim=0) / batch['p'][z_mask].var(dim=0, correction=0)
+        assert [told[name][h]['r2'] for name in told] == pytest.approx(r2.tolist(), rel=1e-3)
+    with torch.no_grad():       # frozen: the world model's own loss does not know it
+        assert not [name for name in net.state_dict() if 'probe' in name]
+    script('train.py', *given, '--max_steps=61', '--resume=True', f'--out_dir={tmp_path}/o')
+    assert model.restore_probe(model.load(tmp_path / 'o/ckpt.safetensors')[0].stats) is None
+    line = ends('train.py', *demo, '--probe=observation.state.z', f'--out_dir={tmp_path}/q')
+    assert line.startswith('--probe=observation.state.z: wants the same numbers in all labelled datasets') and not (tmp_path / 'q').exists()
+
+
 def test_padded_frames_do_not_count_in_an_evaluation(demo, tmp_path):
     horizon_errors = script('train.py', *demo, *SMALL, '--max_steps=1', f'--out_dir={tmp_path / "o"}')['horizon_errors']
     z, z_mask = torch.randn(3, 22, 4, 2), torch.ones(3, 22, dtype=bool)
