@@ -64,7 +64,7 @@ MANY = 2 ** 31
 LIMITS = {}
 for _least, _most, _names in (
         (0, 1, 'labelled_share long_share val_share grow max_bad whiten bootstrap bootstrap_start '
-               'p_past p_image p_null self_forcing decay keep ema learning_rate min_lr'),
+               'p_past p_image p_null self_forcing decay keep ema learning_rate min_lr augment'),
         (0, 0.999999, 'beta1 beta2'),
         (0, 10, 'beta'),
         (0, 100, 'frameskip warm_std min_std workers'),
@@ -409,6 +409,25 @@ def resize(x, size):
     """uint8 (n, 3, H, W) -> (n, 3, *size), by the same resampling as a video's frames."""
     out = [_rgb(from_rgb(rgb), size) for rgb in x.permute(0, 2, 3, 1).numpy()]
     return torch.from_numpy(np.stack(out)).permute(0, 3, 1, 2)
+
+
+def seen_otherwise(x, rng):
+    """Frames of a clip, uint8 (T, 3, H, W), as another camera in other light might see them: all
+    with the same random crop (60 % of the picture or more), resized, and the same change of
+    brightness, contrast, saturation and hue."""
+    H, W = x.shape[2:]
+    h, w = (round(n * rng.uniform(0.775, 1)) for n in (H, W))
+    top = int(rng.integers(H - h + 1))
+    left = int(rng.integers(W - w + 1))
+    x = resize(x[:, :, top:top + h, left:left + w], (H, W)).permute(0, 2, 3, 1).float() / 255
+    brightness, contrast, saturation = rng.uniform(0.7, 1.3, 3)
+    # one that turns about the axis of grey by at most 18 degrees, and stretches what is off it
+    turn = _matrices(np.full((1, 3), rng.uniform(-0.1, 0.1) * np.pi / 3 ** 0.5), 'rotvec')[0]
+    grey = np.full((3, 3), 1 / 3)
+    colour = torch.from_numpy(grey + saturation * (turn - grey)).float()
+    x = brightness * (x @ colour.T)                     # (T, H, W, 3)
+    x = x.mean() + contrast * (x - x.mean())
+    return (255 * x).round().clamp(0, 255).to(torch.uint8).permute(0, 3, 1, 2)
 
 
 def enlarge(x, side=128):
@@ -1868,6 +1887,7 @@ class Clips:
     seed: int = 0
     rank: int = 0
     world: int = 1
+    augment: float = 0.0    # share of the clips of batches that are seen_otherwise
     tokens: dict = None
 
     def __post_init__(self):
@@ -2041,7 +2061,11 @@ class Clips:
         ds = self.sets[s]
         for attempt in range(100):
             try:
-                return self.clip(s, e, start, camera, self.T)
+                clip = self.clip(s, e, start, camera, self.T)
+                rng = np.random.default_rng((self.seed, step, i, 100))
+                if rng.random() < self.augment:
+                    clip['x'] = seen_otherwise(clip['x'], rng)
+                return clip
             except Bad as error:
                 name = f'{ds.name}, episode {ds.episodes[e].index}'
                 faults.append([name, str(error)])

@@ -64,6 +64,7 @@ long_share = 0.0                # share of the steps that see long clips
 grow = 0.0                      # share of the run over which clips grow from 2 frames, by doubling
 val_share = 0.1                 # share of the episodes that are held out for evaluation
 max_bad = 0.01                  # share of episodes that may be unreadable before the run stops
+augment = 0.0                   # share of the clips that are cropped and in other light, as frames
 cache = True                    # encode every frame once, at the start
 cache_dir = ''                  # keeps the latents, as data.py --cache=True does; '' = in memory
 store = 'float16'               # or int8: half the size
@@ -160,6 +161,9 @@ for kind, other in ('labelled', 'unlabelled'), ('unlabelled', 'labelled'):
 ddp = 'RANK' in os.environ
 rank = int(os.environ.get('RANK', 0))
 world = int(os.environ.get('WORLD_SIZE', 1))
+if augment and cache:
+    sys.exit(f'--augment={augment:g}: wants --cache=False, as what is cached is of frames as they '
+             'are')
 if long_frames and not long_share:
     sys.exit(f'--long_frames={long_frames}: wants --long_share, of the steps that see them')
 if long_share and long_frames < 2:
@@ -273,7 +277,8 @@ if not frameskip:
     frameskip = config['frameskip'] = max(1, round(rates.pop() / 5))
 clips, long_clips = (
     data.Clips(sets['labelled'], sets['unlabelled'], T, frameskip, (encode.size, encode.width),
-               batch_size * frames // T // world, labelled_share, val_share, seed, rank, world)
+               batch_size * frames // T // world, labelled_share, val_share, seed, rank, world,
+               augment)
     for T in (frames, long_frames))
 clips.count_faults({}, max_bad)
 batches = data.Lengths(clips, long_clips, long_share)
@@ -295,7 +300,7 @@ if clips.S > shape['dim']:
 
 if resume:
     # datasets by their content: they may have moved
-    fixed = ('datasets camera action state action_mode rotation fps frameskip frames long_frames '
+    fixed = ('augment datasets camera action state action_mode rotation fps frameskip frames long_frames '
              'long_share val_share labelled_share batch_size seed size cache store cache_gb')
     fixed = {*fixed.split(), *LATENTS, *shape}
     for name, now in (config | shape).items():

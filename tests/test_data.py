@@ -16,6 +16,7 @@ import struct
 import subprocess
 import sys
 import time
+import types
 import warnings
 import zlib
 from pathlib import Path
@@ -1282,6 +1283,44 @@ def test_what_a_probe_reads(tmp_path):
     assert clips.clip_and_probe(1, 1, 2, 'observation.images.top', 5)['p'].isnan().all()
     assert clips.held_out(4, 3)['labelled']['p'].shape[1:] == (4, 2) and 'p' not in clips[0]
     assert 'p' not in data.Clips([data.LeRobot(tmp_path / 'd')], [], 4, 2, 16, 8, .5, .1).held_out(4, 3)['labelled']
+
+
+def test_a_clip_seen_otherwise(sensing):
+    """One crop and one change of colours for all its frames, of the share of clips that is asked for, by seed, step and
+    place in the batches of all ranks; never of what is held out."""
+    rng = np.random.default_rng(0)
+    H, W = 40, 56
+    x = np.zeros((3, 3, H, W), np.uint8)
+    x[:, 0], x[:, 1], x[:, 2] = np.linspace(60, 180, W), np.linspace(60, 180, H)[:, None], 110      # colour tells the place
+    x = torch.from_numpy(x)
+    light, hue, spans = [], [], []
+    for _ in range(60):
+        y = data.seen_otherwise(x, rng)
+        assert y.shape == x.shape and y.dtype == torch.uint8 and torch.equal(y[0], y[2])
+        along = y[0].double().mean(dim=1)[:, [0, -1]].diff()[:, 0]          # from left to right, of each colour
+        light.append(y.double().mean().item())
+        hue.append(abs(along[1] / along[0]).item())
+        spans.append(along[0].item())
+    assert np.std(light) > 5 and min(light) > 40 and max(light) < 200
+    assert max(hue) > .05 and np.median(hue) < .3                           # what grows to the right stays red
+    assert min(spans) < 90 < max(spans)                                     # crops and contrast
+    same = types.SimpleNamespace(uniform=lambda low, high, n=None: np.ones(n) if n else (1. if high == 1 else 0.), integers=lambda n: 0)
+    assert (data.seen_otherwise(x, same).int() - x.int()).abs().max() <= 1      # no crop, no change
+    grey = types.SimpleNamespace(uniform=lambda low, high, n=None: np.array([1., 1, 0]) if n else (1. if high == 1 else 0.), integers=lambda n: 0)
+    y = data.seen_otherwise(x, grey)[0].int()
+    assert (y - y[:1]).abs().max() <= 1 and (y[0] - x[0].float().mean(dim=0)).abs().max() <= 1.5
+
+    folder, held = sensing
+    def batches(rank, world, augment, batch_size):
+        clips = data.Clips([data.LeRobot(folder / 'a')], [], 4, 2, 16, batch_size, 1., .1, 3, rank, world, augment)
+        assert torch.equal(clips.held_out(4, 3)['labelled']['x'].unique(), plain)
+        return torch.stack([clips[i]['x'] for i in range(8)])
+    plain = data.Clips([data.LeRobot(folder / 'a')], [], 4, 2, 16, 8, 1., .1).held_out(4, 3)['labelled']['x'].unique()
+    never, half, always = (batches(0, 1, share, 8) for share in (0., .5, 1.))
+    assert torch.equal(batches(1, 2, .5, 4), half[:, 4:]) and torch.equal(batches(0, 2, .5, 4), half[:, :4])
+    differs = (half != never).flatten(2).any(dim=2)
+    assert .3 < differs.float().mean() < .7 and (always != never).flatten(2).any(dim=2).float().mean() > .9
+    assert torch.equal(half[differs], always[differs])
 
 
 def test_states_of_a_batch(sensing):
