@@ -1105,7 +1105,7 @@ def times(planner, E):
 
 def tell(name, row, unit, E):
     low, high = row['ci95']
-    line = (f'{name:17s} success at the end {row["success_end"]:.2f} (95 % interval {low:.2f} to '
+    line = (f'{name:19s} success at the end {row["success_end"]:.2f} (95 % interval {low:.2f} to '
             f'{high:.2f}), ever {row["success_ever"]:.2f}')
     if row['steps'] is not None:
         line += f' after {row["steps"]:.0f} steps'
