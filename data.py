@@ -810,7 +810,8 @@ def inside(root, template, **values):
 TEXT = '(large_)?(str|utf|text|binary)|bytes|image|video|audio|lang'  # what is no number
 STATS = 'mean', 'std', 'min', 'max'
 ENVIRONMENT = 'observation.environment_state'   # lerobot's name of what a simulator knows
-NO_PLACE = '(?i)vel|force|time'     # names of numbers that a single picture does not show
+# words in the names of numbers that a single picture does not show
+NO_PLACE = '(?i)(?<![a-z])q?(vel|velocity|speed|force|torque|effort|time)(?![a-z])'
 PROBE = 1 << 12     # bytes of a file that are looked at in two places, to know it again
 QUANTILES = {'q01': .01, 'q10': .1, 'q50': .5, 'q90': .9, 'q99': .99}
 
@@ -1094,8 +1095,8 @@ class LeRobot:
         self.probe_names = ['.'.join(name) for name in names]
         self.state_dim = len(self.state_names)
         self.probe_dim = len(self.probe_names)
-        chosen = self.state_numbers + self.probe_numbers
-        self.columns = [*dict.fromkeys(self.action_keys + [key for key, _ in chosen])]
+        sensed = [key for key, _ in self.state_numbers]
+        self.columns = [*dict.fromkeys(self.action_keys + sensed)]
 
     def _numbers_of(self, text, but):
         """((key, which of its numbers), ..) and the (key, name) of each, of a list of keys and
@@ -1110,10 +1111,11 @@ class LeRobot:
             key, names, numbers = found
             if but and part == key:
                 numbers = [i for i in numbers if not re.search(but, names[i])]
-            if not numbers:
-                continue
-            chosen.append((key, tuple(numbers)))
+            if numbers:
+                chosen.append((key, tuple(numbers)))
             pairs += [(key, names[i]) for i in numbers]
+        if len({*pairs}) < len(pairs):
+            sys.exit(f'{text}: names a number twice')
         return tuple(chosen), pairs
 
     def _numbers_called(self, part):
@@ -1125,7 +1127,7 @@ class LeRobot:
                 continue
             width = int(np.prod(feature.get('shape') or 1))
             names = flat_names(feature.get('names'))
-            if len(names) != width:
+            if len({*names}) != width:      # none, or the same of two arms
                 names = [str(i) for i in range(width)]
             if part == key:
                 return key, names, [*range(width)]
@@ -1271,10 +1273,10 @@ class LeRobot:
 
     # rows and frames
 
-    def _rows_of(self, e):
+    def _rows_of(self, e, keys=None):
         """{name: values} of an episode's rows, see _columns, in the order of their frames."""
         # dataset_from_index is scrambled in some converted datasets; the column in the file is not
-        columns = self.read(_columns, self.place(e), tuple(self.columns))
+        columns = self.read(_columns, self.place(e), tuple(keys or self.columns))
         rows = columns['row']
         if self.v3 and 'episode_index' in columns:
             rows = np.flatnonzero(columns['episode_index'] == e.index)
@@ -1364,12 +1366,15 @@ class LeRobot:
 
     def probed(self, episode):
         """float32 (length, probe_dim): as states, of what a probe learns to read."""
-        return self._numbers(episode, self.probe_numbers)
+        try:
+            return self._numbers(episode, self.probe_numbers)
+        except Bad:     # training does without it
+            return np.full((self.episodes[episode].length, self.probe_dim), np.nan, np.float32)
 
     @lru_cache(maxsize=16)
     def _numbers(self, episode, chosen):
         e = self.episodes[episode]
-        rows = self._rows_of(e)
+        rows = self._rows_of(e, dict.fromkeys([*self.columns, *(key for key, _ in chosen)]))
         at = self._at(np.arange(e.length))
         parts = [np.zeros((e.length, 0), np.float32)]
         for key, numbers in chosen:
@@ -1471,9 +1476,8 @@ class LeRobot:
             return self.hub.revision
         found = hashlib.sha256()
         paths = []
-        seen = *self.chosen, *self.action_keys, *(key for key, _ in self.state_numbers)
         for i, e in enumerate(self.episodes):
-            for key in [camera] if camera else dict.fromkeys(seen):
+            for key in [camera] if camera else [*self.chosen, *self.columns]:
                 found.update(self._where(i, key)[:e.usable].tobytes())
                 paths.append(self.place(e, key))
         for path in dict.fromkeys(paths):
@@ -1990,14 +1994,14 @@ class Clips:
             clip['s'] = torch.full((T, self.S), torch.nan)
             if s in self.kinds['labelled'] and ds.state_dim:
                 mean, std, _ = self.states[s]
-                f = self.rows(s, e, start, T)
+                f = self.frames_of(s, e, start, T)
                 now = torch.from_numpy(ds.states(e)[f]) - mean
                 clip['s'][:, :len(mean)] = torch.where(std > 1e-6, now / std, 0 * now)
         del clip['task']
         return clip
 
-    def rows(self, s, e, start, T):
-        """The frames of a clip, the last one again where an episode is over."""
+    def frames_of(self, s, e, start, T):
+        """Numbers of a clip's frames, the last one again where an episode is over."""
         last = self.sets[s].episodes[e].length - 1
         return np.minimum(start + np.arange(T) * self.frameskip, last)
 
@@ -2007,7 +2011,8 @@ class Clips:
         if self.P:
             clip['p'] = torch.full((T, self.P), torch.nan)
             if s in self.kinds['labelled'] and self.sets[s].probe_dim:
-                clip['p'] = torch.from_numpy(self.sets[s].probed(e)[self.rows(s, e, start, T)])
+                f = self.frames_of(s, e, start, T)
+                clip['p'] = torch.from_numpy(self.sets[s].probed(e)[f])
         return clip
 
     def latents(self, s, e, camera, numbers):
@@ -2110,17 +2115,16 @@ class Clips:
 
     def held_out(self, T, n):
         """{'labelled' and/or 'unlabelled': a batch of about n clips of T steps from validation
-        episodes}."""
-        return self.some(T, n, self.val)
+        episodes, see clip_and_probe}."""
+        batches = {name: self.some(T, n, name, self.val) for name in self.kinds}
+        return {name: batch for name, batch in batches.items() if batch}
 
-    def some(self, T, n, split):
-        """As held_out, of the episodes `split` of each dataset."""
-        out = {}
-        for name, kind in self.kinds.items():
-            clips = self.readable(lambda *at: self.clip_and_probe(*at, T), kind, split, n, T)
-            if clips:
-                out[name] = default_collate(clips)
-        return out
+    def some(self, T, n, kind, split):
+        """As held_out, of one kind and of the episodes `split` of each dataset; {} if there are
+        none."""
+        clips = self.readable(lambda *at: self.clip_and_probe(*at, T), self.kinds[kind], split, n,
+                              T)
+        return default_collate(clips) if clips else {}
 
     def readable(self, read, kind, split, n, T):
         """[read(dataset, episode, start, camera)] of up to n windows, of all datasets in turn, that

@@ -499,7 +499,7 @@ CONFIG_DEFAULTS = dict(     # what planning and decoding read of a run, where it
     encoder='pixels', encoder_path='', layer=-1, frame_height=0, frame_width=0, pool=1, frames=4,
     labelled='', unlabelled='', camera='', action='', fps=0.0, action_mode='absolute',
     rotation='euler', cache_gb=50.0, val_share=0.1, frameskip=2, eval_context=2, encoder_hash='',
-    state='', state_names='')
+    state='', state_names='', probe_names='')
 
 MODEL_DEFAULTS = dict(      # what a checkpoint gets that was made before there was such an entry
     registers=4,            # learned tokens of each frame that belong to no patch
@@ -1337,6 +1337,12 @@ class Probe(nn.Module):
         return torch.where(self.turn > 0, (off + half) % self.turn - half, off).abs()
 
 
+def full_turn(name):
+    """Of a number that is an angle, as its name ends in rad or deg; else 0."""
+    unit = re.split('[^a-z]', name.lower())[-1]
+    return {'rad': 2 * math.pi, 'deg': 360.0}.get(unit, 0.0)
+
+
 def restore_probe(stats):
     """The Probe of a checkpoint's stats; None where there is none."""
     stored = take_prefix(dict(stats), 'probe.')
@@ -1347,7 +1353,7 @@ def restore_probe(stats):
     probe = Probe(N, D, *(stored[name] for name in ('mean', 'std', 'turn')), width,
                   len(stored['query']))
     probe.load_state_dict(stored)
-    return probe.requires_grad_(False)
+    return probe.requires_grad_(False).to(stored['mean'].device)
 
 
 # --------------------------------------------------------------------------------------------------

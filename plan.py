@@ -39,8 +39,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from model import (WorldModel, add_state, check_steps, compile_layers, encode_frames,
-                   half_weights, load, pictures, remember, restore_encoder, robot_state,
-                   robot_stats, rollout, standard, unstandard)
+                   half_weights, load, pictures, remember, restore_encoder, restore_probe,
+                   robot_state, robot_stats, rollout, standard, unstandard)
 
 # --------------------------------------------------------------------------------------------------
 ckpt = 'out/ckpt.safetensors'
@@ -655,7 +655,8 @@ def random_weights(planner, seed):
 #   sensors()               what the robot itself senses, without velocities: observation.state,
 #                           also after restore(); () = nothing, as where there is none
 #   columns(action)         {column: vector} of an action about to be done: 'action', or more
-#   names                   {column: names of its numbers}; may be left out, as sensors
+#   names                   {column: names of its numbers}, which end in rad or deg where these are
+#                           angles that go round; may be left out, as sensors
 #   observation, over       what policies of one's own see, too; whether the episode has ended
 # and for --policy=script, as for the questions of an evaluation,
 #   script(rng)             a function () -> action: noisy behaviour that gets about
@@ -1284,6 +1285,12 @@ def play_towards(o):
     before, after = distance(z[:2], z[2:], channel_weights(planner.model)).tolist()
     print(f'{o.budget} steps in {o.env}: latent distance to the goal {before:.4f} before, '
           f'{after:.4f} after')
+    reader = restore_probe(planner.model.stats)
+    if reader:
+        names = planner.trained['probe_names'].split(',')
+        for name, (before, after, wanted) in zip(names, reader.read(z).T.tolist()):
+            print(f'{name}, as the probe reads it: {before:.3g} before, {after:.3g} after, '
+                  f'{wanted:.3g} in the picture of the goal')
     never = np.zeros((len(poses), 1), bool)         # nobody knows the goal's pose
     data.write_video(f'{folder}/plan.mp4', film(shown, goal[None], never), min(sims[0].fps, 10))
     print(f'wrote {folder}/plan.mp4')

@@ -31,9 +31,9 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from model import (MODEL_DEFAULTS, OBJECTIVE, WorldModel, check_steps, clip_noise, compile_layers,
-                   add_state, encode_frames, flops_per_frame, frame_errors, frame_tokens,
-                   half_weights, load, load_encoder, model_config, one_line, Probe,
+from model import (MODEL_DEFAULTS, OBJECTIVE, Probe, WorldModel, add_state, check_steps, clip_noise,
+                   compile_layers, encode_frames, flops_per_frame, frame_errors, frame_tokens,
+                   full_turn, half_weights, load, load_encoder, model_config, one_line,
                    restore_encoder, rollout, save, shortcut_loss, standard, term_scale, which_rows)
 
 if 'RANK' in os.environ:    # torchrun's: the others wait until the first has checked all
@@ -289,9 +289,11 @@ if state and not clips.S:
     sys.exit(f'--state={state}: no labelled dataset has it; {ds.name} has {", ".join(ds.features)}')
 probed = {tuple(ds.probe_names) for ds in sets['labelled'] if ds.probe_dim}
 if probe and len(probed) != 1:
+    have = ', '.join(sets['labelled'][0].features) if sets['labelled'] else 'no actions'
     sys.exit(f'--probe={probe}: wants the same numbers in all labelled datasets that have them, '
-             f'got {[*probed] or "none"}')
-config['probe_names'] = [*next(iter(probed), ())]
+             f'and others than velocities; got {[*probed] or "none"}, where there are {have}')
+probe_names = next(iter(probed), ())
+config['probe_names'] = ''      # of those that it reads, at the end
 if clips.S and saved and 'z_pair' not in saved.stats:
     sys.exit(f'{init or ckpt}: was made before there was --state, and cannot go on with it')
 config['state_names'] = ';'.join(','.join(ds.state_names) for ds in sets['labelled'])
@@ -300,8 +302,9 @@ if clips.S > shape['dim']:
 
 if resume:
     # datasets by their content: they may have moved
-    fixed = ('augment datasets camera action state action_mode rotation fps frameskip frames long_frames '
-             'long_share val_share labelled_share batch_size seed size cache store cache_gb')
+    fixed = ('augment datasets camera action state action_mode rotation fps frameskip frames '
+             'long_frames long_share val_share labelled_share batch_size seed size cache store '
+             'cache_gb')
     fixed = {*fixed.split(), *LATENTS, *shape}
     for name, now in (config | shape).items():
         then = (old | saved.config).get(name, now)
@@ -536,28 +539,39 @@ def horizon_errors(imagined, z, z_mask):
 
 
 def fit_probe():
-    """A Probe of the latents of training clips, real and imagined ones: it is not to take errors of
-    imagination for places."""
+    """A Probe of latents of training clips, real and imagined, so that it does not take what only
+    imagination gets wrong for places; and which of the numbers it reads: those that change."""
     torch.manual_seed(seed)
     T = eval_context + 20
-    n = 2 ** 27 // (N * shape['dim'] * 2 * T)       # half a GB
-    batch = clips.some(T, min(512, max(n, 2)), clips.train)['labelled']
-    z, a, a_mask, z_mask = normalised(batch)
-    numbers = batch['p'].to(device)
-    with torch.no_grad(), autocast:
-        imagined = rollout(ema_model.to(device), z[:, :eval_context], a, a_mask, K=K).float()
-    later = slice(eval_context, None)
-    real = torch.cat((z_mask, z_mask[:, later]), dim=1)
-    z = torch.cat((z, imagined), dim=1)[:, :, :N][real]                     # (frames, N, D)
-    numbers = torch.cat((numbers, numbers[:, later]), dim=1)[real]          # (frames, P)
+    most = min(20000, 2 ** 28 // (N * shape['dim']))        # frames: a GB
+    fold = min(16, *(len(episodes) for episodes in clips.train))
+    z = []
+    numbers = []
+    for i in range(fold):
+        batch = clips.some(T, 512 // fold, 'labelled', [e[i::fold] for e in clips.train])
+        if not batch:
+            continue
+        z_real, a, a_mask, z_mask = normalised(batch)
+        with torch.no_grad(), autocast:
+            context = z_real[:, :eval_context]
+            imagined = rollout(ema_model.to(device), context, a, a_mask, K=K).float()
+        p = batch['p'].to(device)
+        later = slice(eval_context, None)
+        for x, p, real in (z_real, p, z_mask), (imagined, p[:, later], z_mask[:, later]):
+            which = real.nonzero()[torch.randperm(int(real.sum()))[:most // (2 * fold)]].T
+            z.append(x[:, :, :N][*which])
+            numbers.append(p[*which])
+    z = torch.cat(z)                    # (frames, N, D)
+    numbers = torch.cat(numbers)        # (frames, P)
     mean = numbers.nanmean(dim=0)
-    std = (numbers - mean).square().nanmean(dim=0).sqrt().clamp(min=1e-6)
-    turn = torch.zeros_like(mean)
-    for i, name in enumerate(config['probe_names']):
-        unit = re.split('[^a-z]', name.lower())[-1]
-        turn[i] = {'rad': 2 * math.pi, 'deg': 360}.get(unit, 0)
-    reader = Probe(N, shape['dim'], mean, std, turn).to(device)
-    code = reader.code(numbers)
+    std = (numbers - mean).square().nanmean(dim=0).sqrt()
+    which = (std > 1e-6) & std.isfinite()
+    names = [name for name, good in zip(probe_names, which.tolist()) if good]
+    say(f'fitting a probe to {len(z):,} frames; left out, as they do not change: '
+        f'{", ".join(sorted({*probe_names} - {*names})) or "nothing"}')
+    turn = torch.tensor([full_turn(name) for name in names], device=device)
+    reader = Probe(N, shape['dim'], mean[which], std[which], turn).to(device)
+    code = reader.code(numbers[:, which])
     steps = 1000
     descent = torch.optim.AdamW(reader.parameters(), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(descent, 3e-3, steps)
@@ -568,23 +582,24 @@ def fit_probe():
         descent.step()
         descent.zero_grad()
         schedule.step()
-    return reader.requires_grad_(False)
+    config['probe_names'] = ','.join(names)
+    return reader.requires_grad_(False), which
 
 
 @torch.no_grad()
-def tell_probe(reader):
+def tell_probe(reader, which):
     """Log and print the errors, in the dataset's units, of what is read from held-out frames: real
     ones, and those imagined so many steps ahead."""
     batch = held_out['labelled']
     z, a, a_mask, z_mask = normalised(batch)
-    numbers = batch['p'].to(device)
+    numbers = batch['p'].to(device)[..., which]
     with autocast:
         imagined = rollout(ema_model.to(device), z[:, :eval_context], a, a_mask, K=K).float()
     frames = dict(real=(z, numbers, z_mask))
     for h in (1, 5, 10, 20):
         t = eval_context + h - 1
         frames[str(h)] = imagined[:, h - 1], numbers[:, t], z_mask[:, t]
-    entry = {name: {} for name in config['probe_names']}
+    entry = {name: {} for name in config['probe_names'].split(',')}
     for when, (z, wanted, real) in frames.items():
         z = z[..., :N, :][real]         # (frames, N, D)
         code = reader.code(wanted[real])
@@ -597,12 +612,12 @@ def tell_probe(reader):
                 entry[name][when] = dict(median=off.median().item(), p90=off.quantile(0.9).item(),
                                          r2=share)
     say('read from held-out frames, real and imagined so many steps ahead: median error '
-        '(90 % are below), R2')
+        '(90 % are below), R2 (1.0: the variance of real frames)')
     for name, errors in entry.items():
         texts = []
         for when, e in errors.items():
             texts.append(f'{when} {e["median"]:.3g} ({e["p90"]:.3g}) {e["r2"]:.3f}')
-        say(f'{name}: {", ".join(texts)}')
+        say(f'{name}: {", ".join(texts) or "-"}')
     note(dict(step=step, probe=entry))
 
 
@@ -838,14 +853,17 @@ while step < max_steps and not stop:
             say(f'step {step}: {kind} error at 1/5/10/20 steps: {", ".join(texts)}')
     if step % save_interval == 0 or last:       # after the log: what is in it is not made again
         save_all()
-    if probe and step == max_steps:
-        if rank == 0 and 'labelled' in held_out:        # nothing is lost where it is interrupted
-            reader = fit_probe()
-            tell_probe(reader)
-            stats |= {f'probe.{name}': v for name, v in reader.state_dict().items()}
-        save_all()
     logged = step
 bar.close()
+if probe and step == max_steps:     # all else is saved already
+    if 'labelled' not in held_out:
+        say(f'--probe={probe}: no held-out clip can be read, to ask it about')
+    elif rank == 0:
+        reader, which = fit_probe()
+        if len(reader.mean):
+            tell_probe(reader, which)
+            stats |= {f'probe.{name}': v for name, v in reader.state_dict().items()}
+    save_all()
 if step < max_steps:
     say(f'stopped at step {step}: python train.py --resume=True goes on')
 else:

@@ -211,7 +211,8 @@ class Mujoco(Gym):
             joint = self.model.joint(i)
             places = [''] if len(joint.qpos0) == 1 else '_x _y _z _qw _qx _qy _qz'.split()
             names += [joint.name + place for place in places[-len(joint.qpos0):]]
-        return names + [f'force_{i}' for i in range(len(names), len(self.state()))]
+        names += [f'vel_{i}' for i in range(self.model.nv)]
+        return names + [f'force_{i}' for i in range(len(self.state()) - len(names))]
 
     def sensors(self):
         return self.pose()[:3]      # of the ball or the hand, nothing of a cube

@@ -1236,7 +1236,7 @@ def test_states_are_columns_or_numbers_of_them(sensing, state, numbers):
 
 @pytest.mark.parametrize('names, flat', [
     (['a', 'b'], ['a', 'b']), ([['a', 'b'], ['c']], ['a', 'b', 'c']), ({'arm': ['a', 'b'], 'grip': ['c']}, ['a', 'b', 'c']),
-    ({'x': 0, 'y': 1}, ['x', 'y']), ({'axes': ['x', 'y']}, ['x', 'y']), (None, []), ([], []), ([0, 1], ['0', '1'])])
+    ({'x': 0, 'y': 1}, ['x', 'y']), ({'axes': ['x', 'y']}, ['x', 'y']), ({'left': ['x'], 'right': ['x']}, ['x', 'x']), (None, []), ([], []), ([0, 1], ['0', '1'])])
 def test_names_of_numbers(names, flat):
     assert data.flat_names(names) == flat
 
@@ -1247,6 +1247,9 @@ def test_numbers_without_names_and_odd_keys(sensing, tmp_path):
     info['features'][STATE]['names'] = None
     info['features']['action']['names'] = {'arm': ['a'], 'rest': []}
     write_json(folder / 'meta/info.json', info)
+    info['features'][STATE]['names'] = {'left': ['x', 'grip'], 'right': ['x']}
+    write_json(folder / 'meta/info.json', info)
+    assert data.LeRobot(folder, state=STATE).state_names == ['0', '1', '2']        # which x is it?
     d = data.LeRobot(folder, state=f'{STATE}.2,{STATE}.0')
     assert np.array_equal(d.states(0), sensing[1]['a'][0][:, [2, 0]]) and d.state_names == ['2', '0']
     for state in f'{STATE}.pan.pos', f'{STATE}.3', f'{STATE}.0,missing', 'observation.images.top', f'{STATE}.':
@@ -1265,17 +1268,18 @@ def test_what_a_probe_reads(tmp_path):
     rng = np.random.default_rng(0)
     x = [rng.normal(size=(L, 5)).astype(np.float32) for L in (9, 12)]
     x[1][3, 2] = np.inf
-    names = {data.ENVIRONMENT: ['time', 'cube_x', 'cube_turn_deg', 'cube_velocity', 'hand_vel_x'], STATE: ['force', 'Velocity']}
+    names = {data.ENVIRONMENT: ['time', 'x_centimeters', 'cube_turn_deg', 'cube_velocity', 'hand_vel_x'], STATE: ['force', 'Velocity']}
     write_lerobot(tmp_path / 'd', [{'observation.images.top': np.zeros((len(v), 16, 16, 3), np.uint8), 'task': 't', 'action': v[:, :1],
                                     data.ENVIRONMENT: v, STATE: v[:, :2]} for v in x], 10, names)
     for probe, numbers in ((data.ENVIRONMENT, [1, 2]), (f'{data.ENVIRONMENT}.cube_velocity', [3]),
-                           (f'{STATE},{data.ENVIRONMENT}.cube_x', [1]), (f'{data.ENVIRONMENT},missing', []), ('', [])):
+                           (f'{STATE},{data.ENVIRONMENT}.x_centimeters', [1]), (f'{data.ENVIRONMENT},missing', []), ('', [])):
         d = data.LeRobot(tmp_path / 'd', probe=probe)
         want = np.where(np.isfinite(x[1]), x[1], np.nan)[:, numbers]
         assert d.probe_names == [f'{data.ENVIRONMENT}.{names[data.ENVIRONMENT][i]}' for i in numbers] and d.probe_dim == len(numbers)
         assert np.array_equal(d.probed(1), want, equal_nan=True) and not d.state_dim
     d = data.LeRobot(tmp_path / 'd', state=STATE, probe=data.ENVIRONMENT)
     assert d.fingerprint() == data.LeRobot(tmp_path / 'd', state=STATE).fingerprint()       # it is the same data
+    assert d.columns == ['action', STATE], 'training does not read it'
     other = data.LeRobot(tmp_path / 'd', action='none', probe=data.ENVIRONMENT)
     clips = data.Clips([d], [other], 4, 3, 16, 8, .5, .1)
     clip = clips.clip_and_probe(0, 1, 2, 'observation.images.top', 5)

@@ -752,6 +752,16 @@ def test_an_episode_towards_a_picture(trained, tmp_path, monkeypatch, capsys):
         got = video[0, :, 3:3 + side, 3 + i * side:3 + (i + 1) * side]
         assert (got.float() - want.float()).abs().mean() < 1
     assert len(video) == 5 + 5 and first['episodes'] == 2
+    net, config = model.load(f'{trained}/ckpt.safetensors')
+    probe = model.Probe(16, net.config['dim'], torch.zeros(2), torch.ones(2), torch.zeros(2))
+    stats = net.stats | {f'probe.{name}': v for name, v in probe.state_dict().items()}
+    model.save('read.safetensors', net, config | dict(probe_names='a.x,a.y'), {}, stats)
+    script('plan.py', '--ckpt=read.safetensors', '--out_dir=o', '--goal=o/goal.png', *QUICK, '--budget=4')
+    z = model.standard(model.encode_frames(model.restore_encoder(config, net.stats), data.resize(video[:1, :, 3:3 + side, 3:3 + side], (28, 28)),
+                                           data.autocast(torch.device('cpu'), 'float32')), net.stats)
+    want, = probe.read(z).tolist()
+    read = re.findall(r'(a.[xy]), as the probe reads it: (\S+) before, \S+ after, \S+ in the picture of the goal', capsys.readouterr().out)
+    assert [name for name, _ in read] == ['a.x', 'a.y'] and [float(v) for _, v in read] == pytest.approx(want, abs=0.02)
 
 
 def test_what_a_policy_sees():

@@ -525,6 +525,8 @@ def test_a_row_is_a_state_and_what_is_done_in_it(sums, env, width, fps):
         record(sums / copy, env, policy, 2, 30, 1, frame_height=48, frame_width=64)
         for copy, policy in (('a', 'script'), ('b', 'script'), ('n', 'noise'), ('r', 'random')))
     actions, states = rows(d)[1], rows(d, data.ENVIRONMENT)[1]
+    sim.restore(np.float64(states[-1]))
+    pose = sim.pose()
     sensed = rows(d, 'observation.state')[1]
     assert sensed.shape == (30, len(sim.sensors())) and np.ptp(sensed, axis=0).min() > 0
     assert (d.fps, d.action_dim) == (fps, width) and states.shape == (30, len(sim.state()))
@@ -533,6 +535,14 @@ def test_a_row_is_a_state_and_what_is_done_in_it(sums, env, width, fps):
         a = (a - sim.space.low) / (sim.space.high - sim.space.low)
         assert a.shape == (30, width) and a.min() > -1e-6 and a.max() < 1 + 1e-6 and np.ptp(a) > 0.1
     assert not np.array_equal(actions, rows(noise)[1]) and d.frames(0, [0]).shape == (1, 3, 48, 64)
+    called = sim.names[data.ENVIRONMENT]        # one name for each number, and those of a cube or block are its own
+    assert len({*called}) == len(called) == states.shape[1] == len(d.features[data.ENVIRONMENT]['names'])
+    thing = {'demo': 'disc_x disc_y', PUSHT: 'block_x block_y block_turn_rad', PUSH: 'object0:joint_x object0:joint_y object0:joint_z'}
+    if env in thing:
+        at = [called.index(name) for name in thing[env].split()]
+        assert np.allclose(states[-1][at], pose[-len(at):], atol=1e-3)
+    read = data.LeRobot(sums / 'a', probe=data.ENVIRONMENT).probe_names
+    assert 0 < len(read) < len(called) or env == 'demo'
     for t in (0, 12, 28):       # a row is where its picture was taken; its action leads to the next row
         sim.restore(np.float64(states[t]))
         assert np.allclose(sim.sensors(), sensed[t], atol=1e-4)

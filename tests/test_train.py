@@ -566,7 +566,7 @@ def test_a_probe_tells_errors_in_units(demo, tmp_path):
     assert all(e['real']['median'] < .05 and e['real']['r2'] > .4 for e in told.values())
     net, config = model.load(tmp_path / 'o/ckpt.safetensors')
     reader = model.restore_probe(net.stats)
-    assert config['probe_names'] == [*told]
+    assert config['probe_names'] == ','.join(told)
     batch = g['held_out']['labelled']
     assert torch.equal(batch['p'][:, :, 1].isnan(), batch['s'][:, :, 0].isnan())
     z, a, a_mask, z_mask = g['normalised'](batch)
@@ -578,12 +578,38 @@ def test_a_probe_tells_errors_in_units(demo, tmp_path):
         assert [told[name][h]['median'] for name in told] == pytest.approx(want.tolist(), rel=1e-3)
         r2 = 1 - off.square().mean(dim=0) / batch['p'][z_mask].var(dim=0, correction=0)
         assert [told[name][h]['r2'] for name in told] == pytest.approx(r2.tolist(), rel=1e-3)
-    with torch.no_grad():       # frozen: the world model's own loss does not know it
-        assert not [name for name in net.state_dict() if 'probe' in name]
+    script('train.py', *given, '--max_steps=60', '--resume=True', '--probe=observation.state.x', f'--out_dir={tmp_path}/o')
+    again = model.load(tmp_path / 'o/ckpt.safetensors')
+    assert again[0].step == 60 and again[1]['probe_names'] == 'observation.state.x' and len(model.restore_probe(again[0].stats).mean) == 1
     script('train.py', *given, '--max_steps=61', '--resume=True', f'--out_dir={tmp_path}/o')
     assert model.restore_probe(model.load(tmp_path / 'o/ckpt.safetensors')[0].stats) is None
+    line = ends('train.py', *demo, '--probe=observation.state.x,observation.state', f'--out_dir={tmp_path}/q')
+    assert line == 'observation.state.x,observation.state: names a number twice'
     line = ends('train.py', *demo, '--probe=observation.state.z', f'--out_dir={tmp_path}/q')
     assert line.startswith('--probe=observation.state.z: wants the same numbers in all labelled datasets') and not (tmp_path / 'q').exists()
+
+
+def test_a_probe_leaves_out_what_does_not_change(tmp_path, capsys):
+    """Or is never known, or is of another dataset; and an angle goes round."""
+    rng = np.random.default_rng(0)
+    for name in 'ab':
+        episodes = []
+        for _ in range(4):
+            turn = rng.uniform(0, 360) + np.arange(12) * 15
+            x = np.zeros((12, 28, 28, 3), np.uint8)
+            x[..., 0] = (127 + 100 * np.sin(np.radians(turn)))[:, None, None]
+            x[..., 1] = (127 + 100 * np.cos(np.radians(turn)))[:, None, None]
+            state = np.stack((turn % 360, np.full(12, 7), np.full(12, np.nan)), axis=1).astype(np.float32)
+            known = {'observation.state': state} if name == 'a' else {}
+            episodes.append({'observation.images.top': x, 'task': 't', 'action': rng.normal(size=(12, 1))} | known)
+        write_lerobot(tmp_path / name, episodes, 10, {'observation.state': ['turn.deg', 'stuck', 'lost']})
+    script('train.py', f'--labelled={tmp_path}/a,{tmp_path}/b', '--unlabelled=', *SMALL, '--max_steps=1', '--frameskip=1', '--val_share=0.3',
+           '--probe=observation.state', f'--out_dir={tmp_path}/o')
+    assert 'as they do not change: observation.state.lost, observation.state.stuck' in capsys.readouterr().out
+    net, config = model.load(tmp_path / 'o/ckpt.safetensors')
+    assert config['probe_names'] == 'observation.state.turn.deg' and model.restore_probe(net.stats).turn.tolist() == [360]
+    told = json.loads((tmp_path / 'o/log.jsonl').read_text().splitlines()[-1])['probe']['observation.state.turn.deg']['real']
+    assert told['median'] < 10 and told['p90'] < 40 and told['r2'] > .9
 
 
 def test_padded_frames_do_not_count_in_an_evaluation(demo, tmp_path):

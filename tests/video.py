@@ -10,6 +10,7 @@ seen: errors of imagined latents 1, 5, 10 and 20 model steps ahead as a share of
 how many times as large the error is 5 steps ahead if actions are those of another clip; and the planner's success
 with its 95 % interval.
 """
+import itertools
 import json
 import os
 import subprocess
@@ -40,9 +41,8 @@ DATA = {
     '5 % and video in 95 % of the clips': '--labelled=few --unlabelled=rest --labelled_share=0.05',
     '100 % with actions': '--labelled=all --unlabelled='}
 ROWS = {}
-for objective in 'shortcut', 'diffusion', 'direct':
-    for name, options in DATA.items():
-        ROWS[f'{objective} | {name}'] = f'{options} --objective={objective}'
+for objective, (name, options) in itertools.product(('shortcut', 'diffusion', 'direct'), DATA.items()):
+    ROWS[f'{objective} | {name}'] = f'{options} --objective={objective}'
 ROWS = {name: options for name, options in ROWS.items() if any(word in name for word in only.split(','))}
 
 
@@ -53,7 +53,7 @@ def run(command, folder):
     got = subprocess.run([sys.executable, os.path.join(ROOT, command[0]), *command[1:], f'--out_dir={folder}'],
                          env=dict(os.environ, OMP_NUM_THREADS='1'), capture_output=True, text=True)
     if got.returncode:
-        sys.exit(f'{" ".join(command)}: {got.stderr.strip().splitlines()[-1]}')
+        sys.exit(f'{" ".join(command)}: {got.stderr.strip()[-500:]}')
     os.mkdir(f'{folder}/done')
 
 
@@ -73,23 +73,25 @@ def errors(folder):
         error.append((imagined - z[:, 2:]).square().mean(dim=(2, 3)))           # (64, 20)
     error.append((z[:, 1:2] - z[:, 2:]).square().mean(dim=(2, 3)))
     real = batch['z_mask'][:, 2:]
-    mine, other, repeat = ([e[real[:, h - 1], h - 1].mean().item() for h in (1, 5, 10, 20)] for e in error)
-    return [m / r for m, r in zip(mine, repeat)], other[1] / mine[1]
+    mine, other, repeat = (torch.where(real, e, 0).sum(dim=0) / real.sum(dim=0) for e in error)     # (20,)
+    return (mine / repeat)[[0, 4, 9, 19]].tolist(), (other / mine)[4].item()
 
 
 def row(name):
     folder = f'{"".join(c if c.isalnum() else "_" for c in name)}-{steps}-{seed}'
     run(['train.py', *ROWS[name].split(), f'--max_steps={steps}', f'--eval_interval={steps}', f'--seed={seed}'], folder)
+    played = f'{folder}/plan-{episodes}'
     run(['plan.py', f'--ckpt={folder}/ckpt.safetensors', f'--episodes={episodes}', '--seed=1', '--blind_episodes=1',
-         '--iterations=3'], f'{folder}/plan')
+         '--iterations=3'], played)
     shares, shuffled = errors(folder)
-    with open(f'{folder}/plan/plan.json') as f:
+    with open(f'{played}/plan.json') as f:
         got = json.load(f)['methods']['model']
     low, high = got['ci95']
     return (f'| {name} | {" | ".join(f"{share:.3f}" for share in shares)} | {shuffled:.2f} | '
             f'{got["success_end"]:.2f} ({low:.2f} to {high:.2f}) | {got["success_ever"]:.2f} |')
 
 
+torch.set_num_threads(1)
 os.makedirs(out_dir, exist_ok=True)
 os.chdir(out_dir)
 for i, (name, (n, labelled)) in enumerate(SETS.items()):
