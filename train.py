@@ -558,9 +558,9 @@ def fit_probe():
         p = batch['p'].to(device)
         later = slice(eval_context, None)
         for x, p, real in (z_real, p, z_mask), (imagined, p[:, later], z_mask[:, later]):
-            which = real.nonzero()[torch.randperm(int(real.sum()))[:most // (2 * fold)]].T
-            z.append(x[:, :, :N][*which])
-            numbers.append(p[*which])
+            some = torch.randperm(int(real.sum()), device=device)[:most // (2 * fold)]
+            z.append(x[:, :, :N][real][some])
+            numbers.append(p[real][some])
     z = torch.cat(z)                    # (frames, N, D)
     numbers = torch.cat(numbers)        # (frames, P)
     mean = numbers.nanmean(dim=0)
