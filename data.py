@@ -821,7 +821,7 @@ def _pool(parts):
     quantiles are averaged."""
     whole = {}
     for name in parts[0]:
-        whole[name] = np.stack([np.float64(part[name]) for part in parts])
+        whole[name] = np.stack([np.asarray(part[name], np.float64) for part in parts])
     parts = whole
     count = parts['count'].sum(0)
     weight = (parts['count'] / count).reshape(-1, *[1] * (parts['mean'].ndim - 1))
