@@ -2184,7 +2184,7 @@ def test_what_was_used_last_stays(hub, tmp_path):
     assert names == ['file-000.mp4', 'file-002.mp4']
 
 
-@pytest.mark.parametrize('kind, options', [(429, dict(seconds=2)), (503, {}), ('cut', dict(times=2)),
+@pytest.mark.parametrize('kind, options', [(429, dict(headers={'RateLimit': '"api";r=0;t=2'})), (503, {}), ('cut', dict(times=2)),
                                            ('cut', dict(keep=1000)), ('stall', dict(seconds=30))])
 def test_a_hub_that_fails_is_asked_again(hub, monkeypatch, kind, options):
     if kind == 'stall':
