@@ -897,7 +897,9 @@ class WorldModel(nn.Module):
 def add_state(z, s):
     """Latents (.., N, D) and the state of their frames (.., S), normalised, NaN where it is not
     known -> (.., N + 1, D): the state is the last token, padded with zeros."""
-    return torch.cat((z, F.pad(s, (0, z.shape[-1] - s.shape[-1]))[..., None, :]), dim=-2)
+    padding = 0, z.shape[-1] - s.shape[-1]
+    token = F.pad(s, padding)[..., None, :]         # (.., 1, D)
+    return torch.cat((z, token), dim=-2)
 
 
 def compile_layers(model):
@@ -1314,15 +1316,18 @@ class Probe(nn.Module):
         x = F.gelu(self.token(z) + self.place)                      # (.., N, C)
         weight = self.query @ self.key(x).mT / x.shape[-1] ** 0.5   # (.., queries, N)
         found = weight.softmax(dim=-1) @ x                          # (.., queries, C)
-        first, second = self.out(F.gelu(self.hidden(found.flatten(-2)))).chunk(2, dim=-1)
-        return torch.stack((first, torch.where(self.turn > 0, second, 0.0)), dim=-1)
+        y = F.gelu(self.hidden(found.flatten(-2)))
+        first, second = self.out(y).chunk(2, dim=-1)                # (.., P)
+        second = torch.where(self.turn > 0, second, 0.0)
+        return torch.stack((first, second), dim=-1)
 
     def code(self, numbers):
         """What forward is to return of numbers (.., P)."""
         angle = 2 * torch.pi * numbers / self.turn
         line = (numbers - self.mean) / self.std
         first = torch.where(self.turn > 0, angle.sin(), line)
-        return torch.stack((first, torch.where(self.turn > 0, angle.cos(), 0 * line)), dim=-1)
+        second = torch.where(self.turn > 0, angle.cos(), 0 * line)      # NaN stays
+        return torch.stack((first, second), dim=-1)
 
     def read(self, z):
         """Numbers (.., P), in the dataset's units."""
@@ -1334,7 +1339,8 @@ class Probe(nn.Module):
         """Absolute errors (.., P) of read; of angles the short way round."""
         off = self.read(z) - numbers
         half = self.turn / 2
-        return torch.where(self.turn > 0, (off + half) % self.turn - half, off).abs()
+        short = (off + half) % self.turn - half
+        return torch.where(self.turn > 0, short, off).abs()
 
 
 def full_turn(name):
@@ -1350,10 +1356,11 @@ def restore_probe(stats):
         return None
     N, width = stored['place'].shape
     D = stored['token.weight'].shape[1]
-    probe = Probe(N, D, *(stored[name] for name in ('mean', 'std', 'turn')), width,
-                  len(stored['query']))
+    queries = len(stored['query'])
+    mean = stored['mean']
+    probe = Probe(N, D, mean, stored['std'], stored['turn'], width, queries)
     probe.load_state_dict(stored)
-    return probe.requires_grad_(False).to(stored['mean'].device)
+    return probe.requires_grad_(False).to(mean.device)
 
 
 # --------------------------------------------------------------------------------------------------

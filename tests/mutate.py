@@ -256,7 +256,7 @@ MUTATIONS = [
      'test_data.py states_of_a_batch'),
     ('data.py', 'np.nanvar(changes, 0)', 'np.nanvar(states, 0)',
      'test_data.py states_of_a_batch'),
-    ('model.py', '(off + half) % self.turn - half', 'off',
+    ('model.py', 'short = (off + half) % self.turn - half', 'short = off',
      'test_model.py numbers_and_angles'),
     ('model.py', 'torch.atan2(first, second)', 'torch.atan2(second, first)',
      'test_model.py numbers_and_angles'),
