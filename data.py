@@ -1663,7 +1663,7 @@ class Writer:
             self.sizes[key] += _encode(self.videos[key], x, self.first + self.length, self.fps,
                                        crf=str(self.crf), g=str(self.gop))
             if (self.length + 1) % ((self.length + 1) // 32 + 1) == 0:      # fewer and fewer
-                self.small[key].append(x[::len(x) // 32 or 1, ::x.shape[1] // 32 or 1].copy())
+                self.small[key].append(x[::len(x) // 64 or 1, ::x.shape[1] // 64 or 1].copy())
         self.length += 1
         for key, vector in {'observation.state': state, 'action': action, **(extra or {})}.items():
             if vector is not None and np.size(vector):

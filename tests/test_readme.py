@@ -73,7 +73,7 @@ def test_the_control_loop_runs_as_printed(trained, tmp_path, monkeypatch, env):
 
 
 def test_old_checkpoints_get_the_defaults_of_training():
-    trains = constants('train.py') | dict(labelled='', unlabelled='', encoder_hash='', state_names='')
+    trains = constants('train.py') | dict(labelled='', unlabelled='', encoder_hash='', state_names='', probe_names='')
     assert model.CONFIG_DEFAULTS == {k: trains[k] for k in model.CONFIG_DEFAULTS}
 
 
