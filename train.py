@@ -871,4 +871,5 @@ else:
 say(f'wrote {ckpt}, {optim} and {log}')
 signal.set_wakeup_fd(-1)
 if ddp:
+    dist.barrier()      # one that leaves earlier ends connections that another still uses
     dist.destroy_process_group()
