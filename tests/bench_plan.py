@@ -121,6 +121,7 @@ class Peer(nn.Module):
         frame = torch.arange(WINDOW * N) // N
         self.register_buffer('mask', frame[:, None] >= frame)
         self.graphs, self.last = {}, []         # half_weights looks at them
+        self.config = {'state_dim': 0}          # plan.cost_weights does
 
     def forward(self, z, a):
         """z (B, T, N, D), a (B, T, A) with a[:, t] what follows z[:, t] -> the next frames (B, T, N, D)."""
