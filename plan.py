@@ -78,8 +78,9 @@ mask = ''               # a picture, white where the goal counts; '' = everywher
 state_weight = 1.0      # of the robot's own state beside the picture, where the goal's is known: 1
                         # = for random pairs of frames as much as the picture; 0 = none
 smooth = 0.0            # weight of squared changes of the action, in normalised units
-hold = 0.0              # rest while the sensed state is that close to the goal's, in the dataset's
-                        # units: where it is all that the goal asks for; 0 = never
+hold = 0.0              # rest while the robot is that close to the goal's place, in the dataset's
+                        # units, as it senses or else a probe of observation.state reads: where
+                        # that is all that the goal asks for; 0 = never
 rest = ''               # how, of --hold: zero (actions are motions) or state (they are targets)
 # closed loop
 env = 'demo'            # or a class of a file: tests/simulators.py:PushT, ...:PointMaze
@@ -397,8 +398,12 @@ class Planner:
         self.S = self.model.config['state_dim']
         if self.S:
             self.s_mean, self.s_std, _ = robot_state(self.model.stats, o.robot)
-        if o.hold and not (self.S and o.rest):
-            sys.exit(f'--hold={o.hold}: wants a model that was trained with --state, and --rest')
+        self.reader = restore_probe(self.model.stats)
+        names = self.trained['probe_names'].split(',')
+        self.own = [i for i, name in enumerate(names) if name.startswith('observation.state.')]
+        if o.hold and not (o.rest and (self.S or self.own)):
+            sys.exit(f'--hold={o.hold}: wants --rest, and a model that was trained with --state or '
+                     '--probe=observation.state')
         if o.hold and o.rest == 'state' and len(self.s_mean) != self.width:
             sys.exit(f'--rest=state: actions have {self.width} numbers, states {len(self.s_mean)}')
         self.past = (self.trained['eval_context'] - 1) * self.frameskip + 1
@@ -597,19 +602,32 @@ class Planner:
         return np.where(self.held[:, None], self.still, row)
 
     def there(self, E, states, goal_state):
-        """Which of E robots sense that they are at the goal (E,), as --hold has it, and the rows
-        (E, width) that let them rest."""
+        """Which of E robots are at the goal (E,), as --hold has it, and the rows (E, width) that let
+        them rest."""
         still = np.zeros((E, self.width), np.float32)
-        if not self.o.hold or states is None or goal_state is None:
+        if not self.o.hold:
             return np.zeros(E, bool), still
-        now = np.asarray(states, np.float32)[:, -1]
-        off = now - goal_state      # NaN: not known
+        now = np.full((E, len(self.s_mean)), np.nan, np.float32)
+        off = now
+        if states is not None:
+            now = np.asarray(states, np.float32)[:, -1]
+        if goal_state is not None:
+            off = now - goal_state      # NaN: not known
+        if self.own and not np.isfinite(off).any():
+            off = self.read_off(self.z[:, -1])
         there = np.sqrt(np.nansum(np.square(off), axis=1)) < self.o.hold
         there &= np.isfinite(off).any(axis=1)
         if self.o.rest == 'state':
             still = np.nan_to_num(now)
             there &= np.isfinite(now).all(axis=1)
         return there, still
+
+    def read_off(self, z):
+        """How far the probe reads the robot's own numbers (E, P) in latents (E, N, D) from where it
+        reads them in the goal's."""
+        z = z[:, :self.z_of_goal.shape[1]]      # without the token of the state
+        off = self.reader.off(z, self.reader.read(self.z_of_goal))
+        return off[:, self.own].cpu().numpy()
 
     def check_states(self, shape, states, goal_state):
         width = len(self.s_mean)
@@ -1285,10 +1303,9 @@ def play_towards(o):
     before, after = distance(z[:2], z[2:], channel_weights(planner.model)).tolist()
     print(f'{o.budget} steps in {o.env}: latent distance to the goal {before:.4f} before, '
           f'{after:.4f} after')
-    reader = restore_probe(planner.model.stats)
-    if reader:
+    if planner.reader:
         names = planner.trained['probe_names'].split(',')
-        for name, (before, after, wanted) in zip(names, reader.read(z).T.tolist()):
+        for name, (before, after, wanted) in zip(names, planner.reader.read(z).T.tolist()):
             print(f'{name}, as the probe reads it: {before:.3g} before, {after:.3g} after, '
                   f'{wanted:.3g} in the picture of the goal')
     never = np.zeros((len(poses), 1), bool)         # nobody knows the goal's pose
@@ -1409,6 +1426,9 @@ def watch_folder(o):
     if o.start_state or o.goal_state:
         sys.exit('--watch: pictures in a folder come without a state; plan.Planner takes one')
     planner = Planner(o.ckpt, vars(o), tell=False)
+    if o.hold and not planner.own:
+        sys.exit('--hold: pictures say nothing of where the robot is to who was not trained with '
+                 '--probe=observation.state')
     goal = picture(o.goal)
     print(f'watching {o.watch}: the first {planner.past} pictures are the past, Ctrl-C ends it',
           flush=True)
@@ -1433,8 +1453,8 @@ if __name__ == '__main__':
                  'pictures) or with --watch (a folder of pictures), and --record with none of them')
     if record and goal:
         sys.exit('--record: comes without --goal')
-    if hold and (start or watch):
-        sys.exit('--hold: pictures say nothing of where the robot is')
+    if hold and start:
+        sys.exit('--hold: comes with --env or --watch, a plan for two pictures does not end')
     if record:
         record_dataset(o)
     elif start:

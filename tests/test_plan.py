@@ -1013,6 +1013,22 @@ def test_a_robot_that_is_there_rests(sensing, planned):
     assert not q.there(1, [[[0.5, np.nan]]], [[0.5, np.nan]])[0].any(), 'nobody knows all of where it is'
 
 
+def test_a_robot_without_sensors_rests_where_its_probe_reads_the_goal(demo, tmp_path):
+    script('train.py', *demo, *SMALL, '--probe=observation.state,observation.environment_state.disc_x', '--max_steps=20', f'--out_dir={tmp_path}/o')
+    net, trained = model.load(f'{tmp_path}/o/ckpt.safetensors')
+    probe, names = model.restore_probe(net.stats), trained['probe_names'].split(',')
+    assert len(names) == 3
+    x, goals = film(2, 3), film(2, 1, seed=1)[:, 0]
+
+    def planner(hold):
+        return plan.Planner(f'{tmp_path}/o/ckpt.safetensors', plan.config | SMALL_SEARCH | dict(hold=hold, rest='zero'), tell=False)
+    p = planner(1.0)
+    now, then = (probe.read(p.latents(frames))[:, [names.index(f'observation.state.{c}') for c in 'xy']] for frames in (x[:, -1], goals))
+    nearer, farther = sorted((now - then).square().sum(dim=1).sqrt().tolist())
+    rest = [not planner(hold).act(x, goals).any(axis=1).all() for hold in (0.99 * nearer, 1.01 * nearer, 1.01 * farther)]
+    assert rest == [False, True, True] and not planner(1.01 * farther).act(x, goals).any()
+
+
 def test_a_number_that_is_not_known_now_does_not_count(sensing):
     """Whether the whole state is missing or one sensor, in the last frame of the context alone."""
     x, goal = film(1, 3)[0], film(1, 1, seed=1)[0, 0]
@@ -1054,13 +1070,15 @@ def test_states_of_pictures(sensing, trained, tmp_path):
                            (['--start_state=z=1'], '--start_state=z=1: wants 2 numbers'),
                            (['--start_state=here,there'], 'wants 2 numbers'), (['--start_state=x=inf'], 'wants 2 numbers'),
                            (['--state_weight=-1'], '--state_weight: wants'), (['--rest=lie'], '--rest: wants one of zero, state'),
-                           (['--hold=1', '--rest=zero'], '--hold: pictures say nothing'),
+                           (['--hold=1', '--rest=zero'], '--hold: comes with --env or --watch'),
                            (['--start_state=x=1', '--goal_state=y=1'], 'of the same numbers'),
                            ([f'--ckpt={trained}/ckpt.safetensors', '--goal_state=1,2'], 'was trained without --state')):
         assert words in ends('plan.py', *given, *options)
     for ckpt, options in (sensing, ['--hold=1']), (trained, ['--hold=1', '--rest=zero']):
-        assert '--hold=1.0: wants a model that was trained with --state, and --rest' in ends(
+        assert '--hold=1.0: wants --rest, and a model that was trained with --state or' in ends(
             'plan.py', f'--ckpt={ckpt}/ckpt.safetensors', *options)
+    assert '--hold: pictures say nothing' in ends('plan.py', f'--ckpt={sensing}/ckpt.safetensors', '--hold=1', '--rest=zero',
+                                                  f'--watch={tmp_path}', f'--goal={goal}')
     assert 'come without a state' in ends('plan.py', f'--watch={tmp_path}', f'--goal={goal}', '--goal_state=1,2')
 
 
