@@ -66,19 +66,19 @@ for _least, _most, _names in (
         (0, 1, 'labelled_share long_share val_share grow max_bad whiten bootstrap bootstrap_start '
                'p_past p_image p_null self_forcing decay keep ema learning_rate min_lr augment'),
         (0, 0.999999, 'beta1 beta2'),
-        (0, 10, 'beta'),
+        (0, 10, 'beta proposal_std'),
         (0, 100, 'frameskip warm_std min_std workers'),
         (0, 100000, 'fps long_frames frame_height frame_width channels width layers heads kv_heads '
                     'registers context time_every wide_layers k_max robot cache_gb soft_cap '
                     'tau_shift weight_decay grad_clip smooth state_weight hold'),
         (0, MANY, 'seed warmup micro_batch blind_episodes budget_ms chunk goal_steps budget steps '
-                  'skip_nonfinite'),
+                  'skip_nonfinite proposals'),
         (1e-6, 100, 'init_std step_size'),
         (1e-6, 1e6, 'temperature'),
         (-1, 1000, 'layer'),
         (1, 10000, 'pool eval_context K horizon iterations seeds replan draw_every rows'),
         (1, MANY, 'batch_size max_steps eval_interval save_interval log_interval samples episodes '
-                  'train_frames train_steps'),
+                  'train_frames train_steps policy_steps'),
         (2, MANY, 'frames eval_clips elites')):
     LIMITS |= dict.fromkeys(_names.split(), (_least, _most))
 # columns of a rotation
@@ -94,7 +94,7 @@ CHOICES = {
     'objective': ('shortcut', 'diffusion', 'direct'),
     'tau_schedule': ('uniform', 'shift', 'logit-normal'),
     'space': ('x', 'v'),
-    'method': ('cem', 'icem', 'mppi', 'adam'),
+    'method': ('cem', 'icem', 'mppi', 'adam', 'policy'),
     'cost': ('all', 'last'),
     'rest': ('', 'zero', 'state'),
     'goals': ('expert', 'random'),
@@ -1875,7 +1875,8 @@ class Clips:
     A batch holds x (B, T, 3, H, W) uint8, or z (B, T, N, D) float16 once `tokens` are set (see
     cached_latents); a (B, T, A) normalised by each dataset's mean and std, padded to the widest;
     a_mask, z_mask (B, T); s (B, T, S), the state, normalised and padded likewise, NaN where it is
-    not known, and in all unlabelled clips; and `faults`, for count_faults. Of any 1/labelled_share
+    not known, and in all unlabelled clips; with goal_steps `goal`, see goal_of; and `faults`, for
+    count_faults. Of any 1/labelled_share
     consecutive clips exactly one is labelled. All datasets of a kind share clips exactly, by
     duration or the weights given; every window of one is seen once before any again. Cameras are
     drawn by weight. A clip that cannot be read is replaced by one of its dataset.
@@ -1892,6 +1893,7 @@ class Clips:
     rank: int = 0
     world: int = 1
     augment: float = 0.0    # share of the clips of batches that are seen_otherwise
+    goal_steps: int = 0     # clips of batches have a goal, up to so many model steps after them
     tokens: dict = None
 
     def __post_init__(self):
@@ -2015,6 +2017,17 @@ class Clips:
                 clip['p'] = torch.from_numpy(self.sets[s].probed(e)[f])
         return clip
 
+    def goal_of(self, clip, s, e, start, camera, seed):
+        """A later frame of a clip's episode, or its last, as a clip of one step; and `left`, model
+        steps from the clip's first frame. Of a clip without actions, from which no policy learns,
+        its own first frame."""
+        if s not in self.kinds['labelled']:
+            return {name: v[:1] for name, v in clip.items()} | dict(left=0)
+        steps = np.random.default_rng((*seed, 101)).integers(self.goal_steps) + 1
+        end = (self.sets[s].episodes[e].length - 1 - start) // self.frameskip
+        left = min(int(clip['z_mask'].sum()) - 1 + int(steps), end)
+        return self.clip(s, e, start + left * self.frameskip, camera, 1) | dict(left=left)
+
     def latents(self, s, e, camera, numbers):
         """Cached latents (n, N, D) of some frames."""
         latents = self.tokens[s, e, camera]
@@ -2068,7 +2081,13 @@ class Clips:
             try:
                 clip = self.clip(s, e, start, camera, self.T)
                 rng = np.random.default_rng((self.seed, step, i, 100))
-                if rng.random() < self.augment:
+                otherwise = rng.random() < self.augment
+                if self.goal_steps:
+                    clip['goal'] = self.goal_of(clip, s, e, start, camera, (self.seed, step, i))
+                if otherwise and self.goal_steps:
+                    x = seen_otherwise(torch.cat((clip['x'], clip['goal']['x'])), rng)
+                    clip['x'], clip['goal']['x'] = x.split((self.T, 1))
+                elif otherwise:
                     clip['x'] = seen_otherwise(clip['x'], rng)
                 return clip
             except Bad as error:

@@ -511,6 +511,7 @@ MODEL_DEFAULTS = dict(      # what a checkpoint gets that was made before there 
     action_on='all',        # 'all': the action is added to the latent tokens too; 'token': no
     objective='shortcut',   # what the weights were trained for; sampling depends on it
     state_dim=0,            # numbers of the robot's state, the last token of a frame; 0 = no state
+    policy=False,           # whether there is a Policy
 )
 
 
@@ -741,6 +742,42 @@ class WideHead(nn.Module):
             return self.out(rms_norm(y))
 
 
+class Policy(nn.Module):
+    """What to do now, to be at a goal so many model steps later: with one step left the inverse
+    dynamics, with a few a controller, with many a policy (hindsight goals, arXiv:1707.01495). A
+    query attends to the tokens of now, beside those of the frame before and of the goal: a mean
+    would lose what is small. c: WorldModel's config."""
+    def __init__(self, c):
+        super().__init__()
+        C = c['width']
+        self.z_in = nn.Linear(3 * c['dim'], C)
+        self.s_in = nn.Linear(6 * c['state_dim'], C, bias=False) if c['state_dim'] else None
+        self.left_in = nn.Linear(32, C)
+        sizes = c['heads'], c['kv_heads'], c['soft_cap']
+        self.layers = nn.ModuleList(Layer(C, *sizes) for _ in range(2))
+        self.out = nn.Linear(C, c['action_dim'])
+
+    def forward(self, before, now, goal, left, rope):
+        """Latents (B, N, D), with a state (B, N + 1, D), of three frames, left (B,) steps, the
+        positions of N + 1 tokens -> normalised actions (B, A)."""
+        N = len(rope[0]) - 1
+        z = torch.cat((before, now, goal), dim=-1)          # (B, N, 3 D)
+        x = self.z_in(z[:, :N])
+        freq = 50.0 ** (-torch.arange(16, device=z.device) / 15)
+        angles = left[:, None] * freq
+        query = self.left_in(torch.cat((angles.sin(), angles.cos()), dim=-1))       # (B, C)
+        if self.s_in:
+            S = self.s_in.in_features // 6
+            s = torch.cat([frame[:, N, :S] for frame in (before, now, goal)], dim=-1)
+            known = ~s.isnan()
+            query = query + self.s_in(torch.cat((s.nan_to_num(), known), dim=-1))
+        x = torch.cat((x, query[:, None]), dim=1)[:, None].float()      # (B, 1, N + 1, C)
+        for layer in self.layers:
+            x = layer(x, rope)
+        with torch.autocast(z.device.type, enabled=False):
+            return self.out(rms_norm(x[:, 0, -1]))
+
+
 class WorldModel(nn.Module):
     """f(z~, tau, d, a) -> the clean latents (eq. 6). config: the dict of model_config. d is the
     step size that sampling takes from tau."""
@@ -767,6 +804,8 @@ class WorldModel(nn.Module):
             self.layers.append(Layer(C, c['heads'], c['kv_heads'], c['soft_cap'], context))
         self.head = WideHead(c) if c['wide_layers'] else nn.Linear(C, c['dim'])
         self.latents = slice(c['registers'], c['registers'] + math.prod(c['grid']))
+        with torch.random.fork_rng(devices=[]):     # the others begin alike with and without it
+            self.policy = Policy(c) if c['policy'] else None
         self.init_rope()
         self.init_weights()
 
@@ -808,9 +847,10 @@ class WorldModel(nn.Module):
 
     @property
     def last(self):
-        """The linear maps that make latents, and the state."""
-        maps = [self.head.out if self.config['wide_layers'] else self.head]
-        return maps + [self.s_out] if self.s_out else maps
+        """The linear maps that make latents, the state and the policy's actions."""
+        head = self.head.out if self.config['wide_layers'] else self.head
+        maps = [head, self.s_out, self.policy and self.policy.out]
+        return [m for m in maps if m]
 
     def embed(self, z, tau, d, a, a_mask):
         """The tokens of frames (B, T, S, C), float32: [registers | latents | state | shortcut |
@@ -883,6 +923,13 @@ class WorldModel(nn.Module):
             if c['state_dim']:
                 z_hat = add_state(z_hat, self.s_out(rms_norm(state)).squeeze(2))
         return z_hat
+
+    def act(self, before, now, goal, left):
+        """The policy's actions (B, A), see Policy."""
+        cos, sin = (y[self.latents] for y in (self.space_cos, self.space_sin))      # (N, 1, d/2)
+        still = torch.zeros_like(cos[:1])       # the query has no place
+        rope = torch.cat((cos, still + 1)), torch.cat((sin, still))
+        return self.policy(before, now, goal, left, rope)
 
     def new_cache(self, B, T, dtype=torch.float32):
         """An empty cache for B clips of T frames: of every time layer [keys, values] of the last
@@ -1127,6 +1174,32 @@ def term_scale(rms, *names):
     return torch.stack([rms[name] for name in names]).amax().clamp(min=1e-12).sqrt()
 
 
+def policy_errors(model, z, a, z_mask, z_goal, left, state_dim=0, first=0):
+    """Squared errors (B, T - 1) of the policy's actions at all frames of clips but the last. Clips
+    are shortcut_loss's; z_goal (B, N, D): a later frame of the same episode, left (B,) model steps
+    after the clip's first. Every other frame has that goal, the rest the clip's last real frame.
+    Before the first frame was the same, as far as anyone knows. In a quarter of the clips no state
+    is known, in another that of the goal is not. first: number of the first clip."""
+    B, T = z_mask.shape
+    row = first + torch.arange(B, device=z.device)
+    t = torch.arange(T - 1, device=z.device)
+    far = (t + row[:, None]) % 2 == 0           # (B, T - 1)
+    last = z_mask.sum(dim=1) - 1
+    z_last = z[torch.arange(B, device=z.device), last]
+    goal = torch.where(far[:, :, None, None], z_goal[:, None], z_last[:, None])
+    left = torch.where(far, left[:, None], last[:, None]) - t
+    if state_dim:
+        kind = (row // 2 % 4)[:, None, None]
+        s = z[:, :, -1, :state_dim].masked_fill(kind == 0, torch.nan)
+        z = add_state(z[:, :, :-1], s)
+        s = goal[:, :, -1, :state_dim].masked_fill(kind < 2, torch.nan)
+        goal = add_state(goal[:, :, :-1], s)
+    before = torch.cat((z[:, :1], z[:, :-2]), dim=1)
+    frames = before, z[:, :-1], goal, left.clamp(min=1)
+    got = model.act(*(x.flatten(0, 1) for x in frames)).view(B, T - 1, -1)
+    return (got - a[:, 1:]).square().mean(dim=-1)       # a[t + 1] leads from frame t to the next
+
+
 # --------------------------------------------------------------------------------------------------
 # Imagination. rollout makes frame after frame: each begins as noise and is denoised in K steps
 # against the cached keys and values of the past, then it is committed: noised a little, as training
@@ -1201,7 +1274,8 @@ def predict_frame(model, s, cache, z, noise, a, a_mask, t, last):
 
 
 @torch.no_grad()
-def rollout(model, z_ctx, a, a_mask, K=4, tau_ctx=0.9, seed=0, grad=False, graph=None, cache=None):
+def rollout(model, z_ctx, a, a_mask, K=4, tau_ctx=0.9, seed=0, grad=False, graph=None, cache=None,
+            act=None):
     """Imagines the frames after z_ctx (B, Tc, N, D), one after the other, each in K steps -> (B M,
     T - Tc, N, D). a (B M, T, A) and a_mask (B M, T) cover context and future. With M > 1 each
     context has M candidates in a row, which share its actions, its computation and their noise. The
@@ -1210,7 +1284,9 @@ def rollout(model, z_ctx, a, a_mask, K=4, tau_ctx=0.9, seed=0, grad=False, graph
 
     grad: True: gradients flow through the last step of each frame, and through nothing else
     (self-forcing); 'all': through everything, back to the actions. cache: what remember() made of
-    this context. graph: a frame is one CUDA graph, see replay; None: where it can be."""
+    this context. graph: a frame is one CUDA graph, see replay; None: where it can be. act: chooses
+    the actions of the future, a function (frame before, frame of now (B M, N, D), h) -> (B M, A),
+    h = 0, 1, .., instead of a."""
     c = model.config
     B, Tc, N, D = z_ctx.shape
     M = a.shape[0] // B
@@ -1231,16 +1307,22 @@ def rollout(model, z_ctx, a, a_mask, K=4, tau_ctx=0.9, seed=0, grad=False, graph
         key = K, s.tau_ctx, cache[0][0].shape, cache[0][0].dtype
         cache = cache_of_graphs(model.graphs, key, cache)
     generator = torch.Generator(device).manual_seed(seed)
+    before = z_ctx[:, max(0, Tc - 2):][:, :1].repeat_interleave(M, dim=0)
     z = z_ctx[:, -1:].repeat_interleave(M, dim=0)
     out = []
     for t in range(Tc, T):
+        a_now = a[:, t:t + 1]
+        if act:
+            with torch.set_grad_enabled(grad == 'all'):
+                a_now = act(before[:, 0], z[:, 0], t - Tc)[:, None]
+            before = z
         noise = torch.randn(2, B, 1, N, D, generator=generator, device=device)
         noise = noise.repeat_interleave(M, dim=1)
         noise = torch.where(z.isnan(), z, noise)        # a state that is not known stays so
         now = torch.full((), t, device=device) if graph or grad is True else t      # fixed shapes
         imagine = functools.partial(frame, model, s, cache, last=t == T - 1)
         with torch.set_grad_enabled(grad == 'all'):
-            inputs = z, noise, a[:, t:t + 1], a_mask[:, t:t + 1], now
+            inputs = z, noise, a_now, a_mask[:, t:t + 1], now
             if graph:
                 z = replay(model.graphs, (*key, t == T - 1), imagine, *inputs)
             else:

@@ -54,7 +54,7 @@ start_state = ''        # what the robot senses at --start and is to sense at --
 goal_state = ''         # count: numbers in the dataset's units, in order or as name=number,..
 watch = ''              # a folder of pictures, read in order of their names until Ctrl-C
 # search
-method = 'cem'          # cem, icem, mppi or adam (gradients)
+method = 'cem'          # cem, icem, mppi, adam (gradients) or policy (no search, see train.py)
 horizon = 5             # model steps
 samples = 64            # candidates per iteration; adam: starts
 elites = 8              # the best of them, which the next iteration is drawn from
@@ -64,6 +64,8 @@ init_std = 1.0          # of the first candidates of a search, in units of the a
 warm_std = 0.0          # where a search begins from the last plan; 0 = init_std
 min_std = 0.05          # in units of the actions' std, so that the search does not collapse
 beta = 2.0              # the noise has power 1 / f^beta over a plan's rows; 0 = white
+proposals = 0           # so many of the first candidates of a search come from the policy, and
+proposal_std = 0.3      # noise of this size makes them differ, in units of the actions' std
 keep = 0.3              # icem: share of the elites that the next iteration and plan keep
 temperature = 0.5       # mppi: of the weights, in std of the elites' costs
 step_size = 0.1         # adam: in units of the actions' std
@@ -137,6 +139,10 @@ def draw(mean, std, low, high, samples, o, generator):
     return actions.clamp(low, high)
 
 
+def replace_last(actions, proposals):
+    return torch.cat((actions[:, :actions.shape[1] - proposals.shape[1]], proposals), dim=1)
+
+
 def best(actions, costs, n):
     """The n best of candidates (E, M, H, A) by costs (E, M): (E, n, H, A) and (E, n), best
     first."""
@@ -155,12 +161,14 @@ def in_time(iterations, deadline):
             break
 
 
-def cem(cost, mean, std, low, high, o, generator, deadline, carried):
+def cem(cost, mean, std, low, high, o, generator, deadline, carried, proposals):
     """Cross-entropy method, as in DINO-WM (arXiv:2411.04983): mean and std move to those of the
     elites; the last mean. On top of it: bounds, a least std, and coloured noise."""
     best_costs = []
     for i in in_time(o.iterations, deadline):
         actions = draw(mean, std, low, high, o.samples, o, generator)
+        if i == 0:
+            actions = replace_last(actions, proposals)
         elites, costs = best(actions, cost(actions, i), o.elites)
         mean = elites.mean(dim=1)
         std = elites.std(dim=1)
@@ -168,7 +176,7 @@ def cem(cost, mean, std, low, high, o, generator, deadline, carried):
     return mean.clamp(low, high), torch.stack(best_costs), elites
 
 
-def icem(cost, mean, std, low, high, o, generator, deadline, carried):
+def icem(cost, mean, std, low, high, o, generator, deadline, carried, proposals):
     """iCEM (arXiv:2008.06389): ever fewer samples, max(2 elites, samples / 1.25^i), of coloured
     noise; a share `keep` of the elites stays among the candidates, and with `carried` those of the
     time step before, shifted, their missing last steps drawn anew; the best candidate of the last
@@ -179,6 +187,8 @@ def icem(cost, mean, std, low, high, o, generator, deadline, carried):
     for i in in_time(o.iterations, deadline):
         samples = max(2 * o.elites, int(o.samples / 1.25 ** i))
         actions = draw(mean, std, low, high, samples, o, generator)
+        if i == 0:
+            actions = replace_last(actions, proposals)
         if i == 0 and carried is not None:
             elites = draw(mean, std, low, high, 1 + carried.shape[1], o, generator)[:, 1:]
             elites[:, :, :carried.shape[2]] = carried
@@ -191,14 +201,16 @@ def icem(cost, mean, std, low, high, o, generator, deadline, carried):
     return elites[:, 0], torch.stack(best_costs), elites
 
 
-def mppi(cost, mean, std, low, high, o, generator, deadline, carried):
+def mppi(cost, mean, std, low, high, o, generator, deadline, carried, proposals):
     """MPPI as in TD-MPC2 (arXiv:2310.16828): mean and std of the elites, weighted by exp(-cost /
     temperature); the last mean. Differences: costs are counted from the best in units of the
-    elites' standard deviation, as a distance of latents has no scale of its own; no policy is among
-    the candidates; the mean is returned, not a drawn elite."""
+    elites' standard deviation, as a distance of latents has no scale of its own; a policy's ways
+    are among the first candidates alone; the mean is returned, not a drawn elite."""
     best_costs = []
     for i in in_time(o.iterations, deadline):
         actions = draw(mean, std, low, high, o.samples, o, generator)
+        if i == 0:
+            actions = replace_last(actions, proposals)
         elites, costs = best(actions, cost(actions, i), o.elites)
         regret = (costs - costs[:, :1]) / costs.std(dim=1, keepdim=True).clamp(min=1e-12)
         weight = torch.softmax(-regret / o.temperature, dim=1)[:, :, None, None]
@@ -209,11 +221,12 @@ def mppi(cost, mean, std, low, high, o, generator, deadline, carried):
     return mean.clamp(low, high), torch.stack(best_costs), elites
 
 
-def adam(cost, mean, std, low, high, o, generator, deadline, carried):
+def adam(cost, mean, std, low, high, o, generator, deadline, carried, proposals):
     """Gradient descent on the actions through the model, by Adam (arXiv:1412.6980) from `samples`
     starts at once, with steps back into the bounds (arXiv:2512.09929 finds Adam better than plain
     descent); the best ever seen."""
-    actions = draw(mean, std, low, high, o.samples, o, generator).requires_grad_()
+    actions = draw(mean, std, low, high, o.samples, o, generator)
+    actions = replace_last(actions, proposals).requires_grad_()
     optimizer = torch.optim.Adam([actions], lr=o.step_size)
     best_costs = []
     elites = actions.detach()[:, :0]
@@ -331,6 +344,28 @@ def plan(model, z_ctx, a_ctx, z_goal, o, seed=0, low=-5.0, high=5.0, a_mask=None
         z = rollout(model, z_ctx, a.flatten(0, 1), known, o.K, seed=seed, cache=cache, grad=grad)
         return z.unflatten(0, (E, M))
 
+    def propose(M, std):
+        """M ways (E, M, H x rows, width) of the policy through the model, all but the first with
+        noise."""
+        generator = torch.Generator().manual_seed(seed)
+        noise = std * coloured(E, M, o.horizon * rows, width, o.beta, generator).to(low)
+        noise[:, 0] = 0
+        noise = to_steps(noise, rows, A).flatten(0, 1)              # (E M, H, A)
+        bounds = [to_steps(v, rows, A) for v in (low, high)]
+        goal = z_goal.repeat_interleave(M, dim=0)
+        ways = []
+
+        def act(before, now, h):
+            left = torch.full((len(now),), o.horizon - h, device=now.device)
+            a = model.act(before, now, goal, left) + noise[:, h]
+            ways.append(torch.clamp(a, bounds[0][h], bounds[1][h]))
+            return ways[-1]
+
+        a = F.pad(a_ctx, (0, 0, 0, o.horizon)).repeat_interleave(M, dim=0)
+        known = F.pad(a_mask, (0, o.horizon), value=True).repeat_interleave(M, dim=0)
+        rollout(model, z_ctx, a, known, o.K, seed=seed, cache=cache, act=act)
+        return to_rows(torch.stack(ways, dim=1).unflatten(0, (E, M)), rows, width)
+
     chunk = o.chunk or (max(1, 1024 // z_goal.shape[1]) if z_ctx.device.type == 'cpu' else 4096)
     weight = cost_weights(model, tokens, o)
     step_cost = goal_cost(imagine, z_goal, a_ctx[:, -1], a_mask[:, -1], weight, o, seed)
@@ -346,10 +381,18 @@ def plan(model, z_ctx, a_ctx, z_goal, o, seed=0, low=-5.0, high=5.0, a_mask=None
     mean = to_rows(z_ctx.new_zeros(E, o.horizon, A) if mean is None else mean, rows, width)
     carried = None if carried is None else to_rows(carried, rows, width)
     std = std * (torch.maximum(-low, high) / 2 - 1.5).clamp(min=1)      # 1.0 within 5
-    search = dict(cem=cem, icem=icem, mppi=mppi, adam=adam)[o.method]
     with torch.no_grad():
-        actions, costs, elites = search(cost, mean, std.expand_as(mean), low, high, o,
-                                        torch.Generator().manual_seed(seed), deadline, carried)
+        if o.method == 'policy':
+            elites = propose(1, 0.0)
+            actions, costs = elites[:, 0], cost(elites, 0).T
+        else:
+            proposals = mean[:, None][:, :0]
+            if o.proposals:
+                proposals = propose(o.proposals, o.proposal_std)
+            search = dict(cem=cem, icem=icem, mppi=mppi, adam=adam)[o.method]
+            actions, costs, elites = search(cost, mean, std.expand_as(mean), low, high, o,
+                                            torch.Generator().manual_seed(seed), deadline, carried,
+                                            proposals)
     info = dict(cost=costs, elites=to_steps(elites, rows, A), imagine=imagine)
     return to_steps(actions, rows, A), info
 
@@ -373,6 +416,8 @@ class Planner:
             sys.exit(f'--elites={o.elites}: wants at most samples={o.samples}')
         if o.replan > o.horizon:
             sys.exit(f'--replan={o.replan}: a plan has only horizon={o.horizon} steps')
+        if o.proposals > o.samples:
+            sys.exit(f'--proposals={o.proposals}: wants at most samples={o.samples}')
         self.tell = tell
         self.device = data.pick_device(o.device)
         self.autocast = data.autocast(self.device, o.dtype)
@@ -381,6 +426,9 @@ class Planner:
         check_steps(o.K, self.model.config['k_max'])
         if not self.model.config['action_dim']:
             sys.exit(f'{ckpt}: was trained without actions, there is nothing to search')
+        if (o.method == 'policy' or o.proposals) and not self.model.policy:
+            sys.exit(f'--method={o.method} --proposals={o.proposals}: {ckpt} was trained without '
+                     '--policy')
         self.make_fast()
         encoder = restore_encoder(self.trained, self.model.stats, o.encoder_path,
                                   self.model.config['grid'])
@@ -436,6 +484,7 @@ class Planner:
         self.last_plan = None
         self.last_elites = None
         self.held = None        # which robots rest until their model step is over
+        self.left = self.o.horizon      # model steps that the policy has
         self.done = []          # rows executed since the context's last frame
         self.queue = []         # rows planned and not yet executed
 
@@ -541,6 +590,21 @@ class Planner:
                   flush=True)
         return info
 
+    def follow(self):
+        """Queue the policy's rows of one model step, which wants no imagination."""
+        begun = time.perf_counter()
+        left = torch.full((len(self.z),), self.left, device=self.device)
+        with self.autocast:
+            a = self.model.act(self.z[:, -2:][:, 0], self.z[:, -1], self.z_goal, left)
+        rows = self.physical(a)         # (E, rows, width)
+        rows = torch.minimum(torch.maximum(rows, self.a_low), self.a_high)
+        self.queue = [*rows.transpose(0, 1).numpy()]
+        self.left = max(1, self.left - 1)
+        self.seconds.append(time.perf_counter() - begun)
+        self.iterations.append(0)
+        if self.tell:
+            print(f'policy: {1000 * self.seconds[-1]:.1f} ms', flush=True)
+
     @torch.no_grad()
     def act(self, frames, goal, actions=None, states=None, goal_state=None):
         """The next action, a row of the dataset in its units: (width,).
@@ -596,14 +660,16 @@ class Planner:
         if self.held.all():
             self.queue = []         # what was planned is of another time
         else:
-            if not self.queue:
+            if not self.queue and self.o.method == 'policy':
+                self.follow()
+            elif not self.queue:
                 self.search()
             row = self.queue.pop(0)
         return np.where(self.held[:, None], self.still, row)
 
     def there(self, E, states, goal_state):
-        """Which of E robots are at the goal (E,), as --hold has it, and the rows (E, width) that let
-        them rest."""
+        """Which of E robots are at the goal (E,), as --hold has it, and the rows (E, width) that
+        let them rest."""
         still = np.zeros((E, self.width), np.float32)
         if not self.o.hold:
             return np.zeros(E, bool), still

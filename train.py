@@ -34,7 +34,8 @@ from tqdm import tqdm
 from model import (MODEL_DEFAULTS, OBJECTIVE, Probe, WorldModel, add_state, check_steps, clip_noise,
                    compile_layers, encode_frames, flops_per_frame, frame_errors, frame_tokens,
                    full_turn, half_weights, load, load_encoder, model_config, one_line,
-                   restore_encoder, rollout, save, shortcut_loss, standard, term_scale, which_rows)
+                   policy_errors, restore_encoder, rollout, save, shortcut_loss, standard,
+                   term_scale, which_rows)
 
 if 'RANK' in os.environ:    # torchrun's: the others wait until the first has checked all
     meeting = next(dist.rendezvous('env://'))[0]
@@ -91,6 +92,8 @@ time_every = 4                  # one layer of so many attends over time
 wide_layers = 0                 # layers of an output head twice as wide; 0 = one linear map
 k_max = 8                       # steps of the finest sampling
 soft_cap = 50.0
+policy = False                  # a head that acts without a search learns beside the world model
+policy_steps = 50               # goals of its training lie up to so many model steps ahead
 action_on = 'all'               # all: add the action to the latent tokens too; token: its own alone
 # objective
 objective = 'shortcut'          # shortcut, diffusion or direct
@@ -195,7 +198,8 @@ ckpt = f'{out_dir}/ckpt.safetensors'
 optim = f'{out_dir}/optim.pt'
 log = f'{out_dir}/log.jsonl'
 LATENTS = 'encoder layer frame_height frame_width pool channels whiten'.split()
-SHAPE = [*'size width layers heads kv_heads'.split(), *({*MODEL_DEFAULTS} - {'state_dim'})]
+SHAPE = [*'size width layers heads kv_heads'.split(),
+         *({*MODEL_DEFAULTS} - {'state_dim', 'policy'})]
 config |= dict(command=' '.join(sys.argv[1:]), processes=world)
 if int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) and os.path.isfile(ckpt):
     # of torchrun --max-restarts; what another command has left is moved aside
@@ -278,12 +282,15 @@ if not frameskip:
 clips, long_clips = (
     data.Clips(sets['labelled'], sets['unlabelled'], T, frameskip, (encode.size, encode.width),
                batch_size * frames // T // world, labelled_share, val_share, seed, rank, world,
-               augment)
+               augment, policy_steps if policy else 0)
     for T in (frames, long_frames))
 clips.count_faults({}, max_bad)
 batches = data.Lengths(clips, long_clips, long_share)
 shape['action_dim'] = clips.A
 shape['state_dim'] = clips.S
+shape['policy'] = policy
+if policy and not clips.A:
+    sys.exit('--policy=True: wants --labelled datasets, whose actions it learns')
 if state and not clips.S:
     ds = (sets['labelled'] + sets['unlabelled'])[0]
     sys.exit(f'--state={state}: no labelled dataset has it; {ds.name} has {", ".join(ds.features)}')
@@ -456,6 +463,8 @@ def shard(x, p):
 
 
 params = [p for p in model.parameters() if p.numel()]
+acting = {*model.policy.parameters()} if policy else {}
+apart = [[p for p in params if p not in acting], [p for p in params if p in acting]]
 ema_params = [p for p in ema_model.parameters() if p.numel()]
 ema_shards = [shard(e, p) for e, p in zip(ema_params, params)]      # without FSDP the same tensors
 if fsdp:
@@ -517,6 +526,8 @@ def evaluate():
                 imagined[method] = rollout(net, z[:, :eval_context], *a_and_mask, K=K)
         val[kind] = {method: horizon_errors(imagined[method][:, :, :N], z[:, :, :N], z_mask)
                      for method in sorted(imagined)}
+        if policy and kind == 'labelled':
+            val[kind] |= action_errors(net, z, a, a_mask & z_mask)
         if clips.S and kind == 'labelled':
             for method in 'model', 'repeat':
                 s = z[:, :, N:, :clips.S].clone()
@@ -524,6 +535,22 @@ def evaluate():
                 s[:, eval_context:][then.isnan()] = torch.nan       # not known at the beginning
                 val[kind][f'state {method}'] = horizon_errors(then, s, z_mask)
     return val
+
+
+def action_errors(net, z, a, known):
+    """{'policy': {steps left: mse}} of its first action towards later frames, and 'policy zero': of
+    the mean action."""
+    t = eval_context - 1
+    mine = {}
+    zero = {}
+    for h in (1, 5, 10, 20):
+        left = torch.full((len(z),), h, device=device)
+        with autocast:
+            got = net.act(z[:, max(0, t - 1)], z[:, t], z[:, t + h], left)
+        for out, error in (mine, got - a[:, t + 1]), (zero, a[:, t + 1]):
+            real = known[:, t + 1] & known[:, t + h]
+            out[str(h)] = error[real].square().mean().item() if real.any() else None
+    return {'policy': mine, 'policy zero': zero}
 
 
 def horizon_errors(imagined, z, z_mask):
@@ -745,6 +772,9 @@ while step < max_steps and not stop:
     lr = get_lr(step)
     for group in optimizer.param_groups:
         group['lr'] = lr
+    if policy:
+        z_goal = normalised(batch['goal'])[0][:, 0]         # (B, N, D)
+        left = batch['goal']['left'].to(device, non_blocking=True)
     options['bootstrap'] = bootstrap if step >= bootstrap_start * max_steps else 0.0
     forced = T // 2 if step >= (1 - self_forcing) * max_steps else T    # imagined from here on
     first = (number * world + rank) * B         # clips of this length before, in all processes
@@ -753,6 +783,7 @@ while step < max_steps and not stop:
     # spread
     _, n, counted = which_rows(z_mask, objective, options['bootstrap'], first)
     counted['self_forcing'] = z_mask[:, forced:]
+    counted['policy'] = (a_mask & z_mask)[:, 1:]
     count = averaged({name: mask.sum() for name, mask in counted.items()})
     metrics = {}
     few = micro_batch or B
@@ -778,12 +809,20 @@ while step < max_steps and not stop:
                 terms['self_forcing'] = error.detach() / count['self_forcing']
                 error = error / count['self_forcing'].clamp(min=1e-6)
                 loss = loss + error / term_scale(rms, 'flow', 'self_forcing')
+            if policy:
+                error = policy_errors(model, z, a, z_mask, z_goal[i:i + few], left[i:i + few],
+                                      clips.S, first + i)
+                error = (error * (a_mask & z_mask)[:, 1:]).sum()
+                terms['policy'] = error.detach() / count['policy']
+                loss = loss + error / count['policy'].clamp(min=1e-6)
         loss.backward()
         for name, value in (('loss', loss.detach()), *terms.items()):
             metrics[name] = metrics.get(name, 0) + value
     if step == start:
         audit(loss)
-    norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
+    # apart: the world model learns the same with a policy beside it as without
+    norm = sum(torch.nn.utils.clip_grad_norm_(part, grad_clip or math.inf)
+               for part in apart if part)
     if fsdp:
         norm = norm.full_tensor()
     metrics['stop'] = torch.full((), float(len(signals)), device=device)

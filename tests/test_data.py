@@ -1327,6 +1327,45 @@ def test_a_clip_seen_otherwise(sensing):
     assert torch.equal(half[differs], always[differs])
 
 
+def test_goals_of_a_batch(sensing):
+    """A later frame of the clip's episode, by seed, step and place in the batches of all ranks, which other numbers do
+    not depend on; seen otherwise as the clip is; of a clip without actions its own first frame."""
+    folder, _ = sensing
+    sets = [data.LeRobot(folder / 'a', state=STATE)], [data.LeRobot(folder / 'b', action='none')]
+    def clips(steps, batch_size=8, rank=0, world=1, augment=0.0):
+        return data.Clips(*sets, 4, 2, 16, batch_size, .5, .1, 3, rank, world, augment, goal_steps=steps)
+    plain, some = clips(0), clips(3)
+    kinds, lefts = set(), []
+    for step in range(30):
+        batch, goal = some[step], some[step]['goal']
+        assert 'goal' not in plain[step] and all(torch.equal(plain[step][k], batch[k]) for k in ('x', 'a', 'a_mask', 'z_mask'))
+        for i, (s, e, start, camera) in enumerate(some.picks(step)):
+            real, left = int(batch['z_mask'][i].sum()), int(goal['left'][i])
+            end = (some.sets[s].episodes[e].length - 1 - start) // 2
+            kinds.add((s, left == end))
+            if s == 0:
+                assert real - 1 <= left <= min(real + 2, end) and left >= min(real, end)
+                lefts.append(left - real + 1 if left < end else 0)
+            else:
+                assert left == 0
+            assert torch.equal(goal['x'][i], some.sets[s].frames(e, [start + 2 * left], 16, camera))
+            if s == 0:
+                mean, std, _ = some.states[0]
+                want = torch.from_numpy(some.sets[s].states(e)[start + 2 * left]) - mean
+                want = torch.where(std > 1e-6, want / std, 0 * want)
+                assert torch.allclose(goal['s'][i, 0, :len(want)], want, equal_nan=True)
+    assert (0, True) in kinds and (0, False) in kinds and {*lefts} == {0, 1, 2, 3}
+    for rank in range(2):
+        part, whole = clips(3, 4, rank, 2)[5]['goal'], some[5]['goal']
+        assert torch.equal(part['left'], whole['left'][4 * rank:][:4]) and torch.equal(part['x'], whole['x'][4 * rank:][:4])
+    otherwise, alike = clips(3, augment=1.0)[4], 0
+    for x, goal, left in zip(otherwise['x'], otherwise['goal']['x'], otherwise['goal']['left']):
+        if left == 0:
+            alike += 1
+            assert torch.equal(x[0], goal[0]), 'the same picture, and the same change of it'
+    assert alike and not torch.equal(otherwise['goal']['x'], some[4]['goal']['x'])
+
+
 def test_states_of_a_batch(sensing):
     """At the frames of the clip, normalised by what one robot's datasets have in common, padded with nan."""
     folder, held = sensing

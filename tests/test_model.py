@@ -1,5 +1,6 @@
 import copy
 import http.server
+import itertools
 import json
 import math
 import os
@@ -1147,6 +1148,80 @@ def test_the_cache_changes_nothing(double, objective, K, Tc, overrides):
     cached, plain = (f(net, z[:, :Tc], a, a_mask, K=K) for f in (model.rollout, torch.no_grad()(slow_rollout)))
     assert cached.shape == (2, z.shape[1] - Tc, N, 3)
     assert torch.allclose(cached, plain, rtol=0, atol=1e-9), (cached - plain).abs().max()
+
+
+def acting(**overrides):
+    """A tiny model with a policy whose answers are not zero."""
+    net = world(policy=True, **overrides)
+    torch.nn.init.normal_(net.policy.out.weight, std=0.3)
+    return net
+
+
+@pytest.mark.parametrize('state_dim', [0, 2])
+def test_errors_of_a_policy_are_those_of_the_definition(double, state_dim):
+    """Frame by frame: what led to the next frame, from this one, the one before, a later one and the steps to it."""
+    net, B, T, N = acting(state_dim=state_dim), 9, 5, 6 + bool(state_dim)
+    z, _, _, a, _ = inputs(B, T, N)
+    z_goal, left = torch.randn(B, N, 3), torch.randint(T, 20, (B,))
+    z_mask = torch.arange(T) < torch.tensor([5, 5, 4, 5, 3, 5, 5, 2, 5])[:, None]
+    got = model.policy_errors(net, z, a, z_mask, z_goal, left, state_dim, first=3)
+    assert got.shape == (B, T - 1)
+    for i in range(B):
+        row, last = i + 3, int(z_mask[i].sum()) - 1
+        for t in range(last):
+            goal, steps = (z_goal[i], left[i] - t) if (t + row) % 2 == 0 else (z[i, last], torch.tensor(last - t))
+            frames = [x.clone() for x in (z[i, max(0, t - 1)], z[i, t], goal)]
+            if state_dim:
+                for x, hide in zip(frames, (row // 2 % 4 == 0, row // 2 % 4 == 0, row // 2 % 4 < 2)):
+                    x[-1, :state_dim] = torch.nan if hide else x[-1, :state_dim]
+            want = (net.act(*(x[None] for x in frames), steps[None])[0] - a[i, t + 1]).square().mean()
+            assert torch.allclose(got[i, t], want)
+
+
+def test_what_a_policy_looks_at(double):
+    """Every token of the three frames at its place, the steps left, and the numbers of a state that are known."""
+    net = acting(state_dim=2)
+    torch.manual_seed(0)
+    frames, left = [torch.randn(1, 7, 3) for _ in range(3)], torch.tensor([4])
+    want = net.act(*frames, left)
+    assert want.shape == (1, 2) and not torch.allclose(net.act(*frames, left + 1), want)
+    for i, token in itertools.product(range(3), range(7)):
+        changed = [x.clone() for x in frames]
+        changed[i][0, token, 0] += 1
+        assert not torch.allclose(net.act(*changed, left), want, atol=1e-4), (i, token)
+        changed[i][0, token, 0] -= 1
+        changed[i][0, 6, 1] = torch.nan
+        unknown = net.act(*changed, left)
+        assert unknown.isfinite().all() and not torch.allclose(unknown, want, atol=1e-4)
+    turned = [x[:, [3, 4, 5, 0, 1, 2, 6]] for x in frames]
+    assert not torch.allclose(net.act(*turned, left), want, atol=1e-4), 'rows of tokens have places'
+    frames[0][0, 6, 2] += 9     # padding of the state
+    assert torch.equal(net.act(*frames, left), want)
+
+
+@pytest.mark.parametrize('objective', ['shortcut', 'direct'])
+def test_a_rollout_asks_for_actions_as_it_goes(double, objective):
+    net = acting(objective=objective)
+    z, _, _, a, a_mask = inputs(4, 7)
+    a_mask[:, 2:] = True
+    seen = []
+
+    def act(before, now, h):
+        seen.append((before, now, h))
+        return a[:, 2 + h]
+    for z_ctx, M in (z[:, :2], 1), (z[::2, :2], 2), (z[:, 1:2], 1):
+        first = 3 - z_ctx.shape[1]
+        actions, known = a[:, first - 1:], a_mask[:, first - 1:]
+        seen.clear()
+        hidden = actions.clone()
+        hidden[:, z_ctx.shape[1]:] = 99.0
+        got = model.rollout(net, z_ctx, hidden, known, K=2, act=act)
+        assert torch.allclose(got, model.rollout(net, z_ctx, actions, known, K=2))
+        begin = z_ctx.repeat_interleave(M, dim=0)
+        frames = torch.cat((begin[:, :1], begin, got), dim=1)
+        for i, (before, now, h) in enumerate(seen):
+            at = i + z_ctx.shape[1]
+            assert h == i and torch.equal(before, frames[:, at - 1]) and torch.equal(now, frames[:, at])
 
 
 @pytest.mark.parametrize('objective', ['shortcut', 'direct'])

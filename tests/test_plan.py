@@ -35,12 +35,13 @@ def options(**changes):
 # --------------------------------------------------------------------------------------------------
 # the planners, on costs whose best actions are known
 
-def search(method, cost, mean, low=-2.0, high=2.0, std=1.0, seed=0, deadline=math.inf, carried=None, **changes):
+def search(method, cost, mean, low=-2.0, high=2.0, std=1.0, seed=0, deadline=math.inf, carried=None, proposals=None, **changes):
     generator = torch.Generator().manual_seed(seed)
+    proposals = mean[:, None][:, :0] if proposals is None else proposals
     with torch.no_grad():
         return getattr(plan, method)(cost, mean, torch.full_like(mean, std), low, high,
                                      options(**dict(beta=0.0) | changes), generator=generator,
-                                     deadline=deadline, carried=carried)
+                                     deadline=deadline, carried=carried, proposals=proposals)
 
 
 def watched(cost):
@@ -1029,6 +1030,72 @@ def test_a_robot_without_sensors_rests_where_its_probe_reads_the_goal(demo, tmp_
     assert rest == [False, True, True] and not planner(1.01 * farther).act(x, goals).any()
 
 
+@pytest.fixture(scope='module')
+def acting(demo, tmp_path_factory):
+    """The folder of a checkpoint with a policy."""
+    out = tmp_path_factory.mktemp('acting') / 'out'
+    script('train.py', *demo, *SMALL, '--state=observation.state', '--policy=True', '--max_steps=60', f'--out_dir={out}')
+    return out
+
+
+def test_a_policy_acts_without_a_search(acting, planned, tmp_path, capsys):
+    """From the last two frames of the model and the goal, with fewer and fewer steps left; in the data's range."""
+    p = plan.Planner(f'{acting}/ckpt.safetensors', plan.config | SMALL_SEARCH | dict(method='policy', horizon=3))
+    x, goals = film(2, 11), film(2, 1, seed=1)[:, 0]
+    rows, s = [], np.full((2, 11, 2), [0.4, 0.6])
+    wanted = np.array([[0.5, 0.5], [0.2, np.nan]])
+    for t in range(3, 12):
+        sight = slice(0, 3) if t == 3 else slice(t - 1, t)
+        rows.append(p.act(x[:, sight], goals, None, s[:, sight], wanted))
+    z, goal = p.with_state(p.latents(x[:, ::2]), s[:, ::2]), p.with_state(p.latents(goals), wanted)
+    low, high = p.a_low.numpy(), p.a_high.numpy()
+    for k, left in enumerate((3, 2, 1, 1)):
+        want = p.physical(p.model.act(z[:, k], z[:, k + 1], goal, torch.full((2,), left))).numpy().clip(low, high)
+        assert np.allclose(np.stack(rows[2 * k:2 * k + 2], axis=1), want, atol=1e-5), k
+    assert not planned and p.iterations == [0] * 5 and 'policy: ' in capsys.readouterr().out
+    p.model.policy.out.bias.data += 100.0
+    p.reset()
+    assert np.allclose(p.act(x[:, :3], goals, None, s[:, :3], wanted), high[0]) and p.left == 2
+    report = evaluated(acting, tmp_path, episodes=2, budget=4, method='policy')
+    assert report['methods']['model']['iterations'] == 0 and 'random weights' in report['methods']
+
+
+@pytest.mark.parametrize('method', ['cem', 'icem', 'mppi', 'adam'])
+def test_proposals_of_a_policy_are_among_the_first_candidates(acting, method):
+    """Its own way through the model, and that with noise; a search does not end above them."""
+    net, _ = model.load(f'{acting}/ckpt.safetensors')
+    net.requires_grad_(False)
+    torch.manual_seed(0)
+    z = torch.randn(2, 4, 16, net.config['dim'])
+    z = model.add_state(z, torch.full((2, 4, 2), torch.nan))
+    a_ctx, low, high = torch.zeros(2, 2, 4), torch.full((2, 2), -0.3), torch.full((2, 2), 0.4)
+    candidates = []
+    def find(o):
+        candidates.clear()
+        step_cost = plan.goal_cost
+
+        def watch(imagine, *rest):
+            cost = step_cost(imagine, *rest)
+            return lambda actions, i: candidates.append(actions.detach()) or cost(actions, i)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(plan, 'goal_cost', watch)
+            return plan.plan(net, z[:, :2], a_ctx, z[:, 3], options(horizon=3, samples=9, elites=3, iterations=2, proposal_std=0.5, chunk=100, **o), 5, low, high)
+    way, info = find(dict(method='policy'))
+    want, frames, now = [], z[:, :2], z[:, 1]
+    for h in range(3):
+        want.append(net.act(frames[:, -2], frames[:, -1], z[:, 3], torch.full((2,), 3 - h)).clamp(-0.3, 0.4))
+        a = torch.cat((a_ctx, torch.stack(want, dim=1)), dim=1)
+        frames = torch.cat((z[:, :2], model.rollout(net, z[:, :2], a, torch.arange(3 + h).expand(2, -1) > 0, 1, seed=5)), dim=1)
+    want = torch.stack(want, dim=1)
+    assert torch.allclose(way, want, atol=1e-5) and info['cost'].shape == (1, 2)
+    best = find(dict(method=method, proposals=4))[1]['cost']
+    first = candidates[0]
+    assert first.shape[1] == 9 and torch.allclose(first[:, 5], want, atol=1e-5)
+    off = first[:, 6:] - want[:, None]
+    assert 0.02 < off.abs().mean() < 0.5 and first.min() >= -0.3 - 1e-6 and first.max() <= 0.4 + 1e-6
+    assert (best[0] <= info['cost'][0] + 1e-6).all(), 'the best of the first iteration is no worse than the policy'
+
+
 def test_a_number_that_is_not_known_now_does_not_count(sensing):
     """Whether the whole state is missing or one sensor, in the last frame of the context alone."""
     x, goal = film(1, 3)[0], film(1, 1, seed=1)[0, 0]
@@ -1072,6 +1139,8 @@ def test_states_of_pictures(sensing, trained, tmp_path):
                            (['--state_weight=-1'], '--state_weight: wants'), (['--rest=lie'], '--rest: wants one of zero, state'),
                            (['--hold=1', '--rest=zero'], '--hold: comes with --env or --watch'),
                            (['--start_state=x=1', '--goal_state=y=1'], 'of the same numbers'),
+                           (['--method=policy'], '--method=policy --proposals=0: '), (['--proposals=3'], 'was trained without --policy'),
+                           (['--proposals=300'], '--proposals=300: wants at most samples=40'),
                            ([f'--ckpt={trained}/ckpt.safetensors', '--goal_state=1,2'], 'was trained without --state')):
         assert words in ends('plan.py', *given, *options)
     for ckpt, options in (sensing, ['--hold=1']), (trained, ['--hold=1', '--rest=zero']):

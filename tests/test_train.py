@@ -91,7 +91,7 @@ def test_channels_are_the_leading_principal_components(demo, tmp_path, capsys):
 def test_resume_is_bitwise(demo, tmp_path, monkeypatch, cache, state):
     """Six steps at once, or three, the file, and three more: the same file, bit for bit, and the same log."""
     options = (*demo, *SMALL, '--max_steps=6', '--save_interval=3', '--log_interval=1', '--eval_interval=3',
-               '--bootstrap_start=0.2', f'--cache={cache}', '--workers=1', f'--state={state}')
+               '--bootstrap_start=0.2', f'--cache={cache}', '--workers=1', f'--state={state}', f'--policy={not cache or bool(state)}')
     whole, half = tmp_path / 'whole', tmp_path / 'half'
     save = model.save
 
@@ -453,7 +453,7 @@ def gradients(folder, options, processes=1):
 def test_gradients_do_not_depend_on_how_a_batch_is_split(demo, tmp_path):
     """One process, two, two with micro-batches, and two that shard; some clips are padded, some rows bootstrap."""
     options = [*demo, *SMALL, '--max_steps=2', '--batch_size=8', '--bootstrap=0.5', '--bootstrap_start=0.0',
-               '--frames=24', '--p_image=0.5', '--learning_rate=0.03', '--warmup=0', '--eval_interval=100']
+               '--frames=24', '--p_image=0.5', '--learning_rate=0.03', '--warmup=0', '--eval_interval=100', '--policy=True']
     whole = gradients(tmp_path, options)
     half = len(whole) // 2      # in the first step the head is still zero, and nothing below it has a gradient
     assert all(g.abs().max() > 0 for g in whole[:half])
@@ -684,11 +684,31 @@ def test_clips_grow(demo, tmp_path, monkeypatch):
     assert lengths == [2] * 3 + [4] * 3 + [8] * 6
 
 
+def test_a_world_model_learns_the_same_with_a_policy_beside_it(demo, tmp_path):
+    """Bit for bit; and the policy learns, also where clips are too short for it at first."""
+    options = *demo, *SMALL, '--max_steps=40', '--eval_interval=40', '--self_forcing=0.2', '--grow=0.2', '--grad_clip=0.1', '--frames=5'
+    for name, more in ('alone', []), ('beside', ['--policy=True', '--policy_steps=4']):
+        script('train.py', *options, *more, f'--out_dir={tmp_path}/{name}')
+    alone, beside = (safetensors.torch.load_file(tmp_path / name / 'ckpt.safetensors') for name in ('alone', 'beside'))
+    assert all(torch.equal(alone[k], beside[k]) for k in alone) and {k.split('.')[-3] if '.layers.' not in k else 'policy'
+                                                                      for k in beside.keys() - alone.keys()} <= {'policy', 'ema'}
+    steps, vals = entries(tmp_path / 'beside')
+    assert [e['policy'] is None for e in steps] == [False] * len(steps) and steps[-1]['policy'] < 0.9
+    error, zero = (vals[-1]['val']['labelled'][name] for name in ('policy', 'policy zero'))
+    assert error.keys() == {'1', '5', '10', '20'} and error['1'] < 0.95 * zero['1']
+    assert ends('train.py', f'--unlabelled={demo[0].partition("=")[2]}', '--labelled=', *SMALL, '--policy=True',
+                f'--out_dir={tmp_path}/q').startswith('--policy=True: wants --labelled')
+    line = ends('train.py', *options, '--max_steps=50', '--resume=True', f'--out_dir={tmp_path}/beside')
+    assert line.startswith('--policy: False cannot go on from')
+    script('train.py', *demo, *SMALL, '--max_steps=2', '--policy=True', f'--init={tmp_path}/alone/ckpt.safetensors', f'--out_dir={tmp_path}/p')
+    assert model.load(tmp_path / 'p/ckpt.safetensors')[0].policy
+
+
 def test_sharded_training_goes_on_bitwise(demo, tmp_path):
     """FSDP2: every process keeps its share of the optimizer; the checkpoint is one that needs no processes."""
     for out, steps, resume in (('whole', 8, False), ('parts', 4, False), ('parts', 8, True)):
         finish(*demo, *SMALL, f'--max_steps={steps}', '--fsdp=True', '--decay=0.0', f'--out_dir={tmp_path / out}',
-               '--bootstrap_start=0.0', '--frames=5', '--self_forcing=1.0', f'--resume={resume}')
+               '--bootstrap_start=0.0', '--frames=5', '--self_forcing=1.0', '--policy=True', f'--resume={resume}')
     one, two = (safetensors.torch.load_file(tmp_path / out / 'ckpt.safetensors') for out in ('whole', 'parts'))
     assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
     net, config = model.load(tmp_path / 'parts' / 'ckpt.safetensors')
