@@ -112,6 +112,7 @@ batch_size = 32                 # clips per step, over all processes
 micro_batch = 0                 # clips that a process computes at once; 0 = all of its share
 max_steps = 1200
 learning_rate = 4e-3            # after warmup steps
+policy_rate = 2e-3              # the policy's, which warms up and falls likewise
 decay = 1.0                     # share of the run, its last, over which it falls linearly to min_lr
 min_lr = 5e-5
 warmup = 50
@@ -464,21 +465,27 @@ def shard(x, p):
 
 params = [p for p in model.parameters() if p.numel()]
 acting = {*model.policy.parameters()} if policy else {}
-apart = [[p for p in params if p not in acting], [p for p in params if p in acting]]
+apart = [[p for p in params if p not in acting]]
+if policy:
+    apart.append([p for p in params if p in acting])
 ema_params = [p for p in ema_model.parameters() if p.numel()]
 ema_shards = [shard(e, p) for e, p in zip(ema_params, params)]      # without FSDP the same tensors
 if fsdp:
     ema_model.cpu()     # only evaluation and the checkpoint want it whole
 matrices = {m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)}
-groups = [dict(params=[p for p in params if p in matrices], weight_decay=weight_decay),
-          dict(params=[p for p in params if p not in matrices], weight_decay=0.0)]
+groups = []
+for part, rate in zip(apart, (learning_rate, policy_rate)):
+    linear = [p for p in part if p in matrices]
+    others = [p for p in part if p not in matrices]
+    groups += [dict(params=linear, weight_decay=weight_decay, rate=rate),
+               dict(params=others, weight_decay=0.0, rate=rate)]
 optimizer = torch.optim.AdamW(groups, learning_rate, (beta1, beta2),
                               fused=device.type in ('cpu', 'cuda'))
 rms = {name: torch.ones((), device=device) for name in ('flow', 'bootstrap', 'self_forcing')}
 step = 0
 skipped = 0
 if resume:
-    order = groups[0]['params'] + groups[1]['params']
+    order = [p for group in groups for p in group['params']]
     try:
         for i, moments in left['optimizer']['state'].items():
             for name in 'exp_avg', 'exp_avg_sq':
@@ -671,12 +678,12 @@ def audit(loss):
         seen |= after
 
 
-def get_lr(step):
+def get_lr(step, rate):
     """The learning rate schedule: warms up, stays, falls."""
     if step < warmup:
-        return learning_rate * (step + 1) / warmup
+        return rate * (step + 1) / warmup
     falls = max(1, min(decay * max_steps, max_steps - warmup))
-    return min_lr + (learning_rate - min_lr) * min(1, (max_steps - step) / falls)
+    return min_lr + (rate - min_lr) * min(1, (max_steps - step) / falls)
 
 
 def clip_length(T):
@@ -769,9 +776,9 @@ while step < max_steps and not stop:
     source, number = batches.which(step)
     z, a, a_mask, z_mask = normalised(batch, clip_length(source.T))
     B, T = z.shape[:2]
-    lr = get_lr(step)
+    lr = get_lr(step, learning_rate)
     for group in optimizer.param_groups:
-        group['lr'] = lr
+        group['lr'] = get_lr(step, group['rate'])
     if policy:
         z_goal = normalised(batch['goal'])[0][:, 0]         # (B, N, D)
         left = batch['goal']['left'].to(device, non_blocking=True)
@@ -822,7 +829,7 @@ while step < max_steps and not stop:
         audit(loss)
     # apart: the world model learns the same with a policy beside it as without
     norm = sum(torch.nn.utils.clip_grad_norm_(part, grad_clip or math.inf)
-               for part in apart if part)
+               for part in apart)
     if fsdp:
         norm = norm.full_tensor()
     metrics['stop'] = torch.full((), float(len(signals)), device=device)
