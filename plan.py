@@ -98,7 +98,9 @@ frame_width = 0         # 0 = square
 # recording
 record = ''             # demo, any gymnasium environment, or file.py:Name
 out = ''                # the new dataset's folder
-policy = 'random'       # random, noise (correlated in time), script or file.py:function
+policy = 'random'       # random, noise (correlated in time), script, file.py:function or model: the
+                        # planner of --ckpt, towards goals as in the closed loop
+explore = 0.3           # noise on its actions, in units of their std, with a memory of 10 steps
 steps = 300             # the longest episode; 0 = until the environment ends it
 fps = 0.0               # frames per second; 0 = the environment's own
 draw_every = 1          # frames per drawn one, which is repeated: for training at a lower --fps
@@ -971,6 +973,32 @@ def script_policy(sim):
     return script
 
 
+def begin_question(o, planner, sim, sense, i, rng):
+    """Put the simulator where episode i of a closed loop begins; returns what the planner does from
+    there on, with noise, as a policy."""
+    asked = question(sim, i, rng, o.goals, o.goal_steps, planner.past)
+    looks = []
+    for state in (asked.goal, *asked.states):
+        sim.restore(state)
+        looks.append((sim.frame(), sim.sensors()))
+    (goal, wanted), *past = looks
+    std, low, high = (x[0].numpy() for x in (planner.a_std, planner.a_low, planner.a_high))
+    off = np.zeros(planner.width)
+    done = asked.actions
+    planner.reset()
+
+    def act(observation, frame, step, rng):
+        nonlocal off, done
+        now = [(frame, sim.sensors())] if step else past
+        frames, states = (np.stack(x) for x in zip(*now))
+        senses = (states, wanted) if sense else ()
+        row = planner.act(frames, goal, done, *senses)
+        off = .9 * off + .19 ** .5 * rng.standard_normal(planner.width)
+        done = np.clip(row + o.explore * std * off, low, high)
+        return done
+    return act
+
+
 def find_policy(policy, sim):
     """The function (observation, frame, step, rng) -> action that --policy names."""
     if policy == 'random':
@@ -981,8 +1009,8 @@ def find_policy(policy, sim):
         return script_policy(sim)
     choose = from_file(policy)
     if choose is None:
-        sys.exit(f'--policy={policy}: wants random, noise (not of discrete actions), file.py:name '
-                 'or script (of a simulator that has one)')
+        sys.exit(f'--policy={policy}: wants random, noise (not of discrete actions), file.py:name, '
+                 'script (of a simulator that has one) or model (with --ckpt)')
     return choose
 
 
@@ -996,11 +1024,24 @@ def record_dataset(o):
     """
     if not o.out:
         sys.exit('--out: wants the folder that is to be written')
-    sim = simulator(o.record, (o.frame_height, o.frame_width or o.frame_height))
+    planner = None
+    if o.policy == 'model':
+        o.env = o.record
+        check_loop(o)
+        planner = Planner(o.ckpt, vars(o), tell=False)
+        if planner.frameskip % o.draw_every:
+            sys.exit(f'--draw_every={o.draw_every}: the planner looks at every '
+                     f'{planner.frameskip}th frame')
+    sim = simulator(o.record, (o.frame_height, o.frame_width or o.frame_height),
+                    key=planner.key if planner else 'action')
+    if planner:
+        demand(o.record, sim, 'restore pose far rest elsewhere asks script')
+        check_robot(o, planner, sim)
+        sense = senses_alike(o, planner, sim)
     fps = o.fps or sim.fps
     if not fps:
         sys.exit(f'--fps: {o.record} does not say its frames per second')
-    choose = find_policy(o.policy, sim)
+    choose = None if planner else find_policy(o.policy, sim)
     sim.space.seed(o.seed)
     sim.space.sample()          # which nobody does: a seed records what it has always recorded
     rng = np.random.default_rng(o.seed)
@@ -1016,6 +1057,8 @@ def record_dataset(o):
     with data.Writer(o.out, fps, sim.names, sim.name, gop=gop) as writer:
         for i in tqdm(range(o.episodes), f'recording {o.out}', disable=None):
             sim.reset(seed=int(rng.integers(2 ** 31)))
+            if planner:
+                choose = begin_question(o, planner, sim, sense, i, rng)
             for step in range(o.steps or sys.maxsize):
                 if step % o.draw_every == 0:
                     frame = sim.frame()

@@ -1060,6 +1060,32 @@ def test_a_policy_acts_without_a_search(acting, planned, tmp_path, capsys):
     assert report['methods']['model']['iterations'] == 0 and 'random weights' in report['methods']
 
 
+def test_what_a_planner_does_is_recorded(acting, tmp_path):
+    """Without noise as in the closed loop, towards the same goals; with noise within the data's range. The goal, all of
+    the simulator's state and what it has seen stay its own business."""
+    known = f'--ckpt={acting}/ckpt.safetensors', '--method=policy', '--record=demo', '--policy=model', '--episodes=2', '--steps=9', '--seed=4'
+    script('plan.py', *known, '--explore=0', f'--out={tmp_path}/a')
+    script('plan.py', *known, '--explore=0.5', f'--out={tmp_path}/b')
+    a, b = data.LeRobot(tmp_path / 'a', state='observation.state'), data.LeRobot(tmp_path / 'b')
+    p = plan.Planner(f'{acting}/ckpt.safetensors', plan.config | dict(method='policy'), tell=False)
+    rng, sim = np.random.default_rng(4), plan.simulator('demo', (0, 0))
+    for i in range(2):
+        rng.integers(2 ** 31)
+        asked = plan.question(sim, i, rng, 'expert', 10, p.past)
+        p.reset()
+        poses, executed, shown, _ = plan.play(p.act, [sim], [asked], 9, True, True)
+        assert np.allclose(a.rows(i), executed[:, 0], atol=1e-6) and len(a.rows(i)) == 9
+        assert np.allclose(a.states(i), poses[:9, 0, :2], atol=1e-5)
+        assert (a.frames(i, np.arange(9), 0, '').permute(0, 2, 3, 1).numpy().astype(int) - np.stack([x[0] for x in shown[:9]])).__abs__().mean() < 8
+        rng.standard_normal((9, p.width))       # the noise, also where it counts nothing
+    off = b.rows(0)[0] - a.rows(0)[0]
+    assert 0 < np.abs(off).max() and (b.rows(0) <= p.a_high[0].numpy() + 1e-6).all() and (b.rows(1) >= p.a_low[0].numpy() - 1e-6).all()
+    for options, words in ((['--draw_every=3'], '--draw_every=3: the planner looks at every 2th frame'),
+                           (['--ckpt=/nowhere'], '/nowhere: not a readable')):
+        assert words in ends('plan.py', *known, *options, f'--out={tmp_path}/c')
+    assert not (tmp_path / 'c').exists()
+
+
 @pytest.mark.parametrize('method', ['cem', 'icem', 'mppi', 'adam'])
 def test_proposals_of_a_policy_are_among_the_first_candidates(acting, method):
     """Its own way through the model, and that with noise; a search does not end above them."""
