@@ -65,7 +65,7 @@ LIMITS = {}
 for _least, _most, _names in (
         (0, 1, 'labelled_share long_share val_share grow max_bad whiten bootstrap bootstrap_start '
                'p_past p_image p_null self_forcing decay keep ema learning_rate min_lr policy_rate '
-               'augment'),
+               'augment relabel'),
         (0, 0.999999, 'beta1 beta2'),
         (0, 10, 'beta proposal_std explore'),
         (0, 100, 'frameskip warm_std min_std workers'),

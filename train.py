@@ -28,6 +28,7 @@ import data     # before torch: it sets how threads wait
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -94,6 +95,8 @@ k_max = 8                       # steps of the finest sampling
 soft_cap = 50.0
 policy = False                  # a head that acts without a search learns beside the world model
 policy_steps = 50               # goals of its training lie up to so many model steps ahead
+relabel = 0.0                   # share of the clips without actions that get the policy's, each from
+                                # one frame to the next, in the second half of the run
 action_on = 'all'               # all: add the action to the latent tokens too; token: its own alone
 # objective
 objective = 'shortcut'          # shortcut, diffusion or direct
@@ -112,7 +115,7 @@ batch_size = 32                 # clips per step, over all processes
 micro_batch = 0                 # clips that a process computes at once; 0 = all of its share
 max_steps = 1200
 learning_rate = 4e-3            # after warmup steps
-policy_rate = 2e-3              # the policy's, which warms up and falls likewise
+policy_rate = 4e-3              # the policy's, which warms up and falls likewise
 decay = 1.0                     # share of the run, its last, over which it falls linearly to min_lr
 min_lr = 5e-5
 warmup = 50
@@ -179,6 +182,8 @@ for name, count in (('batch_size', batch_size), ('long_frames', batch_size * fra
                  'processes')
 if fsdp and not ddp:
     sys.exit('--fsdp=True: wants torchrun')
+if relabel and (fsdp or not policy):
+    sys.exit(f'--relabel={relabel}: wants --policy=True, and not --fsdp')
 device = data.pick_device(device, int(os.environ.get('LOCAL_RANK', 0)))
 if device.type == 'cuda':
     torch.cuda.set_device(device)
@@ -693,6 +698,23 @@ def clip_length(T):
     return 2 << int(math.ceil(math.log2(T / 2)) * step / (grow * max_steps))
 
 
+@torch.no_grad()
+def relabelled(z, a, a_mask, z_mask):
+    """a and a_mask, where some clips without actions have what the policy would do to be at the next
+    frame."""
+    B, T = z_mask.shape
+    rows = (number * world + rank) * B + torch.arange(B)
+    share = torch.tensor([hash((seed, row)) % 1000 / 1000 for row in rows.tolist()])
+    some = ~a_mask.any(dim=1) & (share < relabel).to(device)
+    before = torch.cat((z[:, :1], z[:, :-2]), dim=1)
+    one = torch.ones(B * (T - 1), device=device)
+    with autocast:
+        guess = model.act(*(x.flatten(0, 1) for x in (before, z[:, :-1], z[:, 1:])), one)
+    some = F.pad(some[:, None] & z_mask[:, 1:], (1, 0))         # (B, T)
+    guess = F.pad(guess.view(B, T - 1, -1), (0, 0, 1, 0)).type_as(a)
+    return torch.where(some[:, :, None], guess, a), a_mask | some
+
+
 def averaged(values):
     """{name: 0-d tensor}, the means over all processes."""
     total = torch.stack([*values.values()]).float()
@@ -782,6 +804,9 @@ while step < max_steps and not stop:
     if policy:
         z_goal = normalised(batch['goal'])[0][:, 0]         # (B, N, D)
         left = batch['goal']['left'].to(device, non_blocking=True)
+    known = a_mask      # without what follows
+    if relabel and 2 * step >= max_steps:
+        a, a_mask = relabelled(z, a, a_mask, z_mask)
     options['bootstrap'] = bootstrap if step >= bootstrap_start * max_steps else 0.0
     forced = T // 2 if step >= (1 - self_forcing) * max_steps else T    # imagined from here on
     first = (number * world + rank) * B         # clips of this length before, in all processes
@@ -790,7 +815,8 @@ while step < max_steps and not stop:
     # spread
     _, n, counted = which_rows(z_mask, objective, options['bootstrap'], first)
     counted['self_forcing'] = z_mask[:, forced:]
-    counted['policy'] = (a_mask & z_mask)[:, 1:]
+    known = (known & z_mask)[:, 1:]
+    counted['policy'] = known
     count = averaged({name: mask.sum() for name, mask in counted.items()})
     metrics = {}
     few = micro_batch or B
@@ -819,7 +845,7 @@ while step < max_steps and not stop:
             if policy:
                 error = policy_errors(model, z, a, z_mask, z_goal[i:i + few], left[i:i + few],
                                       clips.S, first + i)
-                error = (error * (a_mask & z_mask)[:, 1:]).sum()
+                error = (error * known[i:i + few]).sum()
                 terms['policy'] = error.detach() / count['policy']
                 loss = loss + error / count['policy'].clamp(min=1e-6)
         loss.backward()

@@ -704,6 +704,35 @@ def test_a_world_model_learns_the_same_with_a_policy_beside_it(demo, tmp_path):
     assert model.load(tmp_path / 'p/ckpt.safetensors')[0].policy
 
 
+def test_clips_without_actions_get_the_policys(demo, tmp_path, monkeypatch):
+    """In the second half, of a share of them, for every real frame; the policy itself learns from none of these."""
+    seen, acted = [], []
+    loss, errors, act = model.shortcut_loss, model.policy_errors, model.WorldModel.act
+    monkeypatch.setattr(model, 'shortcut_loss', lambda run, z, a, a_mask, z_mask, *rest, **more: (
+        seen.append((z, a, a_mask, z_mask)) or loss(run, z, a, a_mask, z_mask, *rest, **more)))
+    options = *demo, *SMALL, '--max_steps=4', '--labelled_share=0.5', '--batch_size=8', '--policy=True', '--eval_interval=9', '--frames=6'
+    for share in '0.0', '0.5', '1.0':
+        seen.append([])
+        script('train.py', *options, f'--relabel={share}', f'--out_dir={tmp_path}/{share}')
+    runs = [seen[1:5], seen[6:10], seen[11:15]]
+    plain, half, whole = runs
+    for run, low, high in (half, 1, 7), (whole, 8, 8):
+        named = 0
+        for step, ((z, a, a_mask, z_mask), (_, b, b_mask, _)) in enumerate(zip(run, plain)):
+            without = ~b_mask.any(dim=1)
+            assert without.sum() == 4 and torch.equal(a[~without], b[~without]) and torch.equal(a_mask[~without], b_mask[~without])
+            given = a_mask[without].any(dim=1)
+            named += int(given.sum())
+            assert step >= 2 or not given.any()
+            assert torch.equal(a_mask[without][given][:, 1:], z_mask[without][given][:, 1:]) and not a_mask[without][:, 0].any()
+            assert not a[~a_mask].any() or torch.equal(a[~a_mask], b[~a_mask])
+        assert low <= named <= high
+    a, b = (safetensors.torch.load_file(tmp_path / share / 'ckpt.safetensors') for share in ('0.0', '1.0'))
+    assert all(torch.equal(a[k], b[k]) == k.removeprefix('ema.').startswith('policy.') for k in a if k.endswith(('in.weight', 'out.weight')) and 's_' not in k)
+    for options, words in ((['--relabel=0.5'], '--relabel=0.5: wants --policy=True'), (['--relabel=2', '--policy=True'], '--relabel: wants 0 to 1')):
+        assert words in ends('train.py', *demo, *SMALL, *options, f'--out_dir={tmp_path}/q')
+
+
 def test_sharded_training_goes_on_bitwise(demo, tmp_path):
     """FSDP2: every process keeps its share of the optimizer; the checkpoint is one that needs no processes."""
     for out, steps, resume in (('whole', 8, False), ('parts', 4, False), ('parts', 8, True)):

@@ -39,6 +39,12 @@ DATA = {
     '5 % and video in 25 % of the clips': '--labelled=few --unlabelled=rest --labelled_share=0.75',
     '5 % and video in 75 % of the clips': '--labelled=few --unlabelled=rest --labelled_share=0.25',
     '5 % and video in 95 % of the clips': '--labelled=few --unlabelled=rest --labelled_share=0.05',
+    '5 % and video in 25 % of the clips, relabelled':
+        '--labelled=few --unlabelled=rest --labelled_share=0.75 --policy=True --relabel=1.0',
+    '5 % and video in 75 % of the clips, relabelled':
+        '--labelled=few --unlabelled=rest --labelled_share=0.25 --policy=True --relabel=1.0',
+    '5 % and video in 95 % of the clips, relabelled':
+        '--labelled=few --unlabelled=rest --labelled_share=0.05 --policy=True --relabel=1.0',
     '100 % with actions': '--labelled=all --unlabelled='}
 ROWS = {}
 for objective, (name, options) in itertools.product(('shortcut', 'diffusion', 'direct'), DATA.items()):
