@@ -427,7 +427,8 @@ def seen_otherwise(x, rng):
     grey = np.full((3, 3), 1 / 3)
     colour = torch.from_numpy(grey + saturation * (turn - grey)).float()
     x = brightness * (x @ colour.T)                     # (T, H, W, 3)
-    x = x.mean() + contrast * (x - x.mean())
+    mean = x[0].mean()
+    x = mean + contrast * (x - mean)
     return (255 * x).round().clamp(0, 255).to(torch.uint8).permute(0, 3, 1, 2)
 
 

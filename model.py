@@ -925,10 +925,13 @@ class WorldModel(nn.Module):
         return z_hat
 
     def act(self, before, now, goal, left):
-        """The policy's actions (B, A), see Policy."""
-        cos, sin = (y[self.latents] for y in (self.space_cos, self.space_sin))      # (N, 1, d/2)
-        still = torch.zeros_like(cos[:1])       # the query has no place
-        rope = torch.cat((cos, still + 1)), torch.cat((sin, still))
+        """The policy's actions (B, A), see Policy. Numbers of the state that are not known now do
+        not count in the goal, and unknown ones of the frame before are now's."""
+        before = torch.where(before.isnan(), now, before)
+        goal = torch.where(now.isnan(), torch.nan, goal)
+        # the token after the latents stands still, as the query does
+        places = slice(self.latents.start, self.latents.stop + 1)
+        rope = self.space_cos[places], self.space_sin[places]
         return self.policy(before, now, goal, left, rope)
 
     def new_cache(self, B, T, dtype=torch.float32):
@@ -955,6 +958,8 @@ def compile_layers(model):
     layers = [*model.layers]
     if model.config['wide_layers']:
         layers.append(model.head)
+    if model.policy:
+        layers += model.policy.layers
     for layer in layers:
         layer.compile(dynamic=False, fullgraph=True)
 
@@ -1177,25 +1182,29 @@ def term_scale(rms, *names):
 def policy_errors(model, z, a, z_mask, z_goal, left, state_dim=0, first=0):
     """Squared errors (B, T - 1) of the policy's actions at all frames of clips but the last. Clips
     are shortcut_loss's; z_goal (B, N, D): a later frame of the same episode, left (B,) model steps
-    after the clip's first. Every other frame has that goal, the rest the clip's last real frame.
-    Before the first frame was the same, as far as anyone knows. In a quarter of the clips no state
-    is known, in another that of the goal is not. first: number of the first clip."""
+    after the clip's first. Every other frame has that goal, one in four the clip's last real frame,
+    one in four the next frame. Before the first frame was the same, as far as anyone knows. In a
+    quarter of the clips no state is known, in another that of the goal is not. first: number of the
+    first clip."""
     B, T = z_mask.shape
     row = first + torch.arange(B, device=z.device)
     t = torch.arange(T - 1, device=z.device)
-    far = (t + row[:, None]) % 2 == 0           # (B, T - 1)
+    kind = ((t + row[:, None]) % 4)[:, :, None, None]           # (B, T - 1, 1, 1)
     last = z_mask.sum(dim=1) - 1
     z_last = z[torch.arange(B, device=z.device), last]
-    goal = torch.where(far[:, :, None, None], z_goal[:, None], z_last[:, None])
-    left = torch.where(far, left[:, None], last[:, None]) - t
+    goal = torch.where(kind == 1, z_last[:, None], z[:, 1:])
+    goal = torch.where(kind % 2 == 0, z_goal[:, None], goal)
+    kind = kind[:, :, 0, 0]
+    steps = torch.where(kind == 1, last[:, None] - t, 1)
+    steps = torch.where(kind % 2 == 0, left[:, None] - t, steps)
     if state_dim:
-        kind = (row // 2 % 4)[:, None, None]
-        s = z[:, :, -1, :state_dim].masked_fill(kind == 0, torch.nan)
+        known = (row // 2 % 4)[:, None, None]
+        s = z[:, :, -1, :state_dim].masked_fill(known == 0, torch.nan)
         z = add_state(z[:, :, :-1], s)
-        s = goal[:, :, -1, :state_dim].masked_fill(kind < 2, torch.nan)
+        s = goal[:, :, -1, :state_dim].masked_fill(known < 2, torch.nan)
         goal = add_state(goal[:, :, :-1], s)
     before = torch.cat((z[:, :1], z[:, :-2]), dim=1)
-    frames = before, z[:, :-1], goal, left.clamp(min=1)
+    frames = before, z[:, :-1], goal, steps.clamp(min=1)
     got = model.act(*(x.flatten(0, 1) for x in frames)).view(B, T - 1, -1)
     return (got - a[:, 1:]).square().mean(dim=-1)       # a[t + 1] leads from frame t to the next
 
@@ -1307,7 +1316,8 @@ def rollout(model, z_ctx, a, a_mask, K=4, tau_ctx=0.9, seed=0, grad=False, graph
         key = K, s.tau_ctx, cache[0][0].shape, cache[0][0].dtype
         cache = cache_of_graphs(model.graphs, key, cache)
     generator = torch.Generator(device).manual_seed(seed)
-    before = z_ctx[:, max(0, Tc - 2):][:, :1].repeat_interleave(M, dim=0)
+    if act:
+        before = z_ctx[:, max(0, Tc - 2):][:, :1].repeat_interleave(M, dim=0)
     z = z_ctx[:, -1:].repeat_interleave(M, dim=0)
     out = []
     for t in range(Tc, T):

@@ -346,29 +346,35 @@ def plan(model, z_ctx, a_ctx, z_goal, o, seed=0, low=-5.0, high=5.0, a_mask=None
         z = rollout(model, z_ctx, a.flatten(0, 1), known, o.K, seed=seed, cache=cache, grad=grad)
         return z.unflatten(0, (E, M))
 
+    chunk = o.chunk or (max(1, 1024 // z_goal.shape[1]) if z_ctx.device.type == 'cpu' else 4096)
+
     def propose(M, std):
         """M ways (E, M, H x rows, width) of the policy through the model, all but the first with
         noise."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(hash((seed, 2)) % 2 ** 32)    # not the search's
         noise = std * coloured(E, M, o.horizon * rows, width, o.beta, generator).to(low)
         noise[:, 0] = 0
-        noise = to_steps(noise, rows, A).flatten(0, 1)              # (E M, H, A)
-        bounds = [to_steps(v, rows, A) for v in (low, high)]
+        noise = to_steps(noise, rows, A)                # (E, M, H, A)
+        least, most = (to_steps(v, rows, A) for v in (low, high))
+        parts = noise.split(max(1, chunk // E), dim=1)
+        return to_rows(torch.cat([follow(part, least, most) for part in parts], dim=1), rows, width)
+
+    def follow(noise, least, most):
+        M = noise.shape[1]
         goal = z_goal.repeat_interleave(M, dim=0)
-        ways = []
+        way = []
 
         def act(before, now, h):
             left = torch.full((len(now),), o.horizon - h, device=now.device)
-            a = model.act(before, now, goal, left) + noise[:, h]
-            ways.append(torch.clamp(a, bounds[0][h], bounds[1][h]))
-            return ways[-1]
+            a = model.act(before, now, goal, left) + noise[:, :, h].flatten(0, 1)
+            way.append(torch.clamp(a, least[h], most[h]))
+            return way[-1]
 
         a = F.pad(a_ctx, (0, 0, 0, o.horizon)).repeat_interleave(M, dim=0)
         known = F.pad(a_mask, (0, o.horizon), value=True).repeat_interleave(M, dim=0)
         rollout(model, z_ctx, a, known, o.K, seed=seed, cache=cache, act=act)
-        return to_rows(torch.stack(ways, dim=1).unflatten(0, (E, M)), rows, width)
+        return torch.stack(way, dim=1).unflatten(0, (E, M))         # (E, M, H, A)
 
-    chunk = o.chunk or (max(1, 1024 // z_goal.shape[1]) if z_ctx.device.type == 'cpu' else 4096)
     weight = cost_weights(model, tokens, o)
     step_cost = goal_cost(imagine, z_goal, a_ctx[:, -1], a_mask[:, -1], weight, o, seed)
 
@@ -414,7 +420,7 @@ class Planner:
         for name, value in options.items():
             data.check(name, value)
         o = self.o = types.SimpleNamespace(**options)
-        if o.elites > o.samples:
+        if o.elites > o.samples and o.method != 'policy':
             sys.exit(f'--elites={o.elites}: wants at most samples={o.samples}')
         if o.replan > o.horizon:
             sys.exit(f'--replan={o.replan}: a plan has only horizon={o.horizon} steps')
@@ -428,6 +434,9 @@ class Planner:
         check_steps(o.K, self.model.config['k_max'])
         if not self.model.config['action_dim']:
             sys.exit(f'{ckpt}: was trained without actions, there is nothing to search')
+        if o.method == 'policy' and (o.proposals or o.replan > 1):
+            sys.exit(f'--method=policy: comes without --proposals={o.proposals}, and with '
+                     f'--replan=1, not {o.replan}')
         if (o.method == 'policy' or o.proposals) and not self.model.policy:
             sys.exit(f'--method={o.method} --proposals={o.proposals}: {ckpt} was trained without '
                      '--policy')
@@ -486,7 +495,7 @@ class Planner:
         self.last_plan = None
         self.last_elites = None
         self.held = None        # which robots rest until their model step is over
-        self.left = self.o.horizon      # model steps that the policy has
+        self.left = None        # model steps that the policy has (E,)
         self.done = []          # rows executed since the context's last frame
         self.queue = []         # rows planned and not yet executed
 
@@ -593,15 +602,19 @@ class Planner:
         return info
 
     def follow(self):
-        """Queue the policy's rows of one model step, which wants no imagination."""
+        """Queue the policy's rows of one model step, which wants no imagination. It is to be there
+        in `horizon` steps, then in one less."""
         begun = time.perf_counter()
-        left = torch.full((len(self.z),), self.left, device=self.device)
         with self.autocast:
-            a = self.model.act(self.z[:, -2:][:, 0], self.z[:, -1], self.z_goal, left)
-        rows = self.physical(a)         # (E, rows, width)
-        rows = torch.minimum(torch.maximum(rows, self.a_low), self.a_high)
+            a = self.model.act(self.z[:, -2:][:, 0], self.z[:, -1], self.z_goal,
+                               self.left.to(self.device))
+        if not a.isfinite().all():
+            self.reset()
+            raise ValueError('the policy answers with numbers that are not finite')
+        rows = self.physical(a).clamp(self.a_low, self.a_high)          # (E, rows, width)
         self.queue = [*rows.transpose(0, 1).numpy()]
-        self.left = max(1, self.left - 1)
+        moves = torch.from_numpy(~self.held).int()
+        self.left = (self.left - moves).clamp(min=1)
         self.seconds.append(time.perf_counter() - begun)
         self.iterations.append(0)
         if self.tell:
@@ -651,6 +664,7 @@ class Planner:
         if not np.array_equal(goal, self.goal):
             self.goal = goal
             self.z_of_goal = self.latents(goal)
+            self.left = torch.full((E,), self.o.horizon)
         self.z_goal = self.with_state(self.z_of_goal, goal_state)
         if not self.done:       # a model step begins
             self.held, self.still = self.there(E, states, goal_state)
@@ -681,21 +695,21 @@ class Planner:
             now = np.asarray(states, np.float32)[:, -1]
         if goal_state is not None:
             off = now - goal_state      # NaN: not known
-        if self.own and not np.isfinite(off).any():
-            off = self.read_off(self.z[:, -1])
-        there = np.sqrt(np.nansum(np.square(off), axis=1)) < self.o.hold
-        there &= np.isfinite(off).any(axis=1)
+        gap = np.sqrt(np.nansum(np.square(off), axis=1))
+        sensed = np.isfinite(off).any(axis=1)
+        if self.own:
+            gap = np.where(sensed, gap, self.read_gap(self.z[:, -1]))
+        there = (gap < self.o.hold) & (sensed | bool(self.own))
         if self.o.rest == 'state':
             still = np.nan_to_num(now)
             there &= np.isfinite(now).all(axis=1)
         return there, still
 
-    def read_off(self, z):
-        """How far the probe reads the robot's own numbers (E, P) in latents (E, N, D) from where it
-        reads them in the goal's."""
+    def read_gap(self, z):
+        """How far the robot is from the goal's place (E,), as the probe reads latents (E, N, D)."""
         z = z[:, :self.z_of_goal.shape[1]]      # without the token of the state
         off = self.reader.off(z, self.reader.read(self.z_of_goal))
-        return off[:, self.own].cpu().numpy()
+        return off[:, self.own].norm(dim=1).cpu().numpy()
 
     def check_states(self, shape, states, goal_state):
         width = len(self.s_mean)
@@ -1059,7 +1073,7 @@ def record_dataset(o):
             sim.reset(seed=int(rng.integers(2 ** 31)))
             if planner:
                 choose = begin_question(o, planner, sim, sense, i, rng)
-            for step in range(o.steps or sys.maxsize):
+            for step in range(o.budget if planner else o.steps or sys.maxsize):
                 if step % o.draw_every == 0:
                     frame = sim.frame()
                 action = choose(sim.observation, frame, step, rng)
@@ -1239,7 +1253,7 @@ def tell(name, row, unit, E):
         line += f' after {row["steps"]:.0f} steps'
     line += f', distance {row["distance_end"]:.3g} {unit}, jerk {row["jerk"] or 0:.3g}'
     if row['seconds_per_plan'] is not None:
-        line += f', {row["seconds_per_plan"]:.3f} s per plan ({E} at once)'
+        line += f', {row["seconds_per_plan"]:.3g} s per plan ({E} at once)'
     print(line, flush=True)
 
 
@@ -1347,9 +1361,12 @@ def evaluate(o):
     questions = [question(world, i, rng, o.goals, o.goal_steps, planner.past)
                  for i, world in enumerate(sims)]
     ahead = f' {o.goal_steps} steps ahead' if o.goals == 'expert' else ''
+    search = ''
+    if o.method != 'policy':
+        search = (f', {o.samples} candidates ({o.proposals} of the policy) x {o.iterations} '
+                  f'iterations x {o.horizon} steps of {planner.frameskip}')
     print(f'{o.env}: {o.episodes} episodes, {o.goals} goals{ahead}; budget {o.budget} environment '
-          f'steps ({o.budget / sim.fps:.3g} s); {o.method}, {o.samples} candidates x '
-          f'{o.iterations} iterations x {o.horizon} steps of {planner.frameskip}', flush=True)
+          f'steps ({o.budget / sim.fps:.3g} s); {o.method}{search}', flush=True)
 
     methods = {}
     for name, who, worlds, state in contestants(o, planner, sims, shifts):
@@ -1370,7 +1387,8 @@ def evaluate(o):
         tell(name, methods[name], sim.unit, o.episodes)
 
     report = dict(env=o.env, episodes=o.episodes, budget_steps=o.budget, goals=o.goals,
-                  goal_steps=o.goal_steps, seed=o.seed, methods=methods)
+                  goal_steps=o.goal_steps, seed=o.seed, method=o.method, proposals=o.proposals,
+                  methods=methods)
     print(json.dumps(report))
     with data.writing(folder), open(f'{folder}/plan.json', 'w') as f:
         json.dump(report, f, indent=1)
@@ -1535,9 +1553,9 @@ def watch_folder(o):
     if o.start_state or o.goal_state:
         sys.exit('--watch: pictures in a folder come without a state; plan.Planner takes one')
     planner = Planner(o.ckpt, vars(o), tell=False)
-    if o.hold and not planner.own:
-        sys.exit('--hold: pictures say nothing of where the robot is to who was not trained with '
-                 '--probe=observation.state')
+    if o.hold and (o.rest == 'state' or not planner.own):
+        sys.exit('--hold: pictures come without a state: wants --rest=zero, and a model that was '
+                 'trained with --probe=observation.state')
     goal = picture(o.goal)
     print(f'watching {o.watch}: the first {planner.past} pictures are the past, Ctrl-C ends it',
           flush=True)

@@ -93,10 +93,10 @@ time_every = 4                  # one layer of so many attends over time
 wide_layers = 0                 # layers of an output head twice as wide; 0 = one linear map
 k_max = 8                       # steps of the finest sampling
 soft_cap = 50.0
-policy = False                  # a head that acts without a search learns beside the world model
-policy_steps = 50               # goals of its training lie up to so many model steps ahead
-relabel = 0.0                   # share of the clips without actions that get the policy's, each from
-                                # one frame to the next, in the second half of the run
+policy = False                  # a head learns to act without a search (plan.py --method=policy)
+policy_steps = 50               # goals of its training lie up to so many model steps after a clip
+relabel = 0.0                   # share of the clips without actions that get the policy's, from a
+                                # frame to the next, in the second half of the run
 action_on = 'all'               # all: add the action to the latent tokens too; token: its own alone
 # objective
 objective = 'shortcut'          # shortcut, diffusion or direct
@@ -115,7 +115,7 @@ batch_size = 32                 # clips per step, over all processes
 micro_batch = 0                 # clips that a process computes at once; 0 = all of its share
 max_steps = 1200
 learning_rate = 4e-3            # after warmup steps
-policy_rate = 4e-3              # the policy's, which warms up and falls likewise
+policy_rate = 0.0               # the policy's, which warms up and falls likewise; 0 = the same
 decay = 1.0                     # share of the run, its last, over which it falls linearly to min_lr
 min_lr = 5e-5
 warmup = 50
@@ -182,8 +182,8 @@ for name, count in (('batch_size', batch_size), ('long_frames', batch_size * fra
                  'processes')
 if fsdp and not ddp:
     sys.exit('--fsdp=True: wants torchrun')
-if relabel and (fsdp or not policy):
-    sys.exit(f'--relabel={relabel}: wants --policy=True, and not --fsdp')
+if relabel and (fsdp or not policy or not config['unlabelled']):
+    sys.exit(f'--relabel={relabel:g}: wants --policy=True and --unlabelled, and not --fsdp')
 device = data.pick_device(device, int(os.environ.get('LOCAL_RANK', 0)))
 if device.type == 'cuda':
     torch.cuda.set_device(device)
@@ -243,6 +243,8 @@ if init:        # what its weights depend on comes with them
         if name in given and config[name] != old[name]:
             sys.exit(f'--{name}={config[name]}: cannot begin with {init}, which has {old[name]}')
         globals()[name] = config[name] = old[name]
+    if 'policy' not in given:
+        policy = config['policy'] = old['policy']
 
 # the encoder and the model's shape come first: they are checked before anything is written
 if saved:
@@ -426,7 +428,8 @@ if saved:
     weights = saved.state_dict()
     for name in fresh | weights:        # of actions or states of another width
         if name not in weights or name not in fresh or weights[name].shape != fresh[name].shape:
-            say(f'{init} has no {name} of this shape: it begins anew')
+            how = 'begins anew' if name in fresh else 'is left out'
+            say(f'{init}: {name} is not of this shape, it {how}')
             weights.pop(name, None)
     model.load_state_dict(fresh | weights)
     del saved
@@ -469,7 +472,7 @@ def shard(x, p):
 
 
 params = [p for p in model.parameters() if p.numel()]
-acting = {*model.policy.parameters()} if policy else {}
+acting = {*model.policy.parameters()} if policy else set()
 apart = [[p for p in params if p not in acting]]
 if policy:
     apart.append([p for p in params if p in acting])
@@ -479,7 +482,7 @@ if fsdp:
     ema_model.cpu()     # only evaluation and the checkpoint want it whole
 matrices = {m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)}
 groups = []
-for part, rate in zip(apart, (learning_rate, policy_rate)):
+for part, rate in zip(apart, (learning_rate, policy_rate or learning_rate)):
     linear = [p for p in part if p in matrices]
     others = [p for p in part if p not in matrices]
     groups += [dict(params=linear, weight_decay=weight_decay, rate=rate),
@@ -539,7 +542,7 @@ def evaluate():
         val[kind] = {method: horizon_errors(imagined[method][:, :, :N], z[:, :, :N], z_mask)
                      for method in sorted(imagined)}
         if policy and kind == 'labelled':
-            val[kind] |= action_errors(net, z, a, a_mask & z_mask)
+            val[kind] |= action_errors(net, z, a, a_mask)
         if clips.S and kind == 'labelled':
             for method in 'model', 'repeat':
                 s = z[:, :, N:, :clips.S].clone()
@@ -700,12 +703,12 @@ def clip_length(T):
 
 @torch.no_grad()
 def relabelled(z, a, a_mask, z_mask):
-    """a and a_mask, where some clips without actions have what the policy would do to be at the next
-    frame."""
+    """a and a_mask, where some clips without actions have what the policy would do to be at the
+    next frame."""
     B, T = z_mask.shape
     rows = (number * world + rank) * B + torch.arange(B)
     share = torch.tensor([hash((seed, row)) % 1000 / 1000 for row in rows.tolist()])
-    some = ~a_mask.any(dim=1) & (share < relabel).to(device)
+    some = ~a_mask.any(dim=1) & (share < relabel).to(device, non_blocking=True)
     before = torch.cat((z[:, :1], z[:, :-2]), dim=1)
     one = torch.ones(B * (T - 1), device=device)
     with autocast:
@@ -803,7 +806,7 @@ while step < max_steps and not stop:
         group['lr'] = get_lr(step, group['rate'])
     if policy:
         z_goal = normalised(batch['goal'])[0][:, 0]         # (B, N, D)
-        left = batch['goal']['left'].to(device, non_blocking=True)
+        steps_left = batch['goal']['left'].to(device, non_blocking=True)
     known = a_mask      # without what follows
     if relabel and 2 * step >= max_steps:
         a, a_mask = relabelled(z, a, a_mask, z_mask)
@@ -815,8 +818,7 @@ while step < max_steps and not stop:
     # spread
     _, n, counted = which_rows(z_mask, objective, options['bootstrap'], first)
     counted['self_forcing'] = z_mask[:, forced:]
-    known = (known & z_mask)[:, 1:]
-    counted['policy'] = known
+    counted['policy'] = known[:, 1:]
     count = averaged({name: mask.sum() for name, mask in counted.items()})
     metrics = {}
     few = micro_batch or B
@@ -843,9 +845,9 @@ while step < max_steps and not stop:
                 error = error / count['self_forcing'].clamp(min=1e-6)
                 loss = loss + error / term_scale(rms, 'flow', 'self_forcing')
             if policy:
-                error = policy_errors(model, z, a, z_mask, z_goal[i:i + few], left[i:i + few],
-                                      clips.S, first + i)
-                error = (error * known[i:i + few]).sum()
+                error = policy_errors(model, z, a, z_mask, z_goal[i:i + few],
+                                      steps_left[i:i + few], clips.S, first + i)
+                error = (error * known[i:i + few, 1:]).sum()
                 terms['policy'] = error.detach() / count['policy']
                 loss = loss + error / count['policy'].clamp(min=1e-6)
         loss.backward()
@@ -876,8 +878,8 @@ while step < max_steps and not stop:
         bad = torch.where((bad < 0) & ~finite, step + 1, bad)
     optimizer.zero_grad(set_to_none=True)
     step += 1
-    # three forward passes, and two more for the teacher of bootstrap rows; not encoding, nor
-    # self-forcing
+    # three forward passes, and two more for the teacher of bootstrap rows; not encoding,
+    # self-forcing nor the policy
     flops += (3 * B + 2 * n) * T * flops_per_frame(shape, T)
     tokens += B * world * T * tokens_per_frame
     bar.update()

@@ -104,7 +104,7 @@ pusht() {
     within "$seconds" $PYTHON train.py "${same[@]}" --labelled="$(IFS=,; echo "${sets[*]}")" --unlabelled= --frameskip=1 \
         --objective=direct --channels=$channels $model --batch_size="$batch" --max_steps="$train" --learning_rate=${RATE:-0.001} \
         --warmup=100 --frames=6 --self_forcing=${FORCED:-0.3} --eval_interval=$((train / 2)) --save_interval=$((train / 4 + 1)) \
-        --log_interval=$((train / 20 + 1)) --workers="$CORES" --compile="$compile" --out_dir="$OUT/run" \
+        --log_interval=$((train / 20 + 1)) --workers="$CORES" --compile="$compile" ${MORE:-} --out_dir="$OUT/run" \
         > "$OUT/train.log" 2>&1
     grep -vE '^[a-z_A-Z0-9]+ = ' "$OUT/train.log" | tail -n 30
     echo "trained in $((SECONDS - begin)) s"

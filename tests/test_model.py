@@ -1169,7 +1169,8 @@ def test_errors_of_a_policy_are_those_of_the_definition(double, state_dim):
     for i in range(B):
         row, last = i + 3, int(z_mask[i].sum()) - 1
         for t in range(last):
-            goal, steps = (z_goal[i], left[i] - t) if (t + row) % 2 == 0 else (z[i, last], torch.tensor(last - t))
+            goal, steps = [(z_goal[i], left[i] - t), (z[i, last], torch.tensor(last - t)), (z_goal[i], left[i] - t),
+                           (z[i, t + 1], torch.tensor(1))][(t + row) % 4]
             frames = [x.clone() for x in (z[i, max(0, t - 1)], z[i, t], goal)]
             if state_dim:
                 for x, hide in zip(frames, (row // 2 % 4 == 0, row // 2 % 4 == 0, row // 2 % 4 < 2)):

@@ -1053,9 +1053,20 @@ def test_a_policy_acts_without_a_search(acting, planned, tmp_path, capsys):
         want = p.physical(p.model.act(z[:, k], z[:, k + 1], goal, torch.full((2,), left))).numpy().clip(low, high)
         assert np.allclose(np.stack(rows[2 * k:2 * k + 2], axis=1), want, atol=1e-5), k
     assert not planned and p.iterations == [0] * 5 and 'policy: ' in capsys.readouterr().out
+    p.act(x[:, :1], goals[:, ::-1].copy(), None, s[:, :1], wanted)         # in the middle of a model step
+    p.act(x[:, :1], goals[:, ::-1].copy(), None, s[:, :1], wanted)
+    assert p.left.tolist() == [2, 2], 'a new goal'
+    q = plan.Planner(f'{acting}/ckpt.safetensors', plan.config | SMALL_SEARCH | dict(method='policy', horizon=5, hold=0.05, rest='zero'), tell=False)
+    s[1, :3] = wanted[1] = 0.2, 0.4
+    assert not q.act(x[:, :3], goals, None, s[:, :3], wanted)[1].any() and q.left.tolist() == [4, 5], 'who rests has time'
+    wanted[1, 1] = np.nan
     p.model.policy.out.bias.data += 100.0
     p.reset()
-    assert np.allclose(p.act(x[:, :3], goals, None, s[:, :3], wanted), high[0]) and p.left == 2
+    assert np.allclose(p.act(x[:, :3], goals, None, s[:, :3], wanted), high[0]) and p.left.tolist() == [2, 2]
+    p.model.policy.out.bias.data += torch.nan
+    p.reset()
+    with pytest.raises(ValueError, match='not finite'):
+        p.act(x[:, :3], goals, None, s[:, :3], wanted)
     report = evaluated(acting, tmp_path, episodes=2, budget=4, method='policy')
     assert report['methods']['model']['iterations'] == 0 and 'random weights' in report['methods']
 
@@ -1063,7 +1074,7 @@ def test_a_policy_acts_without_a_search(acting, planned, tmp_path, capsys):
 def test_what_a_planner_does_is_recorded(acting, tmp_path):
     """Without noise as in the closed loop, towards the same goals; with noise within the data's range. The goal, all of
     the simulator's state and what it has seen stay its own business."""
-    known = f'--ckpt={acting}/ckpt.safetensors', '--method=policy', '--record=demo', '--policy=model', '--episodes=2', '--steps=9', '--seed=4'
+    known = f'--ckpt={acting}/ckpt.safetensors', '--method=policy', '--record=demo', '--policy=model', '--episodes=2', '--budget=9', '--seed=4'
     script('plan.py', *known, '--explore=0', f'--out={tmp_path}/a')
     script('plan.py', *known, '--explore=0.5', f'--out={tmp_path}/b')
     a, b = data.LeRobot(tmp_path / 'a', state='observation.state'), data.LeRobot(tmp_path / 'b')
@@ -1165,14 +1176,14 @@ def test_states_of_pictures(sensing, trained, tmp_path):
                            (['--state_weight=-1'], '--state_weight: wants'), (['--rest=lie'], '--rest: wants one of zero, state'),
                            (['--hold=1', '--rest=zero'], '--hold: comes with --env or --watch'),
                            (['--start_state=x=1', '--goal_state=y=1'], 'of the same numbers'),
-                           (['--method=policy'], '--method=policy --proposals=0: '), (['--proposals=3'], 'was trained without --policy'),
+                           (['--method=policy'], '--method=policy --proposals=0: '), (['--method=policy', '--replan=2'], 'with --replan=1, not 2'), (['--proposals=3'], 'was trained without --policy'),
                            (['--proposals=300'], '--proposals=300: wants at most samples=40'),
                            ([f'--ckpt={trained}/ckpt.safetensors', '--goal_state=1,2'], 'was trained without --state')):
         assert words in ends('plan.py', *given, *options)
     for ckpt, options in (sensing, ['--hold=1']), (trained, ['--hold=1', '--rest=zero']):
         assert '--hold=1.0: wants --rest, and a model that was trained with --state or' in ends(
             'plan.py', f'--ckpt={ckpt}/ckpt.safetensors', *options)
-    assert '--hold: pictures say nothing' in ends('plan.py', f'--ckpt={sensing}/ckpt.safetensors', '--hold=1', '--rest=zero',
+    assert '--hold: pictures come without a state' in ends('plan.py', f'--ckpt={sensing}/ckpt.safetensors', '--hold=1', '--rest=zero',
                                                   f'--watch={tmp_path}', f'--goal={goal}')
     assert 'come without a state' in ends('plan.py', f'--watch={tmp_path}', f'--goal={goal}', '--goal_state=1,2')
 

@@ -91,7 +91,7 @@ def test_channels_are_the_leading_principal_components(demo, tmp_path, capsys):
 def test_resume_is_bitwise(demo, tmp_path, monkeypatch, cache, state):
     """Six steps at once, or three, the file, and three more: the same file, bit for bit, and the same log."""
     options = (*demo, *SMALL, '--max_steps=6', '--save_interval=3', '--log_interval=1', '--eval_interval=3',
-               '--bootstrap_start=0.2', f'--cache={cache}', '--workers=1', f'--state={state}', f'--policy={not cache or bool(state)}')
+               '--bootstrap_start=0.2', f'--cache={cache}', '--workers=1', f'--state={state}', f'--policy={not cache or bool(state)}', f'--relabel={0.5 * (not cache or bool(state))}')
     whole, half = tmp_path / 'whole', tmp_path / 'half'
     save = model.save
 
@@ -685,7 +685,7 @@ def test_clips_grow(demo, tmp_path, monkeypatch):
 
 
 def test_a_world_model_learns_the_same_with_a_policy_beside_it(demo, tmp_path):
-    """Bit for bit; and the policy learns, also where clips are too short for it at first."""
+    """Bit for bit; and the policy learns, also from clips of two frames."""
     options = *demo, *SMALL, '--max_steps=40', '--eval_interval=40', '--self_forcing=0.2', '--grow=0.2', '--grad_clip=0.1', '--frames=5'
     for name, more in ('alone', []), ('beside', ['--policy=True', '--policy_steps=4']):
         script('train.py', *options, *more, f'--out_dir={tmp_path}/{name}')
@@ -702,12 +702,15 @@ def test_a_world_model_learns_the_same_with_a_policy_beside_it(demo, tmp_path):
     assert line.startswith('--policy: False cannot go on from')
     script('train.py', *demo, *SMALL, '--max_steps=2', '--policy=True', f'--init={tmp_path}/alone/ckpt.safetensors', f'--out_dir={tmp_path}/p')
     assert model.load(tmp_path / 'p/ckpt.safetensors')[0].policy
+    script('train.py', *demo, *SMALL, '--max_steps=1', '--warmup=0', '--learning_rate=0', f'--init={tmp_path}/beside/ckpt.safetensors', f'--out_dir={tmp_path}/r')
+    again = safetensors.torch.load_file(tmp_path / 'r/ckpt.safetensors')
+    assert torch.allclose(again['policy.z_in.weight'], beside['ema.policy.z_in.weight'], atol=1e-3), 'it comes with the rest'
 
 
 def test_clips_without_actions_get_the_policys(demo, tmp_path, monkeypatch):
     """In the second half, of a share of them, for every real frame; the policy itself learns from none of these."""
-    seen, acted = [], []
-    loss, errors, act = model.shortcut_loss, model.policy_errors, model.WorldModel.act
+    seen = []
+    loss = model.shortcut_loss
     monkeypatch.setattr(model, 'shortcut_loss', lambda run, z, a, a_mask, z_mask, *rest, **more: (
         seen.append((z, a, a_mask, z_mask)) or loss(run, z, a, a_mask, z_mask, *rest, **more)))
     options = *demo, *SMALL, '--max_steps=4', '--labelled_share=0.5', '--batch_size=8', '--policy=True', '--eval_interval=9', '--frames=6'
@@ -729,7 +732,7 @@ def test_clips_without_actions_get_the_policys(demo, tmp_path, monkeypatch):
         assert low <= named <= high
     a, b = (safetensors.torch.load_file(tmp_path / share / 'ckpt.safetensors') for share in ('0.0', '1.0'))
     assert all(torch.equal(a[k], b[k]) == k.removeprefix('ema.').startswith('policy.') for k in a if k.endswith(('in.weight', 'out.weight')) and 's_' not in k)
-    for options, words in ((['--relabel=0.5'], '--relabel=0.5: wants --policy=True'), (['--relabel=2', '--policy=True'], '--relabel: wants 0 to 1')):
+    for options, words in ((['--relabel=0.5'], '--relabel=0.5: wants --policy=True'), (['--relabel=0.5', '--policy=True', '--unlabelled='], 'and --unlabelled'), (['--relabel=2', '--policy=True'], '--relabel: wants 0 to 1')):
         assert words in ends('train.py', *demo, *SMALL, *options, f'--out_dir={tmp_path}/q')
 
 
