@@ -64,6 +64,8 @@ init_std = 1.0          # of the first candidates of a search, in units of the a
 warm_std = 0.0          # where a search begins from the last plan; 0 = init_std
 min_std = 0.05          # in units of the actions' std, so that the search does not collapse
 beta = 2.0              # the noise has power 1 / f^beta over a plan's rows; 0 = white
+controller = False      # the policy acts at every frame of the camera: towards what a search has
+                        # imagined for a model step later, or the goal (--method=policy)
 proposals = 0           # so many of the first candidates of a search come from the policy, and
 proposal_std = 0.3      # noise of this size makes them differ, in units of the actions' std
 keep = 0.3              # icem: share of the elites that the next iteration and plan keep
@@ -437,9 +439,9 @@ class Planner:
         if o.method == 'policy' and (o.proposals or o.replan > 1):
             sys.exit(f'--method=policy: comes without --proposals={o.proposals}, and with '
                      f'--replan=1, not {o.replan}')
-        if (o.method == 'policy' or o.proposals) and not self.model.policy:
-            sys.exit(f'--method={o.method} --proposals={o.proposals}: {ckpt} was trained without '
-                     '--policy')
+        if (o.method == 'policy' or o.proposals or o.controller) and not self.model.policy:
+            sys.exit(f'--method={o.method} --proposals={o.proposals} --controller={o.controller}: '
+                     f'{ckpt} was trained without --policy')
         self.make_fast()
         encoder = restore_encoder(self.trained, self.model.stats, o.encoder_path,
                                   self.model.config['grid'])
@@ -485,6 +487,7 @@ class Planner:
     def restart(self):
         """As made: forget the times of searches, too."""
         self.seconds = []
+        self.acting = []        # seconds of the controller, for all robots at once
         self.iterations = []
         self.reset()
 
@@ -495,7 +498,9 @@ class Planner:
         self.last_plan = None
         self.last_elites = None
         self.held = None        # which robots rest until their model step is over
-        self.left = None        # model steps that the policy has (E,)
+        self.left = None        # model steps that the policy has (E,); self.steps: in this one
+        self.recent = []        # latents of the frames of the last model step, for the controller
+        self.path = None        # what the last search imagines (E, H, N, D), likewise
         self.done = []          # rows executed since the context's last frame
         self.queue = []         # rows planned and not yet executed
 
@@ -537,6 +542,11 @@ class Planner:
         self.a = z.new_zeros(*z.shape[:2], self.model.config['action_dim'])
         self.known = z.new_zeros(z.shape[:2], dtype=torch.bool)
 
+    def sight(self, frames, states, which):
+        """Latents (E, n, N, D) of some of the frames, with their states."""
+        states = None if states is None else states[:, which]
+        return self.with_state(self.latents(frames[:, which]), states)
+
     def see_past(self, frames, actions, states):
         """The first frames (E, n, H, W, 3), the rows between them and the states where they are
         known."""
@@ -544,9 +554,10 @@ class Planner:
         if n < self.past:
             raise ValueError(f'{n} frames to begin with: the model was trained to see {self.past} '
                              f'({self.trained["eval_context"]} of them, {self.frameskip} apart)')
-        which = slice(n - self.past, None, self.frameskip)
-        states = None if states is None else states[:, which]
-        self.begin(self.with_state(self.latents(frames[:, which]), states))
+        self.begin(self.sight(frames, states, slice(n - self.past, None, self.frameskip)))
+        if self.o.controller:
+            row_by_row = slice(n - min(self.past, self.frameskip + 1), None)
+            self.recent = [*self.sight(frames, states, row_by_row).unbind(dim=1)]
         if actions is not None and self.past > 1:
             rows = actions[:, 1 - self.past:].reshape(E, -1, self.frameskip, self.width)
             self.a[:, 1:, :self.used] = self.normalised(rows).flatten(2)
@@ -559,9 +570,12 @@ class Planner:
             raise ValueError(f'{frames.shape[1]} frames after one action: wants one')
         if actions is not None:
             self.done[-1] = actions
-        if len(self.done) < self.frameskip:
+        over = len(self.done) == self.frameskip
+        if over or self.o.controller:
+            z = self.sight(frames, states, slice(None))
+            self.recent = [*self.recent[-self.frameskip:], z[:, 0]]
+        if not over:
             return
-        z = self.with_state(self.latents(frames), states)
         self.z = torch.cat((self.z[:, 1:], z), dim=1)
         self.a = self.a.roll(-1, dims=1)
         self.a[:, -1, :self.used] = self.normalised(np.stack(self.done, axis=1)).flatten(1)
@@ -588,6 +602,9 @@ class Planner:
             self.reset()
             raise ValueError('the model imagines numbers that are not finite: no action is better')
         self.last_elites = info['elites']
+        if o.controller:
+            with self.autocast, torch.no_grad():
+                self.path = info['imagine'](self.last_plan[:, None])[:, 0]
         rows = self.physical(self.last_plan[:, :o.replan]).flatten(1, 2)        # (E, rows, width)
         self.queue = [*rows.transpose(0, 1).numpy()]
         self.seconds.append(time.perf_counter() - begun)
@@ -614,6 +631,7 @@ class Planner:
         rows = self.physical(a).clamp(self.a_low, self.a_high)          # (E, rows, width)
         self.queue = [*rows.transpose(0, 1).numpy()]
         moves = torch.from_numpy(~self.held).int()
+        self.steps = self.left
         self.left = (self.left - moves).clamp(min=1)
         self.seconds.append(time.perf_counter() - begun)
         self.iterations.append(0)
@@ -671,6 +689,22 @@ class Planner:
         self.done.append(self.next_row())
         return self.done[-1]
 
+    @torch.no_grad()
+    def control(self):
+        """The first row (E, width) of what the policy does from this frame of the camera on."""
+        if self.o.method == 'policy':
+            goal, left = self.z_goal, self.steps
+        else:       # what was imagined for about one model step later
+            rows = self.o.replan * self.frameskip - len(self.queue) - 1     # since the search
+            ahead = min((rows + self.frameskip // 2) // self.frameskip, self.o.horizon - 1)
+            goal, left = self.path[:, ahead], torch.ones(len(self.z))
+        begun = time.perf_counter()
+        with self.autocast:
+            a = self.model.act(self.recent[0], self.recent[-1], goal, left.to(self.device))
+        row = self.physical(a)[:, 0].clamp(self.a_low[0], self.a_high[0]).numpy()
+        self.acting.append(time.perf_counter() - begun)
+        return row
+
     def next_row(self):
         row = self.still
         if self.held.all():
@@ -681,6 +715,8 @@ class Planner:
             elif not self.queue:
                 self.search()
             row = self.queue.pop(0)
+            if self.o.controller:
+                row = self.control()
         return np.where(self.held[:, None], self.still, row)
 
     def there(self, E, states, goal_state):
@@ -1241,8 +1277,11 @@ def times(planner, E):
     if not planner.seconds:
         return {}
     seconds = np.mean(planner.seconds).item() / E
-    return dict(seconds_per_plan=seconds, plans_per_second=1 / seconds,
-                iterations=np.mean(planner.iterations).item())
+    row = dict(seconds_per_plan=seconds, plans_per_second=1 / seconds,
+               iterations=np.mean(planner.iterations).item())
+    if planner.acting:      # without the encoder, which sees every frame of the camera then
+        row['seconds_per_action'] = np.mean(planner.acting).item() / E
+    return row
 
 
 def tell(name, row, unit, E):
@@ -1254,6 +1293,8 @@ def tell(name, row, unit, E):
     line += f', distance {row["distance_end"]:.3g} {unit}, jerk {row["jerk"] or 0:.3g}'
     if row['seconds_per_plan'] is not None:
         line += f', {row["seconds_per_plan"]:.3g} s per plan ({E} at once)'
+    if 'seconds_per_action' in row:
+        line += f', {1000 * row["seconds_per_action"]:.3g} ms per action'
     print(line, flush=True)
 
 

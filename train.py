@@ -647,6 +647,7 @@ def tell_probe(reader, which):
         code = reader.code(wanted[real])
         if when == 'real':
             variance = (code - code.nanmean(dim=0)).square().nanmean(dim=0).sum(dim=-1)
+            variance[variance < 1e-6] = torch.nan       # says nothing: it does not change here
         r2 = 1 - (reader(z) - code).square().nanmean(dim=0).sum(dim=-1) / variance      # (P,)
         for name, off, share in zip(entry, reader.off(z, wanted[real]).T, r2.tolist()):
             off = off[~off.isnan()]

@@ -513,8 +513,9 @@ def planned(monkeypatch):
         place = z[:, -1].mean(dim=1)[:, :3].sum(dim=1) + given['z_goal'].mean(dim=(1, 2)) + a[:, -1].sum(dim=1)
         found = torch.sin(3 * place[:, None] + torch.arange(H * A).float()).unflatten(1, (H, A))
         elites = torch.stack((found, -0.5 * found), dim=1)
-        calls.append(given | dict(found=found, elites=elites))
-        return found, {'cost': torch.zeros(2, E), 'elites': elites}
+        path = z[:, -1:] + 0.1 * torch.arange(1., H + 1)[:, None, None]         # (E, H, N, D)
+        calls.append(given | dict(found=found, elites=elites, path=path))
+        return found, {'cost': torch.zeros(2, E), 'elites': elites, 'imagine': lambda actions: path[:, None]}
     monkeypatch.setattr(plan, 'plan', fake)
     return calls
 
@@ -1071,6 +1072,28 @@ def test_a_policy_acts_without_a_search(acting, planned, tmp_path, capsys):
     assert report['methods']['model']['iterations'] == 0 and 'random weights' in report['methods']
 
 
+@pytest.mark.parametrize('method', ['cem', 'policy'])
+def test_a_controller_acts_at_every_frame_of_the_camera(acting, planned, method):
+    """On the frame of now and that of a model step before, towards what is imagined for about a model step later, or the goal."""
+    p = plan.Planner(f'{acting}/ckpt.safetensors', plan.config | SMALL_SEARCH | dict(method=method, controller=True, replan=1 + (method == 'cem')), tell=False)
+    x, goals = film(2, 11), film(2, 1, seed=1)[:, 0]
+    s = np.random.default_rng(0).uniform(0.2, 0.8, (2, 11, 2)).astype(np.float32)
+    wanted = np.array([[0.5, 0.5], [0.2, 0.4]])
+    rows = [p.act(x[:, :3], goals, None, s[:, :3], wanted)]
+    rows += [p.act(x[:, t:t + 1], goals, None, s[:, t:t + 1], wanted) for t in range(3, 11)]
+    z, goal = p.with_state(p.latents(x), s), p.with_state(p.latents(goals), wanted)
+    low, high = p.a_low[0].numpy(), p.a_high[0].numpy()
+    for i, row in enumerate(rows):
+        target, left = goal, max(1, 3 - i // 2)
+        if method == 'cem':     # two model steps of two rows each: the second row is nearer to the later frame
+            call = planned[i // 4]
+            target, left = call['path'][:, (i % 4 + 1) // 2], 1
+        a = p.model.act(z[:, i], z[:, i + 2], target, torch.full((2,), left))
+        assert np.allclose(row, p.physical(a)[:, 0].numpy().clip(low, high), atol=1e-5), i
+    assert len(p.acting) == 9 and len(planned) == (3 if method == 'cem' else 0)
+    assert 'seconds_per_action' in plan.times(p, 2)
+
+
 def test_what_a_planner_does_is_recorded(acting, tmp_path):
     """Without noise as in the closed loop, towards the same goals; with noise within the data's range. The goal, all of
     the simulator's state and what it has seen stay its own business."""
@@ -1176,7 +1199,7 @@ def test_states_of_pictures(sensing, trained, tmp_path):
                            (['--state_weight=-1'], '--state_weight: wants'), (['--rest=lie'], '--rest: wants one of zero, state'),
                            (['--hold=1', '--rest=zero'], '--hold: comes with --env or --watch'),
                            (['--start_state=x=1', '--goal_state=y=1'], 'of the same numbers'),
-                           (['--method=policy'], '--method=policy --proposals=0: '), (['--method=policy', '--replan=2'], 'with --replan=1, not 2'), (['--proposals=3'], 'was trained without --policy'),
+                           (['--method=policy'], '--method=policy --proposals=0 --controller=False: '), (['--controller=True'], 'was trained without --policy'), (['--method=policy', '--replan=2'], 'with --replan=1, not 2'), (['--proposals=3'], 'was trained without --policy'),
                            (['--proposals=300'], '--proposals=300: wants at most samples=40'),
                            ([f'--ckpt={trained}/ckpt.safetensors', '--goal_state=1,2'], 'was trained without --state')):
         assert words in ends('plan.py', *given, *options)
