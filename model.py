@@ -1293,9 +1293,8 @@ def rollout(model, z_ctx, a, a_mask, K=4, tau_ctx=0.9, seed=0, grad=False, graph
 
     grad: True: gradients flow through the last step of each frame, and through nothing else
     (self-forcing); 'all': through everything, back to the actions. cache: what remember() made of
-    this context. graph: a frame is one CUDA graph, see replay; None: where it can be. act: chooses
-    the actions of the future, a function (frame before, frame of now (B M, N, D), h) -> (B M, A),
-    h = 0, 1, .., instead of a."""
+    this context. graph: a frame is one CUDA graph, see replay; None: where it can be. act(frame
+    before, frame of now (B M, N, D), h) -> (B M, A), h = 0, 1, .., chooses the future's actions."""
     c = model.config
     B, Tc, N, D = z_ctx.shape
     M = a.shape[0] // B
@@ -1303,40 +1302,33 @@ def rollout(model, z_ctx, a, a_mask, K=4, tau_ctx=0.9, seed=0, grad=False, graph
     device = z_ctx.device
     check_steps(K, c['k_max'])
     assert len(a) == B * M and 1 <= Tc < T, f'context {z_ctx.shape} and actions {a.shape} disagree'
-    s = SimpleNamespace(K=K, grad=grad)
-    s.tau_ctx, s.d_ctx = context_levels(c, tau_ctx)
-    s.d = 1 / K if c['objective'] == 'shortcut' else s.d_ctx
+    level, d_ctx = context_levels(c, tau_ctx)
+    d = 1 / K if c['objective'] == 'shortcut' else d_ctx
+    s = SimpleNamespace(K=K, grad=grad, tau_ctx=level, d_ctx=d_ctx, d=d)
     frame = predict_frame if c['objective'] == 'direct' else denoise_frame
 
-    if cache is None:
-        cache = remember(model, z_ctx, a[::M, :Tc], a_mask[::M, :Tc], T, tau_ctx, seed)
+    cache = cache or remember(model, z_ctx, a[::M, :Tc], a_mask[::M, :Tc], T, tau_ctx, seed)
     cache = cache_of_candidates(cache, B, M)
     graph = not grad and (device.type == 'cuda' if graph is None else graph)
     if graph:
         key = K, s.tau_ctx, cache[0][0].shape, cache[0][0].dtype
         cache = cache_of_graphs(model.graphs, key, cache)
     generator = torch.Generator(device).manual_seed(seed)
-    if act:
-        before = z_ctx[:, max(0, Tc - 2):][:, :1].repeat_interleave(M, dim=0)
+    before = z_ctx[:, -2:][:, :1].repeat_interleave(M, dim=0)
     z = z_ctx[:, -1:].repeat_interleave(M, dim=0)
     out = []
     for t in range(Tc, T):
-        a_now = a[:, t:t + 1]
-        if act:
-            with torch.set_grad_enabled(grad == 'all'):
-                a_now = act(before[:, 0], z[:, 0], t - Tc)[:, None]
-            before = z
         noise = torch.randn(2, B, 1, N, D, generator=generator, device=device)
-        noise = noise.repeat_interleave(M, dim=1)
-        noise = torch.where(z.isnan(), z, noise)        # a state that is not known stays so
+        noise = torch.where(z.isnan(), z, noise.repeat_interleave(M, dim=1))    # stays unknown
         now = torch.full((), t, device=device) if graph or grad is True else t      # fixed shapes
         imagine = functools.partial(frame, model, s, cache, last=t == T - 1)
         with torch.set_grad_enabled(grad == 'all'):
+            a_now = act(before[:, 0], z[:, 0], t - Tc)[:, None] if act else a[:, t:t + 1]
+            before = z
             inputs = z, noise, a_now, a_mask[:, t:t + 1], now
             if graph:
-                z = replay(model.graphs, (*key, t == T - 1), imagine, *inputs)
-            else:
-                z = imagine(*inputs)
+                imagine = functools.partial(replay, model.graphs, (*key, t == T - 1), imagine)
+            z = imagine(*inputs)
         out.append(z)
     with torch.set_grad_enabled(bool(grad)):
         return torch.cat(out, dim=1)

@@ -249,6 +249,11 @@ def adam(cost, mean, std, low, high, o, generator, deadline, carried, proposals)
     return elites[:, 0], torch.stack(best_costs), elites
 
 
+def no_search(cost, mean, std, low, high, o, generator, deadline, carried, proposals):
+    """The policy's own way, and its cost."""
+    return proposals[:, 0], cost(proposals[:, :1], 0).T, proposals[:, :1]
+
+
 # --------------------------------------------------------------------------------------------------
 # A plan: the model imagines every candidate, its distance to the goal is the cost. All candidates
 # of an iteration see the same denoising noise, and share the context's keys and values, which are
@@ -319,6 +324,52 @@ def goal_cost(imagine, z_goal, a_last, known, weight, o, seed):
     return cost
 
 
+def plans_at_once(z_goal, o):
+    """How many candidates of each goal (E, N, D) are imagined together."""
+    all_at_once = 4096
+    if z_goal.device.type == 'cpu':
+        all_at_once = max(1, 1024 // z_goal.shape[1])
+    return max(1, (o.chunk or all_at_once) // len(z_goal))
+
+
+def in_parts(step_cost, chunk, rows, A):
+    """goal_cost's function for candidates (E, M, H x rows, width), so many at a time."""
+    def cost(actions, i):
+        parts = to_steps(actions, rows, A).split(chunk, dim=1)
+        cost = step_cost
+        if torch.is_grad_enabled() and len(parts) > 1:      # keeps the graph of one chunk at a time
+            cost = functools.partial(checkpoint, step_cost, use_reentrant=False)
+        return torch.cat([cost(part, i) for part in parts], dim=1)
+    return cost
+
+
+def propose(model, imagine, z_goal, low, high, rows, A, o, seed):
+    """Ways (E, M, H x rows, width) of the policy through the model, M = o.proposals or 1, all but
+    the first with noise on their actions. low, high (H x rows, width): bounds."""
+    E = len(z_goal)
+    generator = torch.Generator().manual_seed(hash((seed, 2)) % 2 ** 32)    # not the search's
+    noise = coloured(E, max(1, o.proposals), *low.shape, o.beta, generator).to(low)
+    noise[:, 0] = 0
+    noise, least, most = (to_steps(v, rows, A) for v in (o.proposal_std * noise, low, high))
+
+    def follow(noise):          # (E, M, H, A)
+        E, M, H, _ = noise.shape
+        goal = z_goal.repeat_interleave(M, dim=0)
+        way = []
+
+        def act(before, now, h):
+            left = torch.full((len(now),), H - h, device=now.device)
+            a = model.act(before, now, goal, left) + noise[:, :, h].flatten(0, 1)
+            way.append(torch.clamp(a, least[h], most[h]))
+            return way[-1]
+
+        imagine(noise, act=act)         # whose actions are not noise's
+        return torch.stack(way, dim=1).unflatten(0, (E, M))
+
+    ways = torch.cat([follow(part) for part in noise.split(plans_at_once(z_goal, o), dim=1)], dim=1)
+    return to_rows(ways, rows, low.shape[1])
+
+
 def plan(model, z_ctx, a_ctx, z_goal, o, seed=0, low=-5.0, high=5.0, a_mask=None, mean=None,
          carried=None, tokens=None):
     """Normalised actions (E, horizon, A) that lead the model from its context to the goal; info.
@@ -340,69 +391,31 @@ def plan(model, z_ctx, a_ctx, z_goal, o, seed=0, low=-5.0, high=5.0, a_mask=None
     with torch.no_grad():
         cache = remember(model, z_ctx, a_ctx, a_mask, Tc + o.horizon, seed=seed)
 
-    def imagine(actions, seed=seed):
+    def imagine(actions, seed=seed, act=None):
         M = actions.shape[1]
         a = torch.cat((a_ctx[:, None].expand(-1, M, -1, -1), actions), dim=2)
         known = F.pad(a_mask, (0, o.horizon), value=True).repeat_interleave(M, dim=0)
         grad = torch.is_grad_enabled() and 'all'
-        z = rollout(model, z_ctx, a.flatten(0, 1), known, o.K, seed=seed, cache=cache, grad=grad)
+        z = rollout(model, z_ctx, a.flatten(0, 1), known, o.K, seed=seed, cache=cache, grad=grad,
+                    act=act)
         return z.unflatten(0, (E, M))
-
-    chunk = o.chunk or (max(1, 1024 // z_goal.shape[1]) if z_ctx.device.type == 'cpu' else 4096)
-
-    def propose(M, std):
-        """M ways (E, M, H x rows, width) of the policy through the model, all but the first with
-        noise."""
-        generator = torch.Generator().manual_seed(hash((seed, 2)) % 2 ** 32)    # not the search's
-        noise = std * coloured(E, M, o.horizon * rows, width, o.beta, generator).to(low)
-        noise[:, 0] = 0
-        noise = to_steps(noise, rows, A)                # (E, M, H, A)
-        least, most = (to_steps(v, rows, A) for v in (low, high))
-        parts = noise.split(max(1, chunk // E), dim=1)
-        return to_rows(torch.cat([follow(part, least, most) for part in parts], dim=1), rows, width)
-
-    def follow(noise, least, most):
-        M = noise.shape[1]
-        goal = z_goal.repeat_interleave(M, dim=0)
-        way = []
-
-        def act(before, now, h):
-            left = torch.full((len(now),), o.horizon - h, device=now.device)
-            a = model.act(before, now, goal, left) + noise[:, :, h].flatten(0, 1)
-            way.append(torch.clamp(a, least[h], most[h]))
-            return way[-1]
-
-        a = F.pad(a_ctx, (0, 0, 0, o.horizon)).repeat_interleave(M, dim=0)
-        known = F.pad(a_mask, (0, o.horizon), value=True).repeat_interleave(M, dim=0)
-        rollout(model, z_ctx, a, known, o.K, seed=seed, cache=cache, act=act)
-        return torch.stack(way, dim=1).unflatten(0, (E, M))         # (E, M, H, A)
 
     weight = cost_weights(model, tokens, o)
     step_cost = goal_cost(imagine, z_goal, a_ctx[:, -1], a_mask[:, -1], weight, o, seed)
 
-    def cost(actions, i):       # (E, M, H x rows, width) -> (E, M)
-        parts = to_steps(actions, rows, A).split(max(1, chunk // E), dim=1)
-        cost = step_cost
-        if torch.is_grad_enabled() and len(parts) > 1:      # keeps the graph of one chunk at a time
-            cost = functools.partial(checkpoint, step_cost, use_reentrant=False)
-        return torch.cat([cost(part, i) for part in parts], dim=1)
-
+    cost = in_parts(step_cost, plans_at_once(z_goal, o), rows, A)
     std = o.init_std if mean is None else o.warm_std or o.init_std
     mean = to_rows(z_ctx.new_zeros(E, o.horizon, A) if mean is None else mean, rows, width)
     carried = None if carried is None else to_rows(carried, rows, width)
     std = std * (torch.maximum(-low, high) / 2 - 1.5).clamp(min=1)      # 1.0 within 5
     with torch.no_grad():
-        if o.method == 'policy':
-            elites = propose(1, 0.0)
-            actions, costs = elites[:, 0], cost(elites, 0).T
-        else:
-            proposals = mean[:, None][:, :0]
-            if o.proposals:
-                proposals = propose(o.proposals, o.proposal_std)
-            search = dict(cem=cem, icem=icem, mppi=mppi, adam=adam)[o.method]
-            actions, costs, elites = search(cost, mean, std.expand_as(mean), low, high, o,
-                                            torch.Generator().manual_seed(seed), deadline, carried,
-                                            proposals)
+        ways = mean[:, None][:, :0]
+        if o.method == 'policy' or o.proposals:
+            ways = propose(model, imagine, z_goal, low, high, rows, A, o, seed)
+        search = dict(cem=cem, icem=icem, mppi=mppi, adam=adam, policy=no_search)[o.method]
+        generator = torch.Generator().manual_seed(seed)
+        actions, costs, elites = search(cost, mean, std.expand_as(mean), low, high, o, generator,
+                                        deadline, carried, ways)
     info = dict(cost=costs, elites=to_steps(elites, rows, A), imagine=imagine)
     return to_steps(actions, rows, A), info
 
@@ -433,15 +446,7 @@ class Planner:
         self.autocast = data.autocast(self.device, o.dtype)
         self.model, self.trained = load(ckpt, self.device)
         self.model.requires_grad_(False)
-        check_steps(o.K, self.model.config['k_max'])
-        if not self.model.config['action_dim']:
-            sys.exit(f'{ckpt}: was trained without actions, there is nothing to search')
-        if o.method == 'policy' and (o.proposals or o.replan > 1):
-            sys.exit(f'--method=policy: comes without --proposals={o.proposals}, and with '
-                     f'--replan=1, not {o.replan}')
-        if (o.method == 'policy' or o.proposals or o.controller) and not self.model.policy:
-            sys.exit(f'--method={o.method} --proposals={o.proposals} --controller={o.controller}: '
-                     f'{ckpt} was trained without --policy')
+        self.check_model(ckpt)
         self.make_fast()
         encoder = restore_encoder(self.trained, self.model.stats, o.encoder_path,
                                   self.model.config['grid'])
@@ -469,6 +474,18 @@ class Planner:
             sys.exit(f'--rest=state: actions have {self.width} numbers, states {len(self.s_mean)}')
         self.past = (self.trained['eval_context'] - 1) * self.frameskip + 1
         self.restart()
+
+    def check_model(self, ckpt):
+        o = self.o
+        check_steps(o.K, self.model.config['k_max'])
+        if not self.model.config['action_dim']:
+            sys.exit(f'{ckpt}: was trained without actions, there is nothing to search')
+        if o.method == 'policy' and (o.proposals or o.replan > 1):
+            sys.exit(f'--method=policy: comes without --proposals={o.proposals}, and with '
+                     f'--replan=1, not {o.replan}')
+        if (o.method == 'policy' or o.proposals or o.controller) and not self.model.policy:
+            sys.exit(f'--method={o.method} --proposals={o.proposals} --controller={o.controller}: '
+                     f'{ckpt} was trained without --policy')
 
     def make_fast(self):
         if self.autocast._enabled:
@@ -1064,6 +1081,23 @@ def find_policy(policy, sim):
     return choose
 
 
+def recorded(o):
+    """Whoever acts where that is a planner, or None, whether it senses, and the simulator."""
+    size = o.frame_height, o.frame_width or o.frame_height
+    if o.policy != 'model':
+        return None, False, simulator(o.record, size)
+    o.env = o.record
+    check_loop(o)
+    planner = Planner(o.ckpt, vars(o), tell=False)
+    if planner.frameskip % o.draw_every:
+        sys.exit(f'--draw_every={o.draw_every}: the planner looks at every '
+                 f'{planner.frameskip}th frame')
+    sim = simulator(o.record, size, key=planner.key)
+    demand(o.record, sim, 'restore pose far rest elsewhere asks script')
+    check_robot(o, planner, sim)
+    return planner, senses_alike(o, planner, sim), sim
+
+
 def record_dataset(o):
     """Write a LeRobot dataset of a simulator.
 
@@ -1074,20 +1108,7 @@ def record_dataset(o):
     """
     if not o.out:
         sys.exit('--out: wants the folder that is to be written')
-    planner = None
-    if o.policy == 'model':
-        o.env = o.record
-        check_loop(o)
-        planner = Planner(o.ckpt, vars(o), tell=False)
-        if planner.frameskip % o.draw_every:
-            sys.exit(f'--draw_every={o.draw_every}: the planner looks at every '
-                     f'{planner.frameskip}th frame')
-    sim = simulator(o.record, (o.frame_height, o.frame_width or o.frame_height),
-                    key=planner.key if planner else 'action')
-    if planner:
-        demand(o.record, sim, 'restore pose far rest elsewhere asks script')
-        check_robot(o, planner, sim)
-        sense = senses_alike(o, planner, sim)
+    planner, sense, sim = recorded(o)
     fps = o.fps or sim.fps
     if not fps:
         sys.exit(f'--fps: {o.record} does not say its frames per second')

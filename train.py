@@ -493,7 +493,7 @@ rms = {name: torch.ones((), device=device) for name in ('flow', 'bootstrap', 'se
 step = 0
 skipped = 0
 if resume:
-    order = [p for group in groups for p in group['params']]
+    order = sum((group['params'] for group in groups), [])
     try:
         for i, moments in left['optimizer']['state'].items():
             for name in 'exp_avg', 'exp_avg_sq':

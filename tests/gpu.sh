@@ -75,7 +75,7 @@ record() {
 
 pusht() {
     local size=${SIZE:-196} train=${TRAIN:-3000} batch=${BATCH:-64} seconds=${SECONDS_TRAIN:-160}
-    local model=${MODEL:---size=small --width=384 --heads=6 --layers=8} samples=${SAMPLES:-100} iterations=${ITERATIONS:-6}
+    local model=${MODEL:---size=small --width=384 --heads=6 --layers=8} samples=${SAMPLES:-32} iterations=${ITERATIONS:-2}
     local episodes=${EVAL:-50} encoder=dinov2_vits14 layer=8 channels=64 compile=${COMPILE:-True}
     if [ "$SMALL" ]; then
         size=28 train=12 batch=8 model=--size=nano samples=8 iterations=2 episodes=2 seconds=60
@@ -104,14 +104,14 @@ pusht() {
     within "$seconds" $PYTHON train.py "${same[@]}" --labelled="$(IFS=,; echo "${sets[*]}")" --unlabelled= --frameskip=1 \
         --objective=direct --channels=$channels $model --batch_size="$batch" --max_steps="$train" --learning_rate=${RATE:-0.001} \
         --warmup=100 --frames=6 --self_forcing=${FORCED:-0.3} --eval_interval=$((train / 2)) --save_interval=$((train / 4 + 1)) \
-        --log_interval=$((train / 20 + 1)) --workers="$CORES" --compile="$compile" ${MORE:-} --out_dir="$OUT/run" \
+        --log_interval=$((train / 20 + 1)) --workers="$CORES" --compile="$compile" --policy=True --policy_rate=0.001 --out_dir="$OUT/run" \
         > "$OUT/train.log" 2>&1
     grep -vE '^[a-z_A-Z0-9]+ = ' "$OUT/train.log" | tail -n 30
     echo "trained in $((SECONDS - begin)) s"
 
     begin=$SECONDS
     within ${SECONDS_EVAL:-130} $PYTHON plan.py --ckpt="$OUT/run/ckpt.safetensors" --env=tests/simulators.py:PushT --episodes="$episodes" \
-        --samples="$samples" --elites=$((samples / 8 + 1)) --iterations="$iterations" --warm_std=0.3 --seed=${SEED:-1} \
+        --samples="$samples" --proposals=$((samples / 2)) --elites=$((samples / 8 + 1)) --iterations="$iterations" --warm_std=0.3 --state_weight=0.25 --seed=${SEED:-1} \
         --chunk=$((samples * episodes)) --out_dir="$OUT"
     echo "evaluated in $((SECONDS - begin)) s, $SECONDS s in all"
 }
