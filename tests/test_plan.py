@@ -1152,6 +1152,8 @@ def test_proposals_of_a_policy_are_among_the_first_candidates(acting, method):
     first = candidates[0]
     assert first.shape[1] == 9 and torch.allclose(first[:, 5], want, atol=1e-5)
     off = first[:, 6:] - want[:, None]
+    moved = off[0, :, 0].abs() > 1e-4       # their noise is not that of the candidates that were drawn
+    assert (first[0, 1:4, 0].sign() != off[0, :, 0].sign())[moved].any()
     assert 0.02 < off.abs().mean() < 0.5 and first.min() >= -0.3 - 1e-6 and first.max() <= 0.4 + 1e-6
     assert (best[0] <= info['cost'][0] + 1e-6).all(), 'the best of the first iteration is no worse than the policy'
 
