@@ -1878,10 +1878,10 @@ class Clips:
     cached_latents); a (B, T, A) normalised by each dataset's mean and std, padded to the widest;
     a_mask, z_mask (B, T); s (B, T, S), the state, normalised and padded likewise, NaN where it is
     not known, and in all unlabelled clips; with goal_steps `goal`, see goal_of; and `faults`, for
-    count_faults. Of any 1/labelled_share
-    consecutive clips exactly one is labelled. All datasets of a kind share clips exactly, by
-    duration or the weights given; every window of one is seen once before any again. Cameras are
-    drawn by weight. A clip that cannot be read is replaced by one of its dataset.
+    count_faults. Of any 1/labelled_share consecutive clips exactly one is labelled. All datasets of
+    a kind share clips exactly, by duration or the weights given; every window of one is seen once
+    before any again. Cameras are drawn by weight. A clip that cannot be read is replaced by one of
+    its dataset.
     """
     labelled: list
     unlabelled: list
