@@ -65,15 +65,15 @@ LIMITS = {}
 for _least, _most, _names in (
         (0, 1, 'labelled_share long_share val_share grow max_bad whiten bootstrap bootstrap_start '
                'p_past p_image p_null self_forcing decay keep ema learning_rate min_lr policy_rate '
-               'augment relabel'),
+               'augment relabel dream'),
         (0, 0.999999, 'beta1 beta2'),
         (0, 10, 'beta proposal_std explore'),
         (0, 100, 'frameskip warm_std min_std workers'),
         (0, 100000, 'fps long_frames frame_height frame_width channels width layers heads kv_heads '
                     'registers context time_every wide_layers k_max robot cache_gb soft_cap '
-                    'tau_shift weight_decay grad_clip smooth state_weight hold'),
+                    'tau_shift weight_decay grad_clip smooth state_weight hold support'),
         (0, MANY, 'seed warmup micro_batch blind_episodes budget_ms chunk goal_steps budget steps '
-                  'skip_nonfinite proposals'),
+                  'skip_nonfinite proposals dream_steps'),
         (1e-6, 100, 'init_std step_size'),
         (1e-6, 1e6, 'temperature'),
         (-1, 1000, 'layer'),

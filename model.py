@@ -1183,9 +1183,8 @@ def policy_errors(model, z, a, z_mask, z_goal, left, state_dim=0, first=0):
     """Squared errors (B, T - 1) of the policy's actions at all frames of clips but the last. Clips
     are shortcut_loss's; z_goal (B, N, D): a later frame of the same episode, left (B,) model steps
     after the clip's first. Every other frame has that goal, one in four the clip's last real frame,
-    one in four the next frame. Before the first frame was the same, as far as anyone knows. In a
-    quarter of the clips no state is known, in another that of the goal is not. first: number of the
-    first clip."""
+    one in four the next frame. Before the first frame was the same, as far as anyone knows. first:
+    number of the first clip."""
     B, T = z_mask.shape
     row = first + torch.arange(B, device=z.device)
     t = torch.arange(T - 1, device=z.device)
@@ -1197,16 +1196,48 @@ def policy_errors(model, z, a, z_mask, z_goal, left, state_dim=0, first=0):
     kind = kind[:, :, 0, 0]
     steps = torch.where(kind == 1, last[:, None] - t, 1)
     steps = torch.where(kind % 2 == 0, left[:, None] - t, steps)
-    if state_dim:
-        known = (row // 2 % 4)[:, None, None]
-        s = z[:, :, -1, :state_dim].masked_fill(known == 0, torch.nan)
-        z = add_state(z[:, :, :-1], s)
-        s = goal[:, :, -1, :state_dim].masked_fill(known < 2, torch.nan)
-        goal = add_state(goal[:, :, :-1], s)
+    z, goal = hide_states(z, goal, row, state_dim)
     before = torch.cat((z[:, :1], z[:, :-2]), dim=1)
     frames = before, z[:, :-1], goal, steps.clamp(min=1)
     got = model.act(*(x.flatten(0, 1) for x in frames)).view(B, T - 1, -1)
     return (got - a[:, 1:]).square().mean(dim=-1)       # a[t + 1] leads from frame t to the next
+
+
+def hide_states(z, goal, row, state_dim):
+    """Frames and goals (B, T, N + 1, D) of clips of these numbers (B,): in a quarter of the clips
+    no state is known, in another that of the goal is not."""
+    if not state_dim:
+        return z, goal
+    known = (row // 2 % 4)[:, None, None]
+    s = z[:, :, -1, :state_dim].masked_fill(known == 0, torch.nan)
+    s_goal = goal[:, :, -1, :state_dim].masked_fill(known < 2, torch.nan)
+    return add_state(z[:, :, :-1], s), add_state(goal[:, :, :-1], s_goal)
+
+
+def dream_errors(model, act, z, a, a_mask, z_mask, context, steps, weight, K=1, state_dim=0,
+                 first=0, seed=0):
+    """How far from its goal a policy is when it should be there and later, as a frozen model
+    imagines it (B,). Gradients flow through the imagination to what act(before, now, goal, left)
+    depends on (as in Dreamer, arXiv:1912.01603). Clips are shortcut_loss's: a policy goes on from
+    their first `context` frames for so many steps, towards one of the frames that followed in the
+    data; a clip that is over by then says nothing. weight: of distance(). first: number of the
+    first clip."""
+    B, T = z_mask.shape
+    row = first + torch.arange(B, device=z.device)
+    when = torch.minimum(context + row % min(T - context, steps), z_mask.sum(dim=1) - 1)
+    left = (when - context + 1).clamp(min=1)            # from the last frame of the context
+    goal = z[torch.arange(B, device=z.device), when][:, None]
+    z, goal = hide_states(z[:, :context], goal, row, state_dim)
+    goal = torch.where(z[:, -1:].isnan(), torch.nan, goal)          # nor is what follows known
+
+    def follow(before, now, h):
+        return act(before, now, goal[:, 0], (left - h).clamp(min=1))
+
+    a = F.pad(a[:, :context], (0, 0, 0, steps))         # what the policy does comes in their place
+    known = F.pad(a_mask[:, :context], (0, steps), value=True)
+    imagined = rollout(model, z, a, known, K, seed=seed, grad='all', act=follow)
+    due = torch.arange(1, steps + 1, device=z.device) >= left[:, None]          # (B, steps)
+    return (distance(imagined, goal, weight) * due).sum(dim=1) / due.sum(dim=1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1548,6 +1579,41 @@ def robot_state(stats, i):
     """What a checkpoint knows of the states of its labelled dataset i, see data.measure_states."""
     used = int(stats['s_width'][i])
     return [stats[f's_{name}'][i, :used].cpu() for name in ('mean', 'std', 'change')]
+
+
+def distance(z, z_goal, weight):
+    """Mean squared distance (..) of latents (.., N, D) to a goal's, whose NaN do not count."""
+    off = torch.where(z_goal.isnan(), 0.0, z - z_goal)
+    return (off.square() * weight).mean(dim=(-2, -1))
+
+
+def channel_weights(model, tokens=None):
+    """What each channel counts in a distance, its variance in the data (D,); with weights of the
+    tokens (N,) also each token (N, D)."""
+    weight = model.stats['z_std'] ** 2
+    weight = weight / weight.mean()
+    if tokens is not None:
+        weight = weight * (tokens / tokens.mean())[:, None]
+    return weight
+
+
+def cost_weights(model, tokens=None, state_weight=1.0, robot=0):
+    """What counts how much in the cost: channel_weights, and where the model has a state that as
+    one more row, (N + 1, D). A number of the state counts by the variance of its change in one
+    model step; all of them, at state_weight 1, as much as the latents do for two random frames."""
+    weight = channel_weights(model, tokens)
+    if not model.config.get('state_dim'):
+        return weight
+    c = model.config
+    N = math.prod(c['grid'])
+    weight = weight.expand(N, c['dim']) * (N + 1) / N       # distance divides by N + 1 now
+    _, std, change = robot_state(model.stats, robot)
+    # what never moves, or only from one episode to the next, does not count
+    moves = (std > 1e-6) & (change > 1e-3 * std ** 2)
+    speed = torch.where(moves, std ** 2 / change, 0.0)
+    share = speed / (2 * speed.sum()).clamp(min=1e-12)        # of two random frames: 1
+    state = state_weight * model.stats['z_pair'] * share.to(weight) * (N + 1) * c['dim']
+    return torch.cat((weight, F.pad(state, (0, c['dim'] - len(state)))[None]))
 
 
 def standard(z, stats):

@@ -38,9 +38,9 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from model import (WorldModel, add_state, check_steps, compile_layers, encode_frames,
-                   half_weights, load, pictures, remember, restore_encoder, restore_probe,
-                   robot_state, robot_stats, rollout, standard, unstandard)
+from model import (WorldModel, add_state, channel_weights, check_steps, compile_layers, cost_weights,
+                   distance, encode_frames, half_weights, load, pictures, remember, restore_encoder,
+                   restore_probe, robot_state, robot_stats, rollout, standard, unstandard)
 
 # --------------------------------------------------------------------------------------------------
 ckpt = 'out/ckpt.safetensors'
@@ -272,41 +272,6 @@ def to_steps(a, rows, A):
     return F.pad(a, (0, A - a.shape[-1]))
 
 
-def distance(z, z_goal, weight):
-    """Mean squared distance (..) of latents (.., N, D) to a goal's, whose NaN do not count."""
-    off = torch.where(z_goal.isnan(), 0.0, z - z_goal)
-    return (off.square() * weight).mean(dim=(-2, -1))
-
-
-def channel_weights(model, tokens=None):
-    """What each channel counts in a distance, its variance in the data (D,); with weights of the
-    tokens (N,) also each token (N, D)."""
-    weight = model.stats['z_std'] ** 2
-    weight = weight / weight.mean()
-    if tokens is not None:
-        weight = weight * (tokens / tokens.mean())[:, None]
-    return weight
-
-
-def cost_weights(model, tokens, o):
-    """What counts how much in the cost: channel_weights, and where the model has a state that as
-    one more row, (N + 1, D). A number of the state counts by the variance of its change in one
-    model step; all of them, at state_weight 1, as much as the latents do for two random frames."""
-    weight = channel_weights(model, tokens)
-    if not model.config.get('state_dim'):
-        return weight
-    c = model.config
-    N = math.prod(c['grid'])
-    weight = weight.expand(N, c['dim']) * (N + 1) / N       # distance divides by N + 1 now
-    _, std, change = robot_state(model.stats, o.robot)
-    # what never moves, or only from one episode to the next, does not count
-    moves = (std > 1e-6) & (change > 1e-3 * std ** 2)
-    speed = torch.where(moves, std ** 2 / change, 0.0)
-    share = speed / (2 * speed.sum()).clamp(min=1e-12)        # of two random frames: 1
-    state = o.state_weight * model.stats['z_pair'] * share.to(weight) * (N + 1) * c['dim']
-    return torch.cat((weight, F.pad(state, (0, c['dim'] - len(state)))[None]))
-
-
 def goal_cost(imagine, z_goal, a_last, known, weight, o, seed):
     """The cost of a plan, a function (actions (E, M, H, A), iteration) -> (E, M): distance to the
     goal and smoothness, also from the last action a_last (E, A) where it is known (E,)."""
@@ -400,7 +365,7 @@ def plan(model, z_ctx, a_ctx, z_goal, o, seed=0, low=-5.0, high=5.0, a_mask=None
                     act=act)
         return z.unflatten(0, (E, M))
 
-    weight = cost_weights(model, tokens, o)
+    weight = cost_weights(model, tokens, o.state_weight, o.robot)
     step_cost = goal_cost(imagine, z_goal, a_ctx[:, -1], a_mask[:, -1], weight, o, seed)
 
     cost = in_parts(step_cost, plans_at_once(z_goal, o), rows, A)

@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from model import (MODEL_DEFAULTS, OBJECTIVE, Probe, WorldModel, add_state, check_steps, clip_noise,
-                   compile_layers, encode_frames, flops_per_frame, frame_errors, frame_tokens,
+                   compile_layers, cost_weights, dream_errors, encode_frames, flops_per_frame, frame_errors, frame_tokens,
                    full_turn, half_weights, load, load_encoder, model_config, one_line,
                    policy_errors, restore_encoder, rollout, save, shortcut_loss, standard,
                    term_scale, which_rows)
@@ -97,6 +97,11 @@ policy = False                  # a head learns to act without a search (plan.py
 policy_steps = 50               # goals of its training lie up to so many model steps after a clip
 relabel = 0.0                   # share of the clips without actions that get the policy's, from a
                                 # frame to the next, in the second half of the run
+dream = 0.0                     # share of the run, its last, in which the world model rests and the
+                                # policy learns inside it, beside the data
+dream_steps = 5                 # that are imagined for it; 0 = it learns from the data alone
+support = 1.0                   # weight of the data beside the dream: it keeps actions where the
+                                # model knows what they do
 action_on = 'all'               # all: add the action to the latent tokens too; token: its own alone
 # objective
 objective = 'shortcut'          # shortcut, diffusion or direct
@@ -182,6 +187,11 @@ for name, count in (('batch_size', batch_size), ('long_frames', batch_size * fra
                  'processes')
 if fsdp and not ddp:
     sys.exit('--fsdp=True: wants torchrun')
+if dream and (fsdp or not policy or grow + dream > 1):
+    sys.exit(f'--dream={dream:g}: wants --policy=True, not --fsdp, and --grow={grow:g} to be over')
+if dream and dream_steps and min(frames, long_frames) <= eval_context:
+    sys.exit(f'--dream={dream:g}: wants --frames, of clips, to be more than --eval_context='
+             f'{eval_context}: what follows holds the goals')
 if relabel and (fsdp or not policy or not config['unlabelled']):
     sys.exit(f'--relabel={relabel:g}: wants --policy=True and --unlabelled, and not --fsdp')
 device = data.pick_device(device, int(os.environ.get('LOCAL_RANK', 0)))
@@ -482,11 +492,13 @@ if fsdp:
     ema_model.cpu()     # only evaluation and the checkpoint want it whole
 matrices = {m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)}
 groups = []
-for part, rate in zip(apart, (learning_rate, policy_rate or learning_rate)):
+awake = max_steps - round(dream * max_steps)        # steps of the world model
+for part, rate, end in zip(apart, (learning_rate, policy_rate or learning_rate),
+                           (awake, max_steps)):
     linear = [p for p in part if p in matrices]
     others = [p for p in part if p not in matrices]
-    groups += [dict(params=linear, weight_decay=weight_decay, rate=rate),
-               dict(params=others, weight_decay=0.0, rate=rate)]
+    groups += [dict(params=linear, weight_decay=weight_decay, rate=rate, end=end),
+               dict(params=others, weight_decay=0.0, rate=rate, end=end)]
 optimizer = torch.optim.AdamW(groups, learning_rate, (beta1, beta2),
                               fused=device.type in ('cpu', 'cuda'))
 rms = {name: torch.ones((), device=device) for name in ('flow', 'bootstrap', 'self_forcing')}
@@ -670,7 +682,7 @@ def audit(loss):
     names = {p: name for name, p in model.named_parameters() if p.numel()}
     keys = model.state_dict().keys()
     for p, name in names.items():
-        if p.grad is None:
+        if p.grad is None and p.requires_grad:
             sys.exit(f'model.{name} gets no gradient: the loss does not depend on it')
         if name not in keys:
             sys.exit(f'model.{name} is not in the checkpoint')
@@ -687,12 +699,12 @@ def audit(loss):
         seen |= after
 
 
-def get_lr(step, rate):
-    """The learning rate schedule: warms up, stays, falls."""
+def get_lr(step, rate, end):
+    """The learning rate schedule: warms up, stays, falls up to step `end`."""
     if step < warmup:
         return rate * (step + 1) / warmup
-    falls = max(1, min(decay * max_steps, max_steps - warmup))
-    return min_lr + (rate - min_lr) * min(1, (max_steps - step) / falls)
+    falls = max(1, min(decay * end, end - warmup))
+    return min_lr + (rate - min_lr) * min(1, max(0, end - step) / falls)
 
 
 def clip_length(T):
@@ -788,6 +800,11 @@ loader = iter(DataLoader(
 bar = tqdm(total=max_steps, initial=step, disable=rank > 0 or None, dynamic_ncols=True)
 options = {name: config[name] for name in {*OBJECTIVE} - {'state_dim'}}
 options |= dict(k_max=shape['k_max'], state_dim=clips.S)
+ema_model.stats = stats
+if dream:       # of several robots the mean
+    weights = [cost_weights(ema_model, robot=i) for i in range(len(clips.labelled))]
+    goal_weight = torch.stack(weights).mean(dim=0).to(device) / stats['z_pair']
+learning, averages = params, ema_shards
 bad = torch.full((), -1, device=device)     # the first step whose loss is not finite, seen later
 stop = False
 asked = torch.zeros(())     # by signals, in all processes
@@ -802,17 +819,24 @@ while step < max_steps and not stop:
     source, number = batches.which(step)
     z, a, a_mask, z_mask = normalised(batch, clip_length(source.T))
     B, T = z.shape[:2]
-    lr = get_lr(step, learning_rate)
     for group in optimizer.param_groups:
-        group['lr'] = get_lr(step, group['rate'])
+        group['lr'] = get_lr(step, group['rate'], group['end'])
     if policy:
         z_goal = normalised(batch['goal'])[0][:, 0]         # (B, N, D)
         steps_left = batch['goal']['left'].to(device, non_blocking=True)
     known = a_mask      # without what follows
+    dreaming = step >= awake
+    if step == max(start, awake):       # the world model is finished
+        for p in apart[0]:
+            p.requires_grad_(False)
+        learning = apart[1]
+        averages = [e for e, p in zip(ema_shards, params) if p in acting]
     if relabel and 2 * step >= max_steps:
         a, a_mask = relabelled(z, a, a_mask, z_mask)
-    options['bootstrap'] = bootstrap if step >= bootstrap_start * max_steps else 0.0
-    forced = T // 2 if step >= (1 - self_forcing) * max_steps else T    # imagined from here on
+    options['bootstrap'] = bootstrap if step >= bootstrap_start * awake else 0.0
+    forced = T      # imagined from here on
+    if (1 - self_forcing) * awake <= step < awake:
+        forced = T // 2
     first = (number * world + rank) * B         # clips of this length before, in all processes
 
     # every term is a mean over the frames of all processes that count in it, however they are
@@ -820,6 +844,8 @@ while step < max_steps and not stop:
     _, n, counted = which_rows(z_mask, objective, options['bootstrap'], first)
     counted['self_forcing'] = z_mask[:, forced:]
     counted['policy'] = known[:, 1:]
+    if dreaming and dream_steps:
+        counted['dream'] = known.any(dim=1) & z_mask[:, eval_context]       # (B,)
     count = averaged({name: mask.sum() for name, mask in counted.items()})
     metrics = {}
     few = micro_batch or B
@@ -834,9 +860,19 @@ while step < max_steps and not stop:
             # the same noise for any number of processes and size of micro-batches; of whole
             # numbers, hash is the same in every process
             seeds = [hash((seed, step, row + j)) % 2 ** 63 for j in range(len(z))]
-            loss, terms = shortcut_loss(
-                parallel, z, a, a_mask, z_mask, options, rms=rms, first=first + i,
-                noise=clip_noise(z, seeds), count=count)
+            loss = 0.0
+            terms = {}
+            if not dreaming:
+                loss, terms = shortcut_loss(
+                    parallel, z, a, a_mask, z_mask, options, rms=rms, first=first + i,
+                    noise=clip_noise(z, seeds), count=count)
+            elif dream_steps:
+                error = dream_errors(ema_model, model.act, z, a, known[i:i + few], z_mask,
+                                     eval_context, dream_steps, goal_weight, 1, clips.S, first + i,
+                                     seed=hash((seed, step, row, 2)) % 2 ** 63)
+                error = (error * counted['dream'][i:i + few]).sum()
+                terms['dream'] = error.detach() / count['dream']
+                loss = error / count['dream'].clamp(min=1e-6)
             if forced < T:
                 imagined = rollout(model, z[:, :forced], a, a_mask, K, grad=True,
                                    seed=hash((seed, step, row, K)) % 2 ** 63)
@@ -850,12 +886,17 @@ while step < max_steps and not stop:
                                       steps_left[i:i + few], clips.S, first + i)
                 error = (error * known[i:i + few, 1:]).sum()
                 terms['policy'] = error.detach() / count['policy']
-                loss = loss + error / count['policy'].clamp(min=1e-6)
+                weight = support if dreaming else 1.0
+                loss = loss + weight * error / count['policy'].clamp(min=1e-6)
         loss.backward()
         for name, value in (('loss', loss.detach()), *terms.items()):
             metrics[name] = metrics.get(name, 0) + value
     if step == start:
         audit(loss)
+    if dreaming and ddp:        # DDP waits for the whole model
+        for p in learning:
+            dist.all_reduce(p.grad)
+            p.grad /= world
     # apart: the world model learns the same with a policy beside it as without
     norm = sum(torch.nn.utils.clip_grad_norm_(part, grad_clip or math.inf)
                for part in apart)
@@ -872,7 +913,7 @@ while step < max_steps and not stop:
     else:
         optimizer.step()
         with torch.no_grad():
-            torch._foreach_lerp_(ema_shards, params, 1 - min(ema, (step + 1) / (step + 10)))
+            torch._foreach_lerp_(averages, learning, 1 - min(ema, (step + 1) / (step + 10)))
             for name in rms.keys() & metrics.keys():
                 mean = rms[name].lerp(metrics[name].square(), 0.05)
                 rms[name] = torch.where(metrics[name].isnan(), rms[name], mean)
@@ -881,7 +922,8 @@ while step < max_steps and not stop:
     step += 1
     # three forward passes, and two more for the teacher of bootstrap rows; not encoding,
     # self-forcing nor the policy
-    flops += (3 * B + 2 * n) * T * flops_per_frame(shape, T)
+    if not dreaming:
+        flops += (3 * B + 2 * n) * T * flops_per_frame(shape, T)
     tokens += B * world * T * tokens_per_frame
     bar.update()
 
@@ -902,7 +944,7 @@ while step < max_steps and not stop:
         entry[name] = value if math.isfinite(value) else None   # no frame counted in it
     if skipped:
         entry['skipped'] = skipped
-    entry |= dict(lr=lr, tokens_per_s=tokens / seconds, mfu=None, memory_gb=None)
+    entry |= dict(lr=optimizer.param_groups[-1 if dreaming else 0]['lr'], tokens_per_s=tokens / seconds, mfu=None, memory_gb=None)
     if peak:
         entry['mfu'] = flops / seconds / peak
     if device.type == 'cuda':

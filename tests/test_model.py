@@ -1179,6 +1179,52 @@ def test_errors_of_a_policy_are_those_of_the_definition(double, state_dim):
             assert torch.allclose(got[i, t], want)
 
 
+@pytest.mark.parametrize('objective, state_dim, steps', [('direct', 0, 5), ('shortcut', 2, 3), ('direct', 2, 2)])
+def test_errors_of_a_dream_are_those_of_the_definition(double, objective, state_dim, steps):
+    """Clip by clip, frame by frame: the policy acts on what was imagined so far; from when it is due at its goal on, the
+    mean distance; and the gradient is that of finite differences."""
+    net = acting(objective=objective, state_dim=state_dim)
+    B, T, N, context = 9, 6, 6 + bool(state_dim), 2
+    z, _, _, a, a_mask = inputs(B, T, N)
+    if state_dim:
+        z[:, :, -1, state_dim:] = 0
+    z_mask = torch.arange(T) < torch.tensor([6, 6, 6, 6, 6, 6, 6, 5, 3])[:, None]
+    weight = torch.rand(N, 3)
+
+    def errors():
+        return model.dream_errors(net, net.act, z, a, a_mask, z_mask, context, steps, weight, 1, state_dim, first=3, seed=4)
+
+    got = errors()
+    if objective == 'direct':       # deterministic: no clip depends on another
+        for i in range(B):
+            row = i + 3
+            when = min(context + row % min(T - context, steps), int(z_mask[i].sum()) - 1)
+            past, goal = z[i:i + 1, :context].clone(), z[i:i + 1, when].clone()
+            if state_dim and row // 2 % 4 == 0:
+                past[:, :, -1, :state_dim] = torch.nan
+            if state_dim and row // 2 % 4 < 2:
+                goal[:, -1, :state_dim] = torch.nan
+            frames, acts, left, off = [*past.unbind(1)], [], when - context + 1, []
+            for h in range(steps):
+                acts.append(net.act(frames[-2], frames[-1], goal, torch.tensor([max(1, left - h)])))
+                actions = torch.cat((a[i:i + 1, :context], torch.stack(acts, 1)), 1)
+                known = F.pad(a_mask[i:i + 1, :context], (0, h + 1), value=True)
+                frames.append(model.rollout(net, past, actions, known, 1)[:, -1])
+                gap = (frames[-1] - goal).square() * weight
+                if h + 1 >= left:
+                    off.append(torch.where(gap.isnan(), 0.0, gap).mean())
+            assert torch.allclose(got[i], torch.stack(off).mean()), i
+    p = net.policy.out.weight
+    got[:8].sum().backward()
+    slope = p.grad[0, 1].item()
+    with torch.no_grad():
+        for side in 1, -1:
+            p[0, 1] += side * 1e-5
+            slope -= side * errors()[:8].sum().item() / 2e-5
+            p[0, 1] -= side * 1e-5
+    assert abs(slope) < 1e-6 and p.grad[0, 1].abs() > 1e-4
+
+
 def test_what_a_policy_looks_at(double):
     """Every token of the three frames at its place, the steps left, and the numbers of a state that are known."""
     net = acting(state_dim=2)

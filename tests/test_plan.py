@@ -936,7 +936,7 @@ def test_a_state_weighs_as_much_as_the_picture_for_random_frames(sensing):
     joined, halves = model.add_state(z, s), (slice(0, 2000), slice(2000, 4000))
     weight = plan.channel_weights(net)
     both, latents, unknown = (
-        plan.distance(joined[halves[0]], goal, plan.cost_weights(net, None, options(state_weight=w))).mean().item() for goal, w in (
+        plan.distance(joined[halves[0]], goal, plan.cost_weights(net, None, w)).mean().item() for goal, w in (
             (joined[halves[1]], 1.0), (joined[halves[1]], 0.0),
             (model.add_state(z[halves[1]], s[halves[1]] * torch.nan), 1.0)))
     alone = plan.distance(z[halves[0]], z[halves[1]], weight).mean().item()
@@ -948,7 +948,7 @@ def test_a_state_weighs_as_much_as_the_picture_for_random_frames(sensing):
     for k in range(2):
         one[:, -1, :2] = goal[:, -1, :2]
         one[:, -1, k] += 1.0
-        costs.append(plan.distance(one, goal, plan.cost_weights(net, None, options())).item())
+        costs.append(plan.distance(one, goal, plan.cost_weights(net)).item())
     assert costs[0] / costs[1] == pytest.approx(((std[0] ** 2 / change[0]) / (std[1] ** 2 / change[1])).item(), rel=1e-4)
 
 
@@ -957,7 +957,7 @@ def test_what_does_not_move_does_not_count(sensing):
     for name, value in (('std', 0.0), ('change', 0.0)):
         other = types.SimpleNamespace(config=net.config, stats={k: v.clone() for k, v in net.stats.items()})
         other.stats[f's_{name}'][0, 1] = value
-        weight = plan.cost_weights(other, None, options())
+        weight = plan.cost_weights(other)
         assert weight.isfinite().all() and weight[-1, 0] > 0 and not weight[-1, 1:].any()
 
 

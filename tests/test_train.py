@@ -91,7 +91,7 @@ def test_channels_are_the_leading_principal_components(demo, tmp_path, capsys):
 def test_resume_is_bitwise(demo, tmp_path, monkeypatch, cache, state):
     """Six steps at once, or three, the file, and three more: the same file, bit for bit, and the same log."""
     options = (*demo, *SMALL, '--max_steps=6', '--save_interval=3', '--log_interval=1', '--eval_interval=3',
-               '--bootstrap_start=0.2', f'--cache={cache}', '--workers=1', f'--state={state}', f'--policy={not cache or bool(state)}', f'--relabel={0.5 * (not cache or bool(state))}')
+               '--bootstrap_start=0.2', f'--cache={cache}', '--workers=1', f'--state={state}', f'--policy={not cache or bool(state)}', f'--dream={0.7 * bool(state)}', f'--relabel={0.5 * (not cache or bool(state))}')
     whole, half = tmp_path / 'whole', tmp_path / 'half'
     save = model.save
 
@@ -705,6 +705,46 @@ def test_a_world_model_learns_the_same_with_a_policy_beside_it(demo, tmp_path):
     script('train.py', *demo, *SMALL, '--max_steps=1', '--warmup=0', '--learning_rate=0', f'--init={tmp_path}/beside/ckpt.safetensors', f'--out_dir={tmp_path}/r')
     again = safetensors.torch.load_file(tmp_path / 'r/ckpt.safetensors')
     assert torch.allclose(again['policy.z_in.weight'], beside['ema.policy.z_in.weight'], atol=1e-3), 'it comes with the rest'
+
+
+def test_a_policy_learns_in_the_dream_of_a_world_model_at_rest(demo, tmp_path, capsys):
+    """From step 6 of 8 the world model stays, bit for bit, and its average; the policy changes, otherwise than from the
+    data alone, goes on bitwise, and the same in two processes."""
+    options = *demo, *SMALL, '--max_steps=8', '--dream=0.25', '--policy=True', '--objective=direct', '--eval_interval=99', '--log_interval=1', '--save_interval=6'
+    kept = {}
+    save = model.save
+
+    def keep(path, net, config, ema, stats, step, weights):
+        kept[step] = {k: v.clone() for k, v in (weights | {f'ema.{k}': v for k, v in ema.items()}).items()}
+        save(path, net, config, ema, stats, step, weights)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, 'save', keep)
+        script('train.py', *options, f'--out_dir={tmp_path}/dream')
+    before, after = kept[6], kept[8]
+    for k in before:
+        assert torch.equal(before[k], after[k]) == (not k.removeprefix('ema.').startswith('policy.')), k
+    steps, _ = entries(tmp_path / 'dream')
+    assert [('dream' in e, 'flow' in e) for e in steps] == [(False, True)] * 6 + [(True, False)] * 2
+    assert 0 < steps[-1]['dream'] < 3 and steps[-1]['policy'] > 0
+    assert steps[-1]['loss'] == pytest.approx(steps[-1]['dream'] + steps[-1]['policy'], rel=1e-4)
+    script('train.py', *options, '--support=0.5', '--dream_steps=0', f'--out_dir={tmp_path}/data')
+    last = entries(tmp_path / 'data')[0][-1]
+    assert 'dream' not in last and last['loss'] == pytest.approx(0.5 * last['policy'], rel=1e-4)
+    data_alone = safetensors.torch.load_file(tmp_path / 'data/ckpt.safetensors')
+    assert torch.equal(data_alone['z_in.weight'], after['z_in.weight'])
+    assert not torch.equal(data_alone['policy.out.weight'], after['policy.out.weight'])
+
+    # from a world model that is there already
+    begin = *demo, *SMALL, '--dream=1', '--policy=True', '--eval_interval=99', f'--init={tmp_path}/dream/ckpt.safetensors', '--learning_rate=0.001'
+    script('train.py', *begin, '--max_steps=4', f'--out_dir={tmp_path}/whole')
+    finish(*begin, '--max_steps=4', f'--out_dir={tmp_path}/ddp')
+    whole, ddp = (safetensors.torch.load_file(tmp_path / name / 'ckpt.safetensors') for name in ('whole', 'ddp'))
+    assert all(torch.allclose(whole[k], ddp[k], atol=2e-5) for k in whole)
+    assert torch.equal(whole['z_in.weight'], after['ema.z_in.weight']) and torch.equal(ddp['z_in.weight'], whole['z_in.weight'])
+    for wrong, words in ((['--policy=False'], '--dream=0.25: wants --policy=True'), (['--grow=0.9'], '--grow=0.9 to be over'),
+                         (['--frames=2'], '--dream=0.25: wants --frames, of clips, to be more than --eval_context=2'),
+                         (['--dream=2'], '--dream: wants 0 to 1'), (['--dream_steps=-1'], '--dream_steps: wants 0 or more')):
+        assert words in ends('train.py', *options, *wrong, f'--out_dir={tmp_path}/q')
 
 
 def test_clips_without_actions_get_the_policys(demo, tmp_path, monkeypatch):
