@@ -100,8 +100,9 @@ frame_width = 0         # 0 = square
 # recording
 record = ''             # demo, any gymnasium environment, or file.py:Name
 out = ''                # the new dataset's folder
-policy = 'random'       # random, noise (correlated in time), script, file.py:function or model: the
-                        # planner of --ckpt, towards goals as in the closed loop
+policy = 'random'       # random, noise (correlated in time), script or solve (a simulator's: free play,
+                        # tasks done), file.py:function; script:3,solve:1 is one per episode, by
+                        # weight; or model: the planner of --ckpt, towards the closed loop's goals
 explore = 0.3           # noise on its actions, in units of their std, with a memory of 10 steps
 steps = 300             # the longest episode; 0 = until the environment ends it
 fps = 0.0               # frames per second; 0 = the environment's own
@@ -994,15 +995,15 @@ def noise_policy(space):
     return noise
 
 
-def script_policy(sim):
-    """What the simulator's own script does, anew in every episode."""
+def script_policy(script):
+    """What a simulator's script or solve does, anew in every episode."""
     act = None
-    def script(observation, frame, step, rng):
+    def scripted(observation, frame, step, rng):
         nonlocal act
         if step == 0:
-            act = sim.script(rng)
+            act = script(rng)
         return act()
-    return script
+    return scripted
 
 
 def begin_question(o, planner, sim, sense, i, rng):
@@ -1037,12 +1038,31 @@ def find_policy(policy, sim):
         return lambda *_: sim.space.sample()
     if policy == 'noise' and hasattr(sim.space, 'low'):
         return noise_policy(sim.space)
-    if policy == 'script' and hasattr(sim, 'script'):
-        return script_policy(sim)
+    if policy in ('script', 'solve') and hasattr(sim, policy):
+        return script_policy(getattr(sim, policy))
     choose = from_file(policy)
     if choose is None:
         sys.exit(f'--policy={policy}: wants random, noise (not of discrete actions), file.py:name, '
-                 'script (of a simulator that has one) or model (with --ckpt)')
+                 'script or solve (of a simulator that has them) or model (with --ckpt)')
+    return choose
+
+
+def one_of(text, sim):
+    """The policy of 'name:weight,..', another in every episode."""
+    names = data.weighted(text)
+    policies = [find_policy(name, sim) for name, _ in names]
+    if len(names) == 1:
+        return policies[0]
+    weights = np.array([1.0 if weight is None else weight for _, weight in names])
+    if not weights.sum():
+        sys.exit(f'--policy={text}: wants a weight above 0')
+    act = None
+
+    def choose(observation, frame, step, rng):
+        nonlocal act
+        if step == 0:
+            act = policies[rng.choice(len(policies), p=weights / weights.sum())]
+        return act(observation, frame, step, rng)
     return choose
 
 
@@ -1077,7 +1097,7 @@ def record_dataset(o):
     fps = o.fps or sim.fps
     if not fps:
         sys.exit(f'--fps: {o.record} does not say its frames per second')
-    choose = None if planner else find_policy(o.policy, sim)
+    choose = None if planner else one_of(o.policy, sim)
     sim.space.seed(o.seed)
     sim.space.sample()          # which nobody does: a seed records what it has always recorded
     rng = np.random.default_rng(o.seed)

@@ -15,6 +15,11 @@ from data import ENVIRONMENT
 from plan import Gym, scaled
 
 
+def cross(a, b):
+    """Of vectors (.., 2) in the plane (..,)."""
+    return a[..., 0] * b[..., 1] - a[..., 1] * b[..., 0]
+
+
 class PushT(Gym):
     """A disc, the agent, pushes a T on a plane of 512 x 512 (gym_pusht/PushT-v0).
 
@@ -135,6 +140,89 @@ class PushT(Gym):
             if aims[0] is not None:
                 way = aims[0] - agent
                 move = way * min(1, 30 / max(np.linalg.norm(way), 1)) + drift
+            if self.key == 'action.relative':
+                return move
+            return np.clip(agent + move, 0, 512)
+        return act
+
+    def outline(self):
+        """Points (n, 2) on the T's sides, 12 apart, the normals (n, 2) that point into it, and its
+        centre of gravity (2,), in the picture."""
+        block = self.world.block
+        corners = np.array([(-60, 0), (60, 0), (60, 30), (15, 30), (15, 120), (-15, 120), (-15, 30),
+                            (-60, 30)])
+        points = []
+        normals = []
+        for begin, end in zip(corners, np.roll(corners, -1, axis=0)):
+            length = np.linalg.norm(end - begin)
+            along = (end - begin) / length
+            for way in np.arange(6, length, 12):
+                points.append(block.local_to_world(tuple(begin + way * along)))
+                normals.append(block.local_to_world((-along[1], along[0])) - block.position)
+        centre = np.array(block.local_to_world(block.center_of_gravity))
+        return np.array(points), np.array(normals), centre
+
+    def best_push(self, place, turn, rng):
+        """Which point of the outline to push, and how far, to bring the T's centre to a place (2,)
+        and turn it by so much, as well as one push can. On a side without friction a push moves and
+        turns it by its normal and its lever arm."""
+        points, normals, centre = self.outline()
+        block = self.world.block
+        arm = np.sqrt(block.moment / block.mass)        # how long a way counts as much as a turn
+        wanted = np.append(place - centre, arm * turn)
+        moves = np.column_stack((normals, cross(points - centre, normals) / arm))       # (n, 3)
+        length = np.linalg.norm(moves, axis=1)
+        gain = moves @ wanted / length
+        behind = points - 45 * normals
+        gain[((behind < 20) | (behind > 492)).any(axis=1)] = -np.inf        # there is a wall
+        gain += rng.normal(0, .05 * gain.max(), len(gain))
+        i = int(np.argmax(gain))
+        return i, np.clip(gain[i] / length[i], 5, 70)
+
+    def round(self, behind, centre):
+        """Where the agent goes next on its way to a point behind the T: round it, at a distance."""
+        agent = np.array(self.world.agent.position)
+        here, there = (np.arctan2(*(p - centre)[::-1]) for p in (agent, behind))
+        swing = (there - here + np.pi) % (2 * np.pi) - np.pi
+        if abs(swing) < .5:
+            return behind
+        angle = here + np.clip(swing, -.4, .4)
+        away = max(115, np.linalg.norm(behind - centre))
+        return (centre + away * np.array([np.cos(angle), np.sin(angle)])).clip(20, 492)
+
+    def solve(self, rng, place=None, angle=0):
+        """Pushes that succeed: brings the T's centre to a place, and it to an angle, push by push,
+        each where the lever arm turns it as it should, then to another. One episode is noisier than
+        the next."""
+        noise = rng.choice([0, 2, 6])       # px
+        point = None            # of the outline, which is pushed
+        end = None              # where it is pushed to
+        frames_left = 0         # for the present push
+        drift = np.zeros(2)
+
+        def act():
+            nonlocal place, angle, point, end, frames_left, drift
+            agent = np.array(self.world.agent.position)
+            points, normals, centre = self.outline()
+            turn = (angle - self.world.block.angle + np.pi) % (2 * np.pi) - np.pi
+            if place is None or abs(turn) < .1 and np.linalg.norm(place - centre) < 10:
+                place = (centre + rng.normal(0, 60, 2)).clip(110, 402)
+                turn = rng.uniform(-1, 1)
+                angle = self.world.block.angle + turn
+                point = None
+            frames_left -= 1
+            if point is None or frames_left <= 0 or normals[point] @ (end - points[point]) < 3:
+                point, far = self.best_push(place, turn, rng)
+                end = points[point] + far * normals[point]
+                frames_left = 25
+            gap = points[point] - agent
+            if normals[point] @ gap > 5 and abs(cross(normals[point], gap)) < 12:     # behind it
+                aim = agent + 40 * normals[point]
+            else:
+                aim = self.round(points[point] - 45 * normals[point], centre)
+            drift = .8 * drift + .6 * rng.normal(0, 1, 2) * noise
+            way = aim - agent
+            move = way * min(1, 30 / max(np.linalg.norm(way), 1)) + drift
             if self.key == 'action.relative':
                 return move
             return np.clip(agent + move, 0, 512)
@@ -364,6 +452,33 @@ class FetchPush(FetchReach):
 
     def pose(self):
         return np.hstack([self.data.site('robot0:grip').xpos, self.data.site('object0').xpos])
+
+    def solve(self, rng, place=None):
+        """Pushes that succeed: brings the cube to a place (2,) on the table, from behind it, then to
+        another. One episode is noisier than the next."""
+        noise = rng.choice([0, .2, .4])
+        drift = np.zeros(4)
+
+        def act():
+            nonlocal place, drift
+            pose = self.pose()
+            hand, cube = pose[:3], pose[3:]
+            if place is None or np.linalg.norm(place - cube[:2]) < .015:
+                place = np.clip(cube[:2] + rng.normal(0, .1, 2), (1.15, .55), (1.45, .95))
+            way = place - cube[:2]
+            push = way / np.linalg.norm(way)
+            off = cube[:2] - hand[:2]
+            lined_up = push @ off > .02 and abs(cross(push, off)) < .02
+            aim = np.append(cube[:2] - .07 * push, cube[2])
+            if lined_up and hand[2] < cube[2] + .03:
+                aim[:2] = place - .03 * push
+            elif np.linalg.norm(aim[:2] - hand[:2]) > .03:      # over it
+                aim[2] = cube[2] + .09
+                if hand[2] < cube[2] + .06:
+                    aim[:2] = hand[:2]
+            drift = .9 * drift + .44 * rng.normal(0, 1, 4) * noise
+            return np.append(np.clip(8 * (aim - hand) + drift[:3], -1, 1), 0)
+        return act
 
     def place(self, rng, pose):     # two in three times low and through the cube
         place = super().place(rng, pose)

@@ -195,6 +195,42 @@ def test_the_script_of_pusht_rests_now_and_then():
     assert np.mean(runs) > 5, 'for some frames, as at a goal'
 
 
+def test_pusht_is_solved_by_its_own_script():
+    """Most of the time within half of what counts as reached, whatever noise; and not by standing still."""
+    sim = robot(PUSHT, key='action.relative')
+    near = 0
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        sim.reset(seed)
+        block = sim.world.block
+        centre = np.array(block.local_to_world(block.center_of_gravity))
+        place, angle = (centre + rng.normal(0, 40, 2)).clip(120, 390), block.angle + rng.uniform(-.7, .7)
+        act = sim.solve(rng, place, angle)
+        best = np.inf
+        for _ in range(120):
+            sim.step(act())
+            centre = np.array(block.local_to_world(block.center_of_gravity))
+            best = min(best, max(np.linalg.norm(place - centre) / 20, abs(block.angle - angle) / (np.pi / 9)))
+        near += best < .6
+    assert near >= 6
+
+
+def test_the_cube_is_brought_to_its_place():
+    sim = robot(PUSH)
+    near = 0
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        sim.reset(seed)
+        place = (sim.pose()[3:5] + rng.normal(0, .08, 2)).clip((1.2, .6), (1.4, .9))
+        before = gap = np.linalg.norm(place - sim.pose()[3:5])
+        act = sim.solve(rng, place)
+        for _ in range(50):
+            sim.step(act())
+            gap = min(gap, np.linalg.norm(place - sim.pose()[3:5]))
+        near += gap < min(.03, .5 * before)
+    assert near >= 5
+
+
 def test_far_of_pusht_wraps_its_angle():
     far = plan.from_file(PUSHT).far
     goal = np.array([100.0, 100, 300, 300, 0.1])
@@ -466,6 +502,17 @@ def test_a_script_begins_anew_in_every_episode():
     sim = types.SimpleNamespace(space=None, script=lambda rng: itertools.count(rng).__next__)
     act = plan.find_policy('script', sim)
     assert [act(None, None, step, rng) for rng, step in ((0, 0), (0, 1), (7, 0), (7, 1))] == [0, 1, 7, 8]
+
+
+def test_policies_take_turns_by_weight(sums):
+    """One per episode, from the seed."""
+    (sums / 'two.py').write_text('def one(observation, frame, step, rng): return [.1, 0]\ndef two(observation, frame, step, rng): return [.2, 0]\n')
+    policy = f'{sums}/two.py:one:3,{sums}/two.py:two:1'
+    kinds = [a[:, 0] for a in rows(record(sums / 'd', policy=policy, episodes=60, steps=2))]
+    assert all(len({*kind}) == 1 for kind in kinds) and 33 <= sum(kind[0] < .15 for kind in kinds) <= 54
+    line = ends('plan.py', '--record=sumworld/Sum-v0', '--policy=random:0,noise:0', f'--out={sums}/e')
+    assert line == '--policy=random:0,noise:0: wants a weight above 0'
+    assert 'wants random, noise' in ends('plan.py', '--record=sumworld/Sum-v0', '--policy=noise,no', f'--out={sums}/e')
 
 
 @pytest.mark.parametrize('when, lengths', [('act', [10, 5]), ('add', [10, 3]), ('twice', [])])
