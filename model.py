@@ -1129,7 +1129,7 @@ def previous_frames(z):
 
 
 def shortcut_loss(model, z, a, a_mask, z_mask, options={}, rms=None, first=0, noise=None,
-                  count=None):
+                  count=None, clip_weight=1.0):
     """Loss and metrics of a batch of clips: z (B, T, N, D) clean normalised latents, a (B, T, A),
     a_mask and z_mask (B, T) bool (action known, frame real). Metrics are 0-d tensors on the device,
     so that nobody waits for them; nan where no frame counts. A new one is a line in them: train.py
@@ -1137,12 +1137,14 @@ def shortcut_loss(model, z, a, a_mask, z_mask, options={}, rms=None, first=0, no
 
     options: of OBJECTIVE, what differs. rms {'flow', 'bootstrap'}: running mean squares of the
     terms. first: number of the first clip, see which_rows. noise: of clip_noise. count {'flow',
-    'bootstrap'}: what sums over frames are divided by, None = the frames that count."""
+    'bootstrap'}: what sums over frames are divided by, None = the frames that count. clip_weight
+    (B, 1): what a frame of a clip counts."""
     o = SimpleNamespace(**(OBJECTIVE | options))
     assert vars(o).keys() == OBJECTIVE.keys(), f'not all are options: {options}'
     o.k_max = o.k_max or model.config['k_max']
     noise = noise or clip_noise(z)
     *rows, counted = which_rows(z_mask, o.objective, o.bootstrap, first)
+    counted = {name: mask * clip_weight for name, mask in counted.items()}
     count = count or {name: mask.sum() for name, mask in counted.items()}
     a_mask = a_mask & (noise.null >= o.p_null)
     if o.state_dim:

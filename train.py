@@ -97,6 +97,7 @@ policy = False                  # a head learns to act without a search (plan.py
 policy_steps = 50               # goals of its training lie up to so many model steps after a clip
 relabel = 0.0                   # share of the clips without actions that get the policy's, from a
                                 # frame to the next, in the second half of the run
+relabel_weight = 1.0            # of a frame of theirs in the loss
 dream = 0.0                     # share of the run, its last, in which the world model rests and the
                                 # policy learns inside it, beside the data
 dream_steps = 5                 # that are imagined for it; 0 = it learns from the data alone
@@ -304,6 +305,8 @@ clips, long_clips = (
     for T in (frames, long_frames))
 clips.count_faults({}, max_bad)
 batches = data.Lengths(clips, long_clips, long_share)
+if relabel:
+    clips.A = long_clips.A = clips.A + 1        # the last number marks guesses
 shape['action_dim'] = clips.A
 shape['state_dim'] = clips.S
 shape['policy'] = policy
@@ -327,7 +330,7 @@ if clips.S > shape['dim']:
 
 if resume:
     # datasets by their content: they may have moved
-    fixed = ('augment datasets camera action state action_mode rotation fps frameskip frames '
+    fixed = ('relabel augment datasets camera action state action_mode rotation fps frameskip frames '
              'long_frames long_share val_share labelled_share batch_size seed size cache store '
              'cache_gb')
     fixed = {*fixed.split(), *LATENTS, *shape}
@@ -436,6 +439,10 @@ model = WorldModel(shape).to(device)
 if saved:
     fresh = model.state_dict()
     weights = saved.state_dict()
+    if relabel and saved.config['action_dim'] == clips.A - 1:       # it knows no guesses
+        for name in {*weights} & {'a_in.weight', 'policy.out.weight', 'policy.out.bias'}:
+            more = [0, 1] if name == 'a_in.weight' else [0, 0] * (weights[name].dim() - 1) + [0, 1]
+            weights[name] = F.pad(weights[name], more)
     for name in fresh | weights:        # of actions or states of another width
         if name not in weights or name not in fresh or weights[name].shape != fresh[name].shape:
             how = 'begins anew' if name in fresh else 'is left out'
@@ -717,7 +724,7 @@ def clip_length(T):
 @torch.no_grad()
 def relabelled(z, a, a_mask, z_mask):
     """a and a_mask, where some clips without actions have what the policy would do to be at the
-    next frame."""
+    next frame, marked as a guess."""
     B, T = z_mask.shape
     rows = (number * world + rank) * B + torch.arange(B)
     share = torch.tensor([hash((seed, row)) % 1000 / 1000 for row in rows.tolist()])
@@ -728,6 +735,7 @@ def relabelled(z, a, a_mask, z_mask):
         guess = model.act(*(x.flatten(0, 1) for x in (before, z[:, :-1], z[:, 1:])), one)
     some = F.pad(some[:, None] & z_mask[:, 1:], (1, 0))         # (B, T)
     guess = F.pad(guess.view(B, T - 1, -1), (0, 0, 1, 0)).type_as(a)
+    guess[:, :, -1] = 1
     return torch.where(some[:, :, None], guess, a), a_mask | some
 
 
@@ -833,6 +841,8 @@ while step < max_steps and not stop:
         averages = [e for e, p in zip(ema_shards, params) if p in acting]
     if relabel and 2 * step >= max_steps:
         a, a_mask = relabelled(z, a, a_mask, z_mask)
+    guessed = (a_mask & ~known).any(dim=1, keepdim=True)        # (B, 1)
+    clip_weight = torch.where(guessed, relabel_weight, 1.0)
     options['bootstrap'] = bootstrap if step >= bootstrap_start * awake else 0.0
     forced = T      # imagined from here on
     if (1 - self_forcing) * awake <= step < awake:
@@ -842,6 +852,7 @@ while step < max_steps and not stop:
     # every term is a mean over the frames of all processes that count in it, however they are
     # spread
     _, n, counted = which_rows(z_mask, objective, options['bootstrap'], first)
+    counted = {name: mask * clip_weight for name, mask in counted.items()}
     counted['self_forcing'] = z_mask[:, forced:]
     counted['policy'] = known[:, 1:]
     if dreaming and dream_steps:
@@ -865,7 +876,7 @@ while step < max_steps and not stop:
             if not dreaming:
                 loss, terms = shortcut_loss(
                     parallel, z, a, a_mask, z_mask, options, rms=rms, first=first + i,
-                    noise=clip_noise(z, seeds), count=count)
+                    noise=clip_noise(z, seeds), count=count, clip_weight=clip_weight[i:i + few])
             elif dream_steps:
                 error = dream_errors(ema_model, model.act, z, a, known[i:i + few], z_mask,
                                      eval_context, dream_steps, goal_weight, 1, clips.S, first + i,

@@ -1225,6 +1225,26 @@ def test_errors_of_a_dream_are_those_of_the_definition(double, objective, state_
     assert abs(slope) < 1e-6 and p.grad[0, 1].abs() > 1e-4
 
 
+@pytest.mark.parametrize('objective', ['shortcut', 'direct'])
+def test_clips_count_by_their_weight(double, objective):
+    """As often as it says: the loss of clips is the weighted mean of what each has alone."""
+    net = world(objective=objective)
+    z, _, _, a, a_mask = inputs(4, 5)
+    z_mask = torch.arange(5) < torch.tensor([5, 5, 3, 4])[:, None]
+    noise = model.clip_noise(z, [1, 2, 3, 4])
+    weight = torch.tensor([[1.0], [0.0], [0.3], [2.0]])
+    options = dict(objective=objective, bootstrap=0.0)
+    whole, metrics = model.shortcut_loss(net, z, a, a_mask, z_mask, options, noise=noise, clip_weight=weight)
+    total = count = 0
+    for i in range(4):
+        row = slice(i, i + 1)
+        alone = type(noise)(**{k: v[row] for k, v in vars(noise).items()})
+        _, terms = model.shortcut_loss(net, z[row], a[row], a_mask[row], z_mask[row], options, noise=alone)
+        frames = weight[i] * (z_mask[i].sum() - int(objective == 'direct'))
+        total, count = total + frames * terms['flow'], count + frames
+    assert torch.allclose(metrics['flow'], total / count) and torch.allclose(whole.detach(), metrics['flow'])
+
+
 def test_what_a_policy_looks_at(double):
     """Every token of the three frames at its place, the steps left, and the numbers of a state that are known."""
     net = acting(state_dim=2)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import data
@@ -386,6 +387,7 @@ def test_signals_are_heard_in_a_long_step(demo, tmp_path):
     (tmp_path / 'long.py').write_text("""
 import runpy, sys
 import torch
+import torch.nn.functional as F
 torch.nn.utils.clip_grad_norm_ = lambda *_: print('in it', flush=True) or torch.linalg.svd(torch.rand(5000, 5000))
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name='__main__')
@@ -425,6 +427,7 @@ def test_a_run_goes_on_with_another_number_of_processes(demo, tmp_path, capsys):
 SPLIT = """
 import os, runpy, sys
 import torch
+import torch.nn.functional as F
 rank = int(os.environ.get('RANK', 0))
 clip = torch.nn.utils.clip_grad_norm_
 def dump(params, norm):
@@ -748,30 +751,42 @@ def test_a_policy_learns_in_the_dream_of_a_world_model_at_rest(demo, tmp_path, c
 
 
 def test_clips_without_actions_get_the_policys(demo, tmp_path, monkeypatch):
-    """In the second half, of a share of them, for every real frame; the policy itself learns from none of these."""
+    """In the second half, of a share of them, for every real frame, marked and with a weight of their own; the policy
+    itself learns from none of these."""
     seen = []
     loss = model.shortcut_loss
+    weights = []
     monkeypatch.setattr(model, 'shortcut_loss', lambda run, z, a, a_mask, z_mask, *rest, **more: (
-        seen.append((z, a, a_mask, z_mask)) or loss(run, z, a, a_mask, z_mask, *rest, **more)))
-    options = *demo, *SMALL, '--max_steps=4', '--labelled_share=0.5', '--batch_size=8', '--policy=True', '--eval_interval=9', '--frames=6'
+        seen.append((z, a, a_mask, z_mask)) or weights.append(more['clip_weight']) or loss(run, z, a, a_mask, z_mask, *rest, **more)))
+    options = *demo, *SMALL, '--max_steps=4', '--relabel_weight=0.25', '--labelled_share=0.5', '--batch_size=8', '--policy=True', '--eval_interval=9', '--frames=6'
     for share in '0.0', '0.5', '1.0':
         seen.append([])
         script('train.py', *options, f'--relabel={share}', f'--out_dir={tmp_path}/{share}')
     runs = [seen[1:5], seen[6:10], seen[11:15]]
     plain, half, whole = runs
+    plain = [(z, F.pad(a, (0, 1)), *masks) for z, a, *masks in plain]           # has no number more, which marks guesses
     for run, low, high in (half, 1, 7), (whole, 8, 8):
         named = 0
         for step, ((z, a, a_mask, z_mask), (_, b, b_mask, _)) in enumerate(zip(run, plain)):
             without = ~b_mask.any(dim=1)
             assert without.sum() == 4 and torch.equal(a[~without], b[~without]) and torch.equal(a_mask[~without], b_mask[~without])
             given = a_mask[without].any(dim=1)
+            assert torch.equal(a[:, :, -1] == 1, a_mask & ~b_mask) and torch.equal(a[:, :, -1] == 0, ~(a_mask & ~b_mask))
+            weight = weights[4 * (1 + (run is whole)) + step][:, 0]
+            assert torch.equal(weight == 0.25, (a_mask & ~b_mask).any(dim=1)) and {*weight.tolist()} <= {0.25, 1.0}
             named += int(given.sum())
             assert step >= 2 or not given.any()
             assert torch.equal(a_mask[without][given][:, 1:], z_mask[without][given][:, 1:]) and not a_mask[without][:, 0].any()
             assert not a[~a_mask].any() or torch.equal(a[~a_mask], b[~a_mask])
         assert low <= named <= high
-    a, b = (safetensors.torch.load_file(tmp_path / share / 'ckpt.safetensors') for share in ('0.0', '1.0'))
+    a, b, plain = (safetensors.torch.load_file(tmp_path / share / 'ckpt.safetensors') for share in ('0.5', '1.0', '0.0'))
     assert all(torch.equal(a[k], b[k]) == k.removeprefix('ema.').startswith('policy.') for k in a if k.endswith(('in.weight', 'out.weight')) and 's_' not in k)
+    begin = f'--init={tmp_path}/0.0/ckpt.safetensors', '--warmup=0', '--learning_rate=0', '--max_steps=1', '--save_interval=1'
+    script('train.py', *options[:-2], '--relabel=0.5', *begin, f'--out_dir={tmp_path}/marks')
+    c = safetensors.torch.load_file(tmp_path / 'marks/ckpt.safetensors')
+    assert torch.equal(c['a_in.weight'][:, :-1], plain['ema.a_in.weight']) and not c['a_in.weight'][:, -1].any()
+    assert torch.equal(c['policy.out.weight'][:-1], plain['ema.policy.out.weight']) and not c['policy.out.weight'][-1].any()
+    script('plan.py', f'--ckpt={tmp_path}/1.0/ckpt.safetensors', '--episodes=2', '--budget=2', '--method=policy', f'--out_dir={tmp_path}/plan')
     for options, words in ((['--relabel=0.5'], '--relabel=0.5: wants --policy=True'), (['--relabel=0.5', '--policy=True', '--unlabelled='], 'and --unlabelled'), (['--relabel=2', '--policy=True'], '--relabel: wants 0 to 1')):
         assert words in ends('train.py', *demo, *SMALL, *options, f'--out_dir={tmp_path}/q')
 
