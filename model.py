@@ -9,7 +9,8 @@ t-1 and frame t. tau = 0 is noise, tau = 1 is clean.
 
 Sources: Dreamer 4 (arXiv:2509.24527) for the transformer and shortcut forcing, shortcut models
 (arXiv:2410.12557), diffusion forcing (arXiv:2407.01392), DINOv2 (arXiv:2304.07193, with registers
-arXiv:2309.16588) and DINOv3 (arXiv:2508.10104) for the encoders.
+arXiv:2309.16588), DINOv3 (arXiv:2508.10104), V-JEPA 2 (arXiv:2506.09985) and SigLIP 2
+(arXiv:2502.14786) for the encoders.
 """
 import difflib
 import functools
@@ -44,6 +45,14 @@ def rotate(x, cos, sin):
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
+def rotate_neighbours(x, cos, sin):
+    """V-JEPA 2's RoPE: x (.., S, d), cos and sin (S, d); float32. x_2i and x_2i+1 are a pair, but
+    each of them has an angle of its own: no rotation, but what its weights were trained with."""
+    x = x.float()
+    turned = torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+    return torch.addcmul(x * cos, turned, sin)
+
+
 class SwiGLU(nn.Module):
     def __init__(self, width, hidden):
         super().__init__()
@@ -57,8 +66,8 @@ class SwiGLU(nn.Module):
 
 # --------------------------------------------------------------------------------------------------
 # Encoders. A frozen network makes N tokens of D numbers of each frame; the world model sees nothing
-# else. DINOv2 and DINOv3 are one ViT, which reads the weights of three publishers; Pixels needs no
-# weights.
+# else. DINOv2, DINOv3, V-JEPA 2 (of one frame) and SigLIP 2 are one ViT, which reads the weights of
+# three publishers; of DINO there is the class token alone as well (_cls). Pixels needs no weights.
 #
 # An encoder is an nn.Module with
 #   forward(x)          frames in [0, 1], (B, 3, H, W) of any size -> tokens (B, N, dim), float32
@@ -80,26 +89,47 @@ VITS = {        # width, depth, heads, hidden, gated
     'h16plus': (1280, 32, 20, 5120, True),
     '7b16': (4096, 40, 32, 8192, True),
     'g16': (1536, 40, 24, 4096, True),      # of DINOv2 alone, which has s, b and l as well
+    'vjepa2_h': (1280, 32, 16, 5120, False),
+    'vjepa2_g': (1408, 40, 22, 6144, False),
+    'so400m': (1152, 27, 16, 4304, False),  # of SigLIP 2
+    'giant-opt': (1536, 40, 16, 6144, False),
 }
-ENCODERS = {}   # name: hub repository, then ViT's arguments: VITS' and registers, patch, grid
+ENCODERS = {}   # name: hub repository, then ViT's arguments: VITS' and registers, patch, grid, family
 for _size, _word in dict(s='small', b='base', l='large', g='giant').items():
     _vit = VITS[f'{_size}16']
     ENCODERS |= {
         f'dinov2_vit{_size}14': (f'facebook/dinov2-{_word}', *_vit, 0, 14, 37),
         f'dinov2_vit{_size}14_reg': (
             f'facebook/dinov2-with-registers-{_word}', *_vit, 4, 14, 37)}
-for _size in [*VITS][:-1]:
+for _size in [*VITS][:6]:
     _repo = f'facebook/dinov3-vit{_size}-pretrain'
     ENCODERS[f'dinov3_vit{_size}'] = (f'{_repo}-lvd1689m', *VITS[_size], 4, 16, 0)
     if _size in ('l16', '7b16'):    # of satellite pictures, which are normalised in another way
         ENCODERS[f'dinov3_vit{_size}_sat'] = (f'{_repo}-sat493m', *VITS[_size], 4, 16, 0)
+ENCODERS |= {f'{name}_cls': entry for name, entry in ENCODERS.items()}
+for _size, _vit in dict(l16='l16', h16='vjepa2_h', g16='vjepa2_g', g16_384='vjepa2_g').items():
+    _side = 384 if _size == 'g16_384' else 256
+    ENCODERS[f'vjepa2_vit{_size}'] = (
+        f'facebook/vjepa2-vit{_size[0]}-fpc64-{_side}', *VITS[_vit], 0, 16, _side // 16, 'vjepa2')
+for _word, _vit, _kinds in (
+        ('base', 'b16', '16-224 16-256 16-384 16-512 32-256'),
+        ('large', 'l16', '16-256 16-384 16-512'),
+        ('so400m', 'so400m', '14-224 14-384 16-256 16-384 16-512'),
+        ('giant-opt', 'giant-opt', '16-256 16-384')):
+    for _kind in _kinds.split():
+        _patch, _side = map(int, _kind.split('-'))
+        ENCODERS[f'siglip2_{_word}{_patch}_{_side}'] = (
+            f'google/siglip2-{_word}-patch{_kind}', *VITS[_vit], 0, _patch, _side // _patch,
+            'siglip2')
 
 
 class ViTBlock(nn.Module):
-    """x + ls1 attn(norm1 x), then x + ls2 mlp(norm2 x): pre-norm with LayerScale."""
-    def __init__(self, width, heads, hidden, gated, eps):
+    """x + ls1 attn(norm1 x), then x + ls2 mlp(norm2 x): pre-norm, DINO's with LayerScale."""
+    def __init__(self, width, heads, hidden, gated, eps, family):
         super().__init__()
         self.heads = heads
+        self.rotate = rotate_neighbours if family == 'vjepa2' else rotate
+        self.gelu = 'tanh' if family == 'siglip2' else 'none'
         self.norm1 = nn.LayerNorm(width, eps)
         self.norm2 = nn.LayerNorm(width, eps)
         self.gated = gated
@@ -108,8 +138,8 @@ class ViTBlock(nn.Module):
             qkv=nn.Linear(width, 3 * width), proj=nn.Linear(width, width)))
         self.mlp = nn.ModuleDict(dict(
             fc1=nn.Linear(width, inner), fc2=nn.Linear(hidden, width)))
-        self.ls1 = nn.Parameter(torch.ones(width))
-        self.ls2 = nn.Parameter(torch.ones(width))
+        self.ls1 = nn.Parameter(torch.ones(width)) if family == 'dino' else 1.0
+        self.ls2 = nn.Parameter(torch.ones(width)) if family == 'dino' else 1.0
 
     def forward(self, x, rope):
         B, L, D = x.shape
@@ -117,7 +147,7 @@ class ViTBlock(nn.Module):
         qkv = qkv.permute(2, 0, 3, 1, 4)        # (3, B, heads, L, d)
         q, k, v = qkv
         if rope:
-            q, k = rotate(qkv[:2], *rope).type_as(v)
+            q, k = self.rotate(qkv[:2], *rope).type_as(v)
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, L, D)
         x = x + self.ls1 * self.attn.proj(y)
         y = self.mlp.fc1(self.norm2(x))
@@ -125,89 +155,115 @@ class ViTBlock(nn.Module):
             gate, up = y.chunk(2, dim=-1)
             y = F.silu(gate) * up
         else:
-            y = F.gelu(y)
+            y = F.gelu(y, approximate=self.gelu)
         return x + self.ls2 * self.mlp.fc2(y)
 
 
 class ViT(nn.Module):
-    """forward(x, layer): normalised images (B, 3, H, W) to patch tokens (B, N, width), rows first.
-    grid is the side of the learned position embedding (DINOv2), or 0 for rotary positions (DINOv3).
-    layer is the block whose tokens pass through the final norm; later ones are not run. Inside:
-    class token, registers, patches."""
-    def __init__(self, width, depth, heads, hidden, gated, registers, patch, grid):
+    """forward(x, layer, cls): normalised images (B, 3, H, W) to patch tokens (B, N, width), rows
+    first, or to the class token alone (B, 1, width). grid is the side of the square of patches that
+    it was trained on (DINOv2's and SigLIP 2's position embedding), or 0: any (DINOv3, rotary like
+    V-JEPA 2). layer is the block whose tokens pass through the final norm; later ones are not run.
+    Inside: class token and registers (DINO's), patches."""
+    def __init__(self, width, depth, heads, hidden, gated, registers, patch, grid, family='dino'):
         super().__init__()
         self.patch = patch
         self.grid = grid
+        self.family = family
+        self.head = width // heads
         eps = 1e-6 if grid else 1e-5
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        dino = family == 'dino'
+        learned = grid > 0 and family != 'vjepa2'
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if dino else None
         self.registers = nn.Parameter(torch.zeros(1, registers, width)) if registers else None
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid * grid, width)) if grid else None
+        self.pos_embed = (
+            nn.Parameter(torch.zeros(1, dino + grid * grid, width)) if learned else None)
         self.patch_embed = nn.Conv2d(3, width, patch, patch)
         self.blocks = nn.ModuleList(
-            ViTBlock(width, heads, hidden, gated, eps) for _ in range(depth))
+            ViTBlock(width, heads, hidden, gated, eps, family) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps)
         # on the CPU even where the parameters are on 'meta': few files hold them
-        n = width // heads // 4
-        periods = 100.0 ** (torch.arange(n, device='cpu', dtype=torch.float32) / n)
-        self.register_buffer('periods', None if grid else periods)
+        n, longest = (self.head // 4, 100.0) if dino else (self.head // 6, 10000.0)
+        periods = longest ** (torch.arange(n, device='cpu', dtype=torch.float32) / n)
+        self.register_buffer('periods', None if learned else periods)
 
     def positions(self, rows, columns):
-        """The learned positions (1, 1 + rows * columns, width), resized from the square they were
-        learned on."""
+        """The learned positions (1, [class token +] rows * columns, width), resized from the square
+        they were learned on."""
         if rows == columns == self.grid:
             return self.pos_embed
-        square = self.pos_embed[:, 1:].float().mT.unflatten(2, (self.grid, self.grid))
-        if self.registers is None:  # the first models scale so, and their features depend on it
+        rest, square = self.pos_embed.tensor_split([-self.grid ** 2], dim=1)
+        square = square.float().mT.unflatten(2, (self.grid, self.grid))
+        if self.family == 'dino' and self.registers is None:
+            # the first models scale so, and their features depend on it
             scale = [(n + 0.1) / self.grid for n in (rows, columns)]
             square = F.interpolate(square, scale_factor=scale, mode='bicubic')
-        else:
-            square = F.interpolate(square, (rows, columns), mode='bicubic', antialias=True)
-        return torch.cat((self.pos_embed[:, :1], square.flatten(2).mT), dim=1)
+        else:       # SigLIP 2 as Hugging Face does it
+            square = F.interpolate(square, (rows, columns), mode='bicubic',
+                                   antialias=self.family == 'dino')
+        return torch.cat((rest, square.flatten(2).mT), dim=1)
 
     def angles(self, rows, columns):
         """cos and sin (L, width / heads / 2): patch centres in [-1, 1], half of each head for y,
-        half for x; the class token and registers do not turn."""
-        device = self.periods.device
-        y, x = ((torch.arange(n, device=device) + 0.5) / n * 2 - 1 for n in (rows, columns))
+        half for x; the class token and registers do not turn. V-JEPA 2's (N, width / heads): whole
+        patches; time, which is 0 for one frame, y, x and a rest that does not turn."""
+        y, x = (torch.arange(n, device=self.periods.device) for n in (rows, columns))
+        if self.family == 'dino':
+            y, x = (y + 0.5) / rows * 2 - 1, (x + 0.5) / columns * 2 - 1
         yx = torch.cartesian_prod(y, x)[:, :, None]
-        angles = (2 * math.pi * yx / self.periods.float()).flatten(1)       # (N, width / heads / 2)
-        angles = F.pad(angles, (0, 0, 1 + self.registers.shape[1], 0))
+        if self.family == 'dino':
+            angles = (2 * math.pi * yx / self.periods.float()).flatten(1)   # (N, width / heads / 2)
+            angles = F.pad(angles, (0, 0, 1 + self.registers.shape[1], 0))
+        else:
+            n = len(self.periods)
+            angles = (yx / self.periods).repeat(1, 1, 2).flatten(1)         # (N, 4 n)
+            angles = F.pad(angles, (2 * n, self.head - 6 * n))
         return angles.cos(), angles.sin()
 
-    def forward(self, x, layer=-1):
+    def forward(self, x, layer=-1, cls=False):
         B, _, H, W = x.shape
         rows, columns = H // self.patch, W // self.patch
-        patches = self.patch_embed(x).flatten(2).mT
-        x = torch.cat((self.cls_token.expand(B, -1, -1), patches), dim=1)   # (B, 1 + N, width)
-        if self.grid:
+        x = self.patch_embed(x).flatten(2).mT                               # (B, N, width)
+        if self.cls_token is not None:
+            x = torch.cat((self.cls_token.expand(B, -1, -1), x), dim=1)     # (B, 1 + N, width)
+        if self.pos_embed is not None:
             x = x + self.positions(rows, columns).to(x.dtype)
         if self.registers is not None:      # after the positions: registers have none
             x = torch.cat((x[:, :1], self.registers.expand(B, -1, -1), x[:, 1:]), dim=1)
-        rope = None if self.grid else self.angles(rows, columns)
+        rope = None if self.periods is None else self.angles(rows, columns)
         for block in self.blocks[:layer % len(self.blocks) + 1]:
             x = block(x, rope)
-        return self.norm(x[:, -rows * columns:])
+        return self.norm(x[:, :1] if cls else x[:, -rows * columns:])
 
 
 # The same weights go by three sets of names; official() takes them all to ViT's.
 
 PREFIX = (      # what is left out of names
-    r'^((module|teacher|student|backbone|model|dinov2|dinov2_with_registers|embeddings|encoder|'
-    r'_orig_mod|_fsdp_wrapped_module)\.)+'
+    r'^((module|teacher|student|backbone|model|vision_model|dinov2|dinov2_with_registers|'
+    r'embeddings|encoder|_orig_mod|_fsdp_wrapped_module)\.)+'
     r'|\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.'
     r'|(?<=blocks\.)\d+\.(?=\d)')     # of blocks in chunks
-UNUSED = r'^(mask_token$|rope_embeddings\.|local_cls_norm\.|((dino|ibot)_)?head\.|projectors\.)'
+UNUSED = (
+    r'^(mask_token$|rope_embeddings\.|local_cls_norm\.|((dino|ibot)_)?head\.|projectors\.|'
+    r'predictor\.|text_model\.|logit_|attn_pool\.)')
 NAMES = {       # what is replaced, from the first line to the last
     # Hugging Face: files keep older names (query, output.dense, weights_in) than models in memory
     'position_embeddings': 'pos_embed',
     'patch_embeddings.projection': 'patch_embed',
     'patch_embeddings': 'patch_embed',
+    'position_embedding.weight': 'pos_embed',
+    'patch_embedding': 'patch_embed',
+    'post_layernorm': 'norm',
     'layernorm': 'norm',
+    'layer_norm': 'norm',
     'layer.': 'blocks.',
+    'layers.': 'blocks.',
     'layer_scale': 'ls',
     '.lambda1': '',
     '.attention.attention.': '.attn.',
     '.attention.': '.attn.',
+    '.self_attn.': '.attn.',
+    '.out_proj.': '.proj.',
     '.query.': '.q.',
     '.key.': '.k.',
     '.value.': '.v.',
@@ -251,6 +307,12 @@ def official(state):
     state = {key: value for key, value in state.items() if not re.match(UNUSED, key)}
     for old, new in NAMES.items():
         state = {key.replace(old, new): value for key, value in state.items()}
+    if state.get('patch_embed.weight', torch.empty(0)).dim() == 5:      # V-JEPA 2: of two frames,
+        # which are here the same
+        state['patch_embed.weight'] = state['patch_embed.weight'].float().sum(2)
+        state.pop('pos_embed', None)        # not used: its positions are rotary
+    if state.get('pos_embed', torch.empty(0)).dim() == 2:               # Hugging Face's SigLIP 2
+        state['pos_embed'] = state['pos_embed'][None]
     for key in [key for key in state if key.endswith('.bias_mask')]:        # Meta's DINOv3
         mask = state.pop(key).nan_to_num(0.0)       # 1 for q and v, 0 for k, or not yet a number
         bias = key.removesuffix('_mask')
@@ -294,7 +356,8 @@ def read_tensors(file):
 
 def inner_state(state, file):
     """The weights in what training scripts save: the teacher's, else of the only model."""
-    names = 'teacher student model state_dict model_state_dict model_ema state_dict_ema backbone'
+    names = ('teacher student model state_dict model_state_dict model_ema state_dict_ema backbone '
+             'encoder')
     inner = [name for name in names.split() if isinstance(state.get(name), dict)]
     if len(inner) > 1 and inner[0] != 'teacher':
         sys.exit(f'{file}: has {" and ".join(inner)}: save the one that is wanted alone')
@@ -368,25 +431,29 @@ class Encoder(nn.Module):
         self.pool = pool
         self.dim = vit.norm.weight.shape[0]
         self.patch = vit.patch
-        self.grid = (size // vit.patch // pool, width // vit.patch // pool)
+        self.cls = name.endswith('_cls')
+        self.grid = (1, 1) if self.cls else (size // vit.patch // pool, width // vit.patch // pool)
         digest = hashlib.sha256()       # of no buffers: not all files have the periods
         for p in vit.parameters():
             digest.update(p.detach().flatten().view(torch.uint8).numpy())
         self.hash = digest.hexdigest()[:16]
         moments = [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]    # ImageNet's
-        if name.endswith('_sat'):
+        if '_sat' in name:
             moments = [[0.430, 0.411, 0.296], [0.213, 0.156, 0.143]]
+        if vit.family == 'siglip2':
+            moments = [[0.5] * 3] * 2
         moments = torch.tensor(moments).view(2, 3, 1, 1)
         self.register_buffer('mean_std', moments, persistent=False)
 
     def forward(self, x):
         assert x.is_floating_point(), f'frames are float in [0, 1], got {x.dtype}'
         if x.shape[-2:] != (self.size, self.width):     # each family as it was trained
-            mode = 'bicubic' if self.vit.grid else 'bilinear'
+            dinov2 = self.vit.family == 'dino' and self.vit.grid
+            mode = 'bicubic' if dinov2 else 'bilinear'
             x = F.interpolate(x, (self.size, self.width), mode=mode, antialias=True)
             x = x.clamp(0, 1)       # cubics overshoot
         mean, std = self.mean_std
-        z = self.vit((x - mean) / std, self.layer).float()
+        z = self.vit((x - mean) / std, self.layer, self.cls).float()
         rows, columns = self.grid
         z = z.unflatten(1, (rows, self.pool, columns, self.pool))
         return z.mean((2, 4)).flatten(1, 2)
@@ -398,8 +465,8 @@ class Encoder(nn.Module):
 def load_encoder(name, path='', layer=-1, height=0, width=0, pool=1):
     """A frozen encoder. Weights come from the file path, else from the hub. layer is the block
     whose tokens it returns, through the final norm (-1 is the last). Frames are resized to height x
-    width pixels: 0 is 224 (pixels: 28) for the height and the height for the width. pool=2 averages
-    2x2 patches."""
+    width pixels: 0 is what it was trained with (DINO: 224, pixels: 28) for the height, and the
+    height for the width. pool=2 averages 2x2 patches."""
     if name == 'pixels':
         height, width = frame_size(name, height or 28, width, 7, pool)
         if layer != -1 or pool != 1:
@@ -413,7 +480,10 @@ def load_encoder(name, path='', layer=-1, height=0, width=0, pool=1):
     repo, *arguments = ENCODERS[name]
     with torch.device('meta'):      # the file's tensors become the parameters: not allocated twice
         vit = ViT(*arguments)
-    height, width = frame_size(name, height or 224, width, vit.patch, pool)
+    side = 224 if vit.family == 'dino' else vit.patch * vit.grid
+    height, width = frame_size(name, height or side, width, vit.patch, pool)
+    if pool != 1 and name.endswith('_cls'):
+        sys.exit(f'--pool={pool}: {name} has one token, it takes pool=1')
     if not -len(vit.blocks) <= layer < len(vit.blocks):
         sys.exit(f'--layer={layer}: {name} has blocks 0 to {len(vit.blocks) - 1} (-1 is the last)')
     load_vit(vit, name, path or download_weights(name, repo))
@@ -445,13 +515,19 @@ def load_vit(vit, name, path):
     tensors = read_tensors(path)
     # DINOv3 of satellite pictures has the same shapes: its files' names tell, or what only its
     # training used
-    source = 'sat493m' if name.endswith('_sat') else 'lvd1689m'
+    source = 'sat493m' if '_sat' in name else 'lvd1689m'
     said = re.findall('sat493m|lvd1689m', path)
-    if name == 'dinov3_vitl16' and 'local_cls_norm.weight' in tensors:
+    if name in ('dinov3_vitl16', 'dinov3_vitl16_cls') and 'local_cls_norm.weight' in tensors:
         said.append('sat493m')
+    if vit.family == 'vjepa2':      # V-JEPA 2 of larger pictures as well
+        source = '384' if name.endswith('_384') else '256'
+        said = re.findall('(?:vitg|fpc64)-(256|384)', path)
+    if vit.family == 'siglip2':     # and the first SigLIP, whose text has another vocabulary
+        words = len(tensors.get('text_model.embeddings.token_embedding.weight', range(256000)))
+        source, said = 'SigLIP 2', [] if words == 256000 else ['SigLIP']
     if said and said[-1] != source:
         sys.exit(f'{path}: weights of {said[-1]}, {name} has those of {source}: names of encoders '
-                 'with _sat at their end are of sat493m')
+                 'with _sat are of sat493m, with _384 of 384')
     missing = f'missing (there are {", ".join([*tensors][:3])}, ..)'
     state = official(tensors)
     tensors.clear()     # large ones are held once

@@ -4,8 +4,10 @@ Needs an environment of its own (the tests only need the file):
 
     pip install torch==2.13.0 transformers safetensors numpy pillow
     pip install torch==2.13.0 timm --no-deps                    # timm alone: its torchvision is not needed here
+    pip install einops
     git clone https://github.com/facebookresearch/dinov2
-    python tests/record_encoders.py --dinov2=dinov2
+    git clone https://github.com/facebookresearch/vjepa2
+    python tests/record_encoders.py --dinov2=dinov2 --vjepa2=vjepa2
 
 Weights are made up from the names of their keys (`made_up`), so the file holds key names and shapes but no weights.
 """
@@ -57,13 +59,15 @@ class NoTorchvision(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         pass
 
 
-def main(dinov2):
+def main(dinov2, vjepa2):
     import transformers
     from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel, DINOv3ViTConfig, DINOv3ViTModel
+    from transformers import SiglipConfig, SiglipModel, VJEPA2Config, VJEPA2Model
     sys.meta_path.insert(0, NoTorchvision())
     import timm
-    sys.path.insert(0, dinov2)
+    sys.path[:0] = dinov2, vjepa2
     from dinov2.models.vision_transformer import DinoVisionTransformer
+    from src.models.vision_transformer import VisionTransformer
 
     def meta2(width, depth, heads, registers, ffn='mlp'):
         model = DinoVisionTransformer(
@@ -78,7 +82,35 @@ def main(dinov2):
 
     def from_timm(name, **options):
         model = timm.create_model(name, pretrained=False, num_classes=0, dynamic_img_size=True, **options)
-        return model, lambda x: model.forward_features(x)[:, 5:], f'timm {timm.__version__}'
+        first = 5 if 'dino' in name else 0
+        return model, lambda x: model.forward_features(x)[:, first:], f'timm {timm.__version__}'
+
+    def class_token(model, _, made_with):
+        if made_with == 'facebookresearch/dinov2':
+            return model, lambda x: model.forward_features(x)['x_norm_clstoken'][:, None], made_with
+        return model, lambda x: model(x).last_hidden_state[:, :1], made_with
+
+    def vjepa2_hf(width, depth, heads, hidden):
+        model = VJEPA2Model(VJEPA2Config(
+            hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads, mlp_ratio=hidden / width,
+            pred_hidden_size=24, pred_num_attention_heads=2, pred_num_hidden_layers=1))
+        run = lambda x: model(x[:, None], skip_predictor=True).last_hidden_state    # it doubles the frame itself
+        return model, run, f'transformers {transformers.__version__}'
+
+    def vjepa2_meta(width, depth, heads, hidden):
+        norm = lambda width: torch.nn.LayerNorm(width, eps=1e-6)
+        model = VisionTransformer(
+            img_size=256, patch_size=16, num_frames=64, tubelet_size=2, embed_dim=width, depth=depth, num_heads=heads,
+            mlp_ratio=hidden / width, norm_layer=norm, use_sdpa=False, use_rope=True)
+        return model, lambda x: model(x[:, :, None].repeat(1, 1, 2, 1, 1)), 'facebookresearch/vjepa2'
+
+    def siglip2_hf(width, depth, heads, hidden, patch, side):
+        layers = dict(num_hidden_layers=depth, num_attention_heads=heads)
+        model = SiglipModel(SiglipConfig(
+            text_config=dict(hidden_size=24, intermediate_size=24, vocab_size=24, bos_token_id=1, eos_token_id=2, **layers),
+            vision_config=dict(hidden_size=width, intermediate_size=hidden, patch_size=patch, image_size=side, **layers)))
+        run = lambda x: model.vision_model(x, interpolate_pos_encoding=True).last_hidden_state
+        return model, run, f'transformers {transformers.__version__}'
 
     hf2 = lambda **options: hf(Dinov2WithRegistersModel, Dinov2WithRegistersConfig, image_size=518, patch_size=14,
                                **options)
@@ -103,13 +135,27 @@ def main(dinov2):
         'dinov3_s_timm': (from_timm('vit_small_patch16_dinov3', depth=3), (384, 3, 6, 1536, False, 4, 16, 0)),
         'dinov3_splus_timm': (from_timm('vit_small_plus_patch16_dinov3_qkvb', depth=3),
                               (384, 3, 6, 1536, True, 4, 16, 0)),
+        'dinov2_meta_cls': (class_token(*meta2(96, 2, 2, 0)), (96, 2, 2, 384, False, 0, 14, 37)),
+        'dinov2_reg_meta_cls': (class_token(*meta2(96, 2, 2, 4)), (96, 2, 2, 384, False, 4, 14, 37)),
+        'dinov3_hf_cls': (class_token(*hf3(hidden_size=96, num_hidden_layers=2, num_attention_heads=2,
+                                           intermediate_size=384)), (96, 2, 2, 384, False, 4, 16, 0)),
+        'vjepa2_l_hf': (vjepa2_hf(128, 2, 2, 512), (128, 2, 2, 512, False, 0, 16, 16, 'vjepa2')),
+        'vjepa2_h_hf': (vjepa2_hf(160, 2, 2, 640), (160, 2, 2, 640, False, 0, 16, 16, 'vjepa2')),
+        'vjepa2_l_meta': (vjepa2_meta(128, 2, 2, 512), (128, 2, 2, 512, False, 0, 16, 16, 'vjepa2')),
+        'vjepa2_h_meta': (vjepa2_meta(160, 2, 2, 640), (160, 2, 2, 640, False, 0, 16, 16, 'vjepa2')),
+        'siglip2_hf': (siglip2_hf(144, 2, 2, 210, 16, 224), (144, 2, 2, 210, False, 0, 16, 14, 'siglip2')),
+        'siglip2_timm': (from_timm('vit_so400m_patch16_siglip_256', depth=2, embed_dim=144, num_heads=2, mlp_ratio=1.5),
+                         (144, 2, 2, 216, False, 0, 16, 16, 'siglip2')),
     }
+    # Hugging Face's V-JEPA 2 takes rows and columns from its configuration; timm resizes positions in a way of its own
+    square = dict.fromkeys(('vjepa2_l_hf', 'vjepa2_h_hf', 'siglip2_timm'), [[256, 256]])
     tensors, about = {}, {}
     for case, ((model, run, made_with), arguments) in cases.items():
         shapes = {k: list(v.shape) for k, v in model.state_dict().items()}
         model.load_state_dict({k: made_up(case, k, v) for k, v in shapes.items()})
         patch = arguments[6]
         sizes = [[16 * patch, 16 * patch], [11 * patch, 16 * patch]] if patch == 14 else [[224, 224], [160, 224]]
+        sizes = square.get(case, sizes)
         for H, W in sizes:
             with torch.no_grad():
                 z = run_eval(model, run, made_up(case, f'{H}x{W}', (1, 3, H, W)))
@@ -140,6 +186,6 @@ def run_eval(model, run, x):
 
 
 if __name__ == '__main__':
-    if len(sys.argv) != 2 or not sys.argv[1].startswith('--dinov2='):
+    if len(sys.argv) != 3 or not sys.argv[1].startswith('--dinov2=') or not sys.argv[2].startswith('--vjepa2='):
         sys.exit(__doc__)
-    main(sys.argv[1].removeprefix('--dinov2='))
+    main(sys.argv[1].removeprefix('--dinov2='), sys.argv[2].removeprefix('--vjepa2='))
