@@ -87,14 +87,14 @@ VITS = {        # width, depth, heads, hidden, gated
     'b16': (768, 12, 12, 3072, False),
     'l16': (1024, 24, 16, 4096, False),
     'h16plus': (1280, 32, 20, 5120, True),
-    '7b16': (4096, 40, 32, 8192, True),
+    '7b16': (4096, 40, 32, 8192, True),     # so far DINOv3
     'g16': (1536, 40, 24, 4096, True),      # of DINOv2 alone, which has s, b and l as well
-    'vjepa2_h': (1280, 32, 16, 5120, False),
+    'vjepa2_h': (1280, 32, 16, 5120, False),        # V-JEPA 2, and l
     'vjepa2_g': (1408, 40, 22, 6144, False),
-    'so400m': (1152, 27, 16, 4304, False),  # of SigLIP 2
+    'so400m': (1152, 27, 16, 4304, False),          # SigLIP 2, and b and l
     'giant-opt': (1536, 40, 16, 6144, False),
 }
-ENCODERS = {}   # name: hub repository, then ViT's arguments: VITS' and registers, patch, grid, family
+ENCODERS = {}   # name: hub repository, ViT's arguments: VITS' and registers, patch, grid, family
 for _size, _word in dict(s='small', b='base', l='large', g='giant').items():
     _vit = VITS[f'{_size}16']
     ENCODERS |= {
@@ -176,8 +176,8 @@ class ViT(nn.Module):
         learned = grid > 0 and family != 'vjepa2'
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if dino else None
         self.registers = nn.Parameter(torch.zeros(1, registers, width)) if registers else None
-        self.pos_embed = (
-            nn.Parameter(torch.zeros(1, dino + grid * grid, width)) if learned else None)
+        places = grid * grid + 1 if dino else grid * grid
+        self.pos_embed = nn.Parameter(torch.zeros(1, places, width)) if learned else None
         self.patch_embed = nn.Conv2d(3, width, patch, patch)
         self.blocks = nn.ModuleList(
             ViTBlock(width, heads, hidden, gated, eps, family) for _ in range(depth))
@@ -208,16 +208,14 @@ class ViT(nn.Module):
         half for x; the class token and registers do not turn. V-JEPA 2's (N, width / heads): whole
         patches; time, which is 0 for one frame, y, x and a rest that does not turn."""
         y, x = (torch.arange(n, device=self.periods.device) for n in (rows, columns))
-        if self.family == 'dino':
-            y, x = (y + 0.5) / rows * 2 - 1, (x + 0.5) / columns * 2 - 1
-        yx = torch.cartesian_prod(y, x)[:, :, None]
-        if self.family == 'dino':
-            angles = (2 * math.pi * yx / self.periods.float()).flatten(1)   # (N, width / heads / 2)
-            angles = F.pad(angles, (0, 0, 1 + self.registers.shape[1], 0))
-        else:
+        if self.family == 'vjepa2':
             n = len(self.periods)
-            angles = (yx / self.periods).repeat(1, 1, 2).flatten(1)         # (N, 4 n)
-            angles = F.pad(angles, (2 * n, self.head - 6 * n))
+            angles = torch.cartesian_prod(y, x)[:, :, None] / self.periods
+            angles = F.pad(angles.repeat(1, 1, 2).flatten(1), (2 * n, self.head - 6 * n))
+        else:
+            yx = torch.cartesian_prod((y + 0.5) / rows * 2 - 1, (x + 0.5) / columns * 2 - 1)
+            angles = (2 * math.pi * yx[:, :, None] / self.periods.float()).flatten(1)
+            angles = F.pad(angles, (0, 0, 1 + self.registers.shape[1], 0))
         return angles.cos(), angles.sin()
 
     def forward(self, x, layer=-1, cls=False):
@@ -307,12 +305,13 @@ def official(state):
     state = {key: value for key, value in state.items() if not re.match(UNUSED, key)}
     for old, new in NAMES.items():
         state = {key.replace(old, new): value for key, value in state.items()}
-    if state.get('patch_embed.weight', torch.empty(0)).dim() == 5:      # V-JEPA 2: of two frames,
-        # which are here the same
-        state['patch_embed.weight'] = state['patch_embed.weight'].float().sum(2)
-        state.pop('pos_embed', None)        # not used: its positions are rotary
-    if state.get('pos_embed', torch.empty(0)).dim() == 2:               # Hugging Face's SigLIP 2
-        state['pos_embed'] = state['pos_embed'][None]
+    patch = state.get('patch_embed.weight')
+    if patch is not None and patch.dim() == 5:  # V-JEPA 2: of two frames, here the same one twice
+        state['patch_embed.weight'] = patch.float().sum(2)
+        state.pop('pos_embed', None)            # in Meta's files, not used: positions are rotary
+    places = state.get('pos_embed')
+    if places is not None and places.dim() == 2:        # Hugging Face's SigLIP 2
+        state['pos_embed'] = places[None]
     for key in [key for key in state if key.endswith('.bias_mask')]:        # Meta's DINOv3
         mask = state.pop(key).nan_to_num(0.0)       # 1 for q and v, 0 for k, or not yet a number
         bias = key.removesuffix('_mask')
@@ -480,10 +479,10 @@ def load_encoder(name, path='', layer=-1, height=0, width=0, pool=1):
     repo, *arguments = ENCODERS[name]
     with torch.device('meta'):      # the file's tensors become the parameters: not allocated twice
         vit = ViT(*arguments)
-    side = 224 if vit.family == 'dino' else vit.patch * vit.grid
-    height, width = frame_size(name, height or side, width, vit.patch, pool)
     if pool != 1 and name.endswith('_cls'):
         sys.exit(f'--pool={pool}: {name} has one token, it takes pool=1')
+    side = 224 if vit.family == 'dino' else vit.patch * vit.grid
+    height, width = frame_size(name, height or side, width, vit.patch, pool)
     if not -len(vit.blocks) <= layer < len(vit.blocks):
         sys.exit(f'--layer={layer}: {name} has blocks 0 to {len(vit.blocks) - 1} (-1 is the last)')
     load_vit(vit, name, path or download_weights(name, repo))
@@ -519,12 +518,12 @@ def load_vit(vit, name, path):
     said = re.findall('sat493m|lvd1689m', path)
     if name in ('dinov3_vitl16', 'dinov3_vitl16_cls') and 'local_cls_norm.weight' in tensors:
         said.append('sat493m')
-    if vit.family == 'vjepa2':      # V-JEPA 2 of larger pictures as well
+    if vit.family == 'vjepa2':      # so has V-JEPA 2 of larger pictures
         source = '384' if name.endswith('_384') else '256'
         said = re.findall('(?:vitg|fpc64)-(256|384)', path)
-    if vit.family == 'siglip2':     # and the first SigLIP, whose text has another vocabulary
-        words = len(tensors.get('text_model.embeddings.token_embedding.weight', range(256000)))
-        source, said = 'SigLIP 2', [] if words == 256000 else ['SigLIP']
+    words = tensors.get('text_model.embeddings.token_embedding.weight')
+    if vit.family == 'siglip2' and words is not None and len(words) != 256000:  # or the first one
+        source, said = 'SigLIP 2', ['the first SigLIP']
     if said and said[-1] != source:
         sys.exit(f'{path}: weights of {said[-1]}, {name} has those of {source}: names of encoders '
                  'with _sat are of sat493m, with _384 of 384')

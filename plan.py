@@ -463,6 +463,8 @@ class Planner:
         """How white a picture is where the tokens are (N,)."""
         white = data.read_image(path, self.frame_size).float().mean(dim=0)[None]       # (1, H, W)
         white = F.adaptive_avg_pool2d(white, self.encoder.grid).flatten()
+        if len(white) == 1:
+            sys.exit(f'--mask={path}: the one token of {self.encoder.name} has no places')
         if not white.any():
             sys.exit(f'--mask={path}: is black, wants white where the goal counts')
         return white.to(self.device)

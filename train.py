@@ -73,7 +73,8 @@ store = 'float16'               # or int8: half the size
 cache_gb = 50.0                 # files of hub datasets that are kept on disk
 workers = 2                     # processes that decode video
 # encoder
-encoder = 'pixels'              # or dinov2_vits14 .. dinov3_vit7b16
+encoder = 'pixels'              # or dinov2_vits14 .. dinov3_vit7b16 (_cls: the class token alone),
+                                # vjepa2_vitl16 .. vitg16_384, siglip2_base16_224 .. giant-opt16_384
 encoder_path = ''               # weights, .safetensors or .pth; '' = from the hub
 layer = -1                      # the block whose tokens are used, -1 = the last
 frame_height = 0                # pixels that the encoder sees, 0 = its own

@@ -37,6 +37,22 @@ config = data.override(globals(), sys.argv[1:])
 # a file, a text that is in it once, what takes its place, tests: a file and a part of their names
 MUTATIONS = [
 
+    # encoders
+    ('model.py', 'torch.stack((-x[..., 1::2], x[..., ::2])', 'torch.stack((-x[..., ::2], x[..., 1::2])',
+     'test_model.py library_that_made'),
+    ('model.py', 'angles.repeat(1, 1, 2)', 'angles.repeat_interleave(2, dim=2)',
+     'test_model.py library_that_made'),
+    ('model.py', "'tanh' if family == 'siglip2'", "'none' if family == 'siglip2'",
+     'test_model.py library_that_made'),
+    ('model.py', "antialias=self.family == 'dino')", 'antialias=True)',
+     'test_model.py library_that_made'),
+    ('model.py', 'patch.float().sum(2)', 'patch.sum(2)',
+     'test_model.py files_of_vjepa2'),
+    ('model.py', "self.cls = name.endswith('_cls')", 'self.cls = False',
+     'test_model.py class_token'),
+    ('model.py', "if vit.family == 'siglip2':\n            moments", "if False:\n            moments",
+     'test_model.py frames_are_resized'),
+
     # attention and the model
     ('model.py', 'x.roll(x.shape[-1] // 2, dims=-1)', 'x.roll(1, dims=-1)',
      'test_model.py rope_of_space'),

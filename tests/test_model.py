@@ -30,6 +30,7 @@ with safe_open(FIXTURE, 'pt') as f:
     CASES = json.loads(f.metadata()['cases'])
 GOLDEN = load_file(FIXTURE)
 TINY = (64, 3, 2, 96, False, 0, 14, 37)
+OTHERS = dict(vjepa2_tiny=(64, 3, 2, 96, False, 0, 16, 4, 'vjepa2'), siglip2_tiny=(64, 3, 2, 96, False, 0, 16, 4, 'siglip2'))
 
 
 def made_up_state(case):
@@ -82,8 +83,11 @@ def test_meta_names_and_masked_bias():
 
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
-    """Two small named models, and a file with weights for the first."""
-    monkeypatch.setitem(model.ENCODERS, 'tiny2', ('nobody/tiny2', *TINY))
+    """Small named models of each family, and a file with weights for the first."""
+    for name in ('tiny2', 'tiny2_cls'):
+        monkeypatch.setitem(model.ENCODERS, name, ('nobody/tiny2', *TINY))
+    for name, arguments in OTHERS.items():
+        monkeypatch.setitem(model.ENCODERS, name, (f'nobody/{name}', *arguments))
     monkeypatch.setitem(model.ENCODERS, 'tiny3', ('nobody/tiny3', 64, 3, 2, 96, True, 4, 16, 0))
     torch.manual_seed(0)
     state = model.ViT(*TINY).state_dict()
@@ -149,17 +153,101 @@ def test_pool_averages_squares_of_patches(tiny):
     torch.testing.assert_close(coarse(x), want)
 
 
-@pytest.mark.parametrize('name, mode', [('tiny2', 'bicubic'), ('tiny3', 'bilinear')])
+@pytest.mark.parametrize('name, mode', [('tiny2', 'bicubic'), ('tiny3', 'bilinear'), ('vjepa2_tiny', 'bilinear'),
+                                        ('siglip2_tiny', 'bilinear')])
 def test_frames_are_resized_as_the_family_was_trained_and_normalised(tiny, tmp_path, name, mode):
     state = model.ViT(*model.ENCODERS[name][1:]).state_dict()
     save_file(state, tmp_path / 'x.safetensors')
-    H, W = 4 * model.ENCODERS[name][-2], 6 * model.ENCODERS[name][-2]
+    H, W = 4 * model.ENCODERS[name][7], 6 * model.ENCODERS[name][7]
     encoder = model.load_encoder(name, str(tmp_path / 'x.safetensors'), height=H, width=W)
     x = torch.rand(1, 3, 100, 120).round()
     small = F.interpolate(x, (H, W), mode=mode, antialias=True).clamp(0, 1)
     assert torch.equal(encoder(x), encoder(small))
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ([.485, .456, .406], [.229, .224, .225]))
+    moments = ([.5] * 3, [.5] * 3) if name == 'siglip2_tiny' else ([.485, .456, .406], [.229, .224, .225])
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in moments)
     torch.testing.assert_close(encoder(x), encoder.vit((small - mean) / std))
+
+
+# values of the published models, counted in Meta's (whose patches have two frames) and Hugging Face's classes; pixels
+@pytest.mark.parametrize('name, repo, values, side', [
+    ('vjepa2_vitl16', 'facebook/vjepa2-vitl-fpc64-256', 303_885_312 - 1024 * 768, 256),
+    ('vjepa2_vith16', 'facebook/vjepa2-vith-fpc64-256', 631_648_000 - 1280 * 768, 256),
+    ('vjepa2_vitg16', 'facebook/vjepa2-vitg-fpc64-256', 1_012_173_952 - 1408 * 768, 256),
+    ('vjepa2_vitg16_384', 'facebook/vjepa2-vitg-fpc64-384', 1_012_173_952 - 1408 * 768, 384),
+    ('siglip2_base16_224', 'google/siglip2-base-patch16-224', 85_797_120, 224),
+    ('siglip2_base32_256', 'google/siglip2-base-patch32-256', 87_465_216, 256),
+    ('siglip2_large16_512', 'google/siglip2-large-patch16-512', 304_147_456, 512),
+    ('siglip2_so400m14_384', 'google/siglip2-so400m-patch14-384', 412_987_248, 378),     # whole patches
+    ('siglip2_giant-opt16_384', 'google/siglip2-giant-opt-patch16-384', 1_135_329_792, 384),
+    ('dinov2_vitg14_reg_cls', 'facebook/dinov2-with-registers-giant', 1_136_480_768 - 1536 + 4 * 1536, 224),
+    ('dinov3_vitl16_sat_cls', 'facebook/dinov3-vitl16-pretrain-sat493m', 303_129_600 - 1024 + 24 * 1024, 224)])
+def test_sizes_of_what_is_published(name, repo, values, side, monkeypatch):
+    monkeypatch.setattr(model, 'load_vit', lambda vit, name, path: None)
+    monkeypatch.setattr(model, 'Encoder', lambda name, vit, layer, *size: setattr(vit, 'asked', size) or vit)
+    monkeypatch.setattr(model, 'download_weights', lambda name, repo: sources.append(repo))
+    sources = []
+    vit = model.load_encoder(name)
+    assert sources == [repo] and vit.asked == (side, side, 1)
+    assert sum(p.numel() for p in vit.parameters()) == values
+
+
+def test_class_token_alone(tiny):
+    file, _ = tiny
+    x = torch.rand(2, 3, 56, 84)
+    for layer in (-1, 1):
+        encoder = model.load_encoder('tiny2_cls', file, layer=layer, height=56, width=84)
+        every = model.load_encoder('tiny2', file, layer=layer, height=56, width=84)
+        assert (encoder.grid, encoder.dim, encoder.size, encoder.width) == ((1, 1), 64, 56, 84)
+        ran = []
+        every.vit.blocks[layer].register_forward_hook(lambda module, args, out: ran.append(out))
+        every(x)
+        torch.testing.assert_close(encoder(x), every.vit.norm(ran[0][:, :1]))
+        assert encoder(x).shape == (2, 1, 64) and encoder.hash == every.hash
+    assert ends('tiny2_cls', file, height=56, pool=2) == '--pool=2: tiny2_cls has one token, it takes pool=1'
+    assert set(model.ENCODERS) >= {f'{name}_cls' for name in model.ENCODERS if re.match('dinov', name)
+                                   and not name.endswith('_cls')}
+    assert not [name for name in model.ENCODERS if re.match('(vjepa|siglip).*_cls', name)]
+
+
+def test_files_of_vjepa2(monkeypatch, tmp_path):
+    """Meta's of a whole training, and Hugging Face's, in half precision: the frames of a patch are added as float32."""
+    monkeypatch.setitem(model.ENCODERS, 'vjepa2_tiny', ('nobody/x', *CASES['vjepa2_l_hf']['arguments']))
+    hf = {k: v.half() for k, v in made_up_state('vjepa2_l_hf').items()}
+    save_file(hf, tmp_path / 'hf.safetensors')
+    meta = model.official(hf)
+    meta |= {'patch_embed.weight': hf['encoder.embeddings.patch_embeddings.proj.weight'], 'pos_embed': torch.zeros(1, 9, 128)}
+    meta = {'module.backbone.' + k.replace('patch_embed.', 'patch_embed.proj.'): v for k, v in meta.items()}
+    torch.save({'encoder': meta, 'predictor': {'module.backbone.predictor_norm.bias': torch.zeros(3)}, 'epoch': 3,
+                'target_encoder': {k: v + 1 for k, v in meta.items()}}, tmp_path / 'vitl.pt')
+    x = torch.rand(1, 3, 64, 96)
+    one, other = (model.load_encoder('vjepa2_tiny', str(tmp_path / name), height=64, width=96)
+                  for name in ('hf.safetensors', 'vitl.pt'))
+    assert one.hash == other.hash and torch.equal(one(x), other(x)) and one.grid == (4, 6)
+    two = hf['encoder.embeddings.patch_embeddings.proj.weight'].float()
+    torch.testing.assert_close(one.vit.patch_embed.weight, two[:, :, 0] + two[:, :, 1])
+    monkeypatch.setitem(model.ENCODERS, 'vjepa2_tiny_384', model.ENCODERS['vjepa2_tiny'])
+    for name, repo, source, of in (('vjepa2_tiny', 'vitg-384', '384', '256'),
+                                   ('vjepa2_tiny_384', 'models--facebook--vjepa2-vitg-fpc64-256', '256', '384')):
+        file = str(tmp_path / f'{repo}.safetensors')
+        save_file(hf, file)
+        assert f'{file}: weights of {source}, {name} has those of {of}: ' in ends(name, file)
+        assert model.load_encoder(name.replace('_384', '') + '_384' * (source == '384'), file).size == 256
+
+
+def test_files_of_siglip2(tiny, monkeypatch, tmp_path):
+    """Hugging Face's, with a text model or without; the first SigLIP has the same shapes and fewer words."""
+    monkeypatch.setitem(model.ENCODERS, 'siglip2_tiny', ('nobody/x', *CASES['siglip2_hf']['arguments']))
+    state, words = made_up_state('siglip2_hf'), 'text_model.embeddings.token_embedding.weight'
+    save_file(state | {words: torch.zeros(256000, 1)}, tmp_path / 'both.safetensors')
+    alone = {k.removeprefix('vision_model.'): v for k, v in state.items() if k.startswith('vision_model.')}
+    save_file(alone, tmp_path / 'alone.safetensors')
+    both, alone = (model.load_encoder('siglip2_tiny', str(tmp_path / f'{name}.safetensors')) for name in ('both', 'alone'))
+    x = torch.rand(1, 3, 224, 224)
+    assert both.grid == (14, 14) and both.size == 224 and both.hash == alone.hash and torch.equal(both(x), alone(x))
+    file = str(tmp_path / 'first.safetensors')
+    save_file(state | {words: torch.zeros(32000, 1)}, file)
+    assert f'{file}: weights of the first SigLIP, siglip2_tiny has those of SigLIP 2' in ends('siglip2_tiny', file)
+    assert ends('siglip2_tiny', tiny[0]) == f'{tiny[0]}: pos_embed is (1, 1370, 64), siglip2_tiny wants (1, 196, 144)'
 
 
 def test_stored_periods_are_used(tiny, tmp_path):
@@ -260,6 +348,10 @@ def test_each_mistake_is_one_line(tiny, tmp_path):
     torch.save({'model': state, 'model_ema': state}, tmp_path / 'two.pth')
     assert 'two.pth: has model and model_ema: save the one' in ends('tiny2', str(tmp_path / 'two.pth'))
     assert ends('tiny3', file).startswith(f'{file}: ')
+    square = put('square.safetensors', {**state, 'patch_embed.weight': torch.zeros(64, 3, 16, 16)})
+    assert ends('vjepa2_tiny', square) == f'{square}: blocks.0.ls1 is (64,), vjepa2_tiny wants no such weight'
+    frames = put('frames.safetensors', {'patch_embed.weight': torch.zeros(64, 3, 2, 16, 16)})
+    assert ends('tiny2', frames) == f'{frames}: cls_token is missing (there are patch_embed.weight, ..), tiny2 wants (1, 1, 64)'
     assert ends('dinov2_vits14', file) == f'{file}: cls_token is (1, 1, 64), dinov2_vits14 wants (1, 1, 384)'
 
 
@@ -1491,6 +1583,9 @@ def test_another_encoder_than_that_of_training_is_refused(tiny, tmp_path):
     save_file(state | {'norm.bias': state['norm.bias'] + 1e-3}, other)
     config = model.CONFIG_DEFAULTS | dict(encoder='tiny2', encoder_path=file, frame_height=28)
     hash = model.restore_encoder(config, {}).hash
+    assert model.restore_encoder(config | dict(encoder='tiny2_cls', encoder_hash=hash), {}, grid=[1, 1]).grid == (1, 1)
+    with pytest.raises(SystemExit, match='its model has .2, 2. tokens in a frame, its encoder .1, 1.'):
+        model.restore_encoder(config | dict(encoder='tiny2_cls'), {}, grid=[2, 2])
     assert re.fullmatch('[0-9a-f]{16}', hash)
     config['encoder_hash'] = hash
     assert model.restore_encoder(config, {}).hash == hash == model.restore_encoder(config, {}, grid=[2, 2]).hash

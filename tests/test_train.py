@@ -930,6 +930,35 @@ def random_weights(name, path):
     return path
 
 
+@pytest.mark.parametrize('name, arguments', [
+    ('dinov2_tiny_cls', (64, 2, 2, 96, False, 4, 14, 37)), ('vjepa2_tiny', (64, 2, 2, 96, False, 0, 16, 2, 'vjepa2'))])
+def test_other_encoders(tmp_path, demo, monkeypatch, capsys, name, arguments):
+    """Trained on and gone on with; a frame of one token is decoded and planned with as well."""
+    for known in ('dinov2_tiny', name):
+        monkeypatch.setitem(model.ENCODERS, known, ('nobody/tiny', *arguments))
+    weights, cls = random_weights(name, tmp_path / 'weights.safetensors'), name.endswith('_cls')
+    options = (*demo, *SMALL, f'--encoder={name}', f'--encoder_path={weights}', f'--out_dir={tmp_path}/o',
+               f'--frame_height={2 * arguments[6]}', f'--cache_dir={tmp_path}/latents')
+    if cls:     # latents on disk of the same weights, but of patches
+        script('train.py', *options, '--encoder=dinov2_tiny', '--max_steps=1')
+        assert '--pool=2: dinov2_tiny_cls has one token' in ends('train.py', *options, '--pool=2')
+    script('train.py', *options, f'--out_dir={tmp_path}/p', '--max_steps=2')
+    script('train.py', *options, f'--out_dir={tmp_path}/p', '--max_steps=3', '--resume=True')
+    net, config = model.load(tmp_path / 'p' / 'ckpt.safetensors')
+    encoder = model.restore_encoder(config, net.stats, grid=net.config['grid'])
+    assert net.step == 3 and net.config['grid'] == ([1, 1] if cls else [2, 2]) and encoder.hash == config['encoder_hash']
+    ckpt = f'--ckpt={tmp_path}/p/ckpt.safetensors'
+    if cls:
+        script('decode.py', ckpt, '--rows=1', '--steps=2', '--train=True', '--train_steps=2', '--train_frames=8',
+               '--channels=16', '--batch_size=4')
+        assert 'PSNR through the decoder' in capsys.readouterr().out
+        data.write_image(tmp_path / 'x.png', torch.randint(255, (3, 64, 64), dtype=torch.uint8))
+        pictures = f'--start={tmp_path}/x.png', f'--goal={tmp_path}/x.png', '--samples=4', '--elites=2', '--iterations=1'
+        script('plan.py', ckpt, *pictures, '--horizon=1', f'--out_dir={tmp_path}/plan')
+        assert np.isfinite(np.load(tmp_path / 'plan' / 'plan.npy')).all()
+        assert 'the one token of dinov2_tiny_cls has no places' in ends('plan.py', ckpt, *pictures, f'--mask={tmp_path}/x.png')
+
+
 @pytest.mark.parametrize('preset, encoder', [('robot', 'dinov2_vits14'), ('thesis', 'dinov3_vitb16')])
 def test_presets(tmp_path, demo, preset, encoder):
     """Off the shelf but for size: the preset first, what the command line says after it."""
