@@ -173,9 +173,9 @@ class PushT(Gym):
         moves = np.column_stack((normals, cross(points - centre, normals) / arm))       # (n, 3)
         length = np.linalg.norm(moves, axis=1)
         gain = moves @ wanted / length
+        gain += rng.normal(0, .05 * np.abs(gain).max(), len(gain))
         behind = points - 45 * normals
-        gain[((behind < 20) | (behind > 492)).any(axis=1)] = -np.inf        # there is a wall
-        gain += rng.normal(0, .05 * gain.max(), len(gain))
+        gain[((behind < 20) | (behind > 492)).any(axis=1)] -= 1000          # there is a wall
         i = int(np.argmax(gain))
         return i, np.clip(gain[i] / length[i], 5, 70)
 

@@ -215,6 +215,19 @@ def test_pusht_is_solved_by_its_own_script():
     assert near >= 6
 
 
+@pytest.mark.parametrize('place', [(10, 10, 0), (480, 500, 2), (250, 505, 0)])
+def test_a_way_out_of_every_corner_of_pusht(place):
+    sim = robot(PUSHT, key='action.relative')
+    state = sim.state()
+    state[6:8], state[10] = place[:2], place[2]
+    sim.restore(state)
+    act = sim.solve(np.random.default_rng(0), np.array([256, 256]), 0)
+    for _ in range(60):
+        move = act()
+        assert np.isfinite(move).all()
+        sim.step(move)
+
+
 def test_the_cube_is_brought_to_its_place():
     sim = robot(PUSH)
     near = 0
