@@ -1,7 +1,10 @@
+import contextlib
+import multiprocessing
 import os
 import runpy
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -56,9 +59,31 @@ def write_lerobot(root, episodes, fps, *args, **options):
             writer.end_episode(e['task'])
 
 
-# a model that trains in a second
-SMALL = ('--width=32', '--layers=2', '--heads=2', '--kv_heads=1', '--batch_size=4',
-         '--eval_clips=4', '--warmup=2', '--K=2', '--dtype=float32', '--device=cpu')
+def own(folder, names, ready):
+    for name in names:
+        data.own(folder, name)
+    ready.set()
+    time.sleep(60)
+
+
+@contextlib.contextmanager
+def owner(folder, *names):
+    """Another process that owns a folder, until it is killed."""
+    forks = multiprocessing.get_context('fork')
+    ready = forks.Event()
+    child = forks.Process(target=own, args=(folder, names or ['.lock'], ready))
+    child.start()
+    try:
+        assert ready.wait(60)
+        yield child
+    finally:
+        child.kill()
+        child.join()
+
+
+# a model that trains in a second; to fork workers takes longer than the little that they do
+SMALL = ('--width=32', '--layers=2', '--heads=2', '--kv_heads=1', '--batch_size=4', '--eval_clips=4',
+         '--warmup=2', '--K=2', '--dtype=float32', '--device=cpu', '--workers=0')
 
 
 @pytest.fixture(scope='session')
@@ -74,5 +99,5 @@ def demo(tmp_path_factory):
 def trained(demo, tmp_path_factory):
     """The folder of a checkpoint that has seen a few steps."""
     out = tmp_path_factory.mktemp('trained') / 'out'
-    script('train.py', *demo, *SMALL, '--max_steps=20', f'--out_dir={out}')
+    script('train.py', *demo, *SMALL, '--workers=2', '--max_steps=20', f'--out_dir={out}')
     return out

@@ -7,7 +7,6 @@ import math
 import os
 import re
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -22,7 +21,7 @@ import torch._dynamo.testing
 import data
 import model
 import plan
-from conftest import ROOT, SMALL, ends, script
+from conftest import ROOT, SMALL, ends, owner, script
 
 PLANNERS = 'cem', 'icem', 'mppi', 'adam'
 
@@ -1015,15 +1014,17 @@ def test_a_robot_that_is_there_rests(sensing, planned):
     assert not q.there(1, [[[0.5, np.nan]]], [[0.5, np.nan]])[0].any(), 'nobody knows all of where it is'
 
 
-def test_a_robot_without_sensors_rests_where_its_probe_reads_the_goal(demo, tmp_path):
-    script('train.py', *demo, *SMALL, '--probe=observation.state,observation.environment_state.disc_x', '--max_steps=20', f'--out_dir={tmp_path}/o')
-    net, trained = model.load(f'{tmp_path}/o/ckpt.safetensors')
-    probe, names = model.restore_probe(net.stats), trained['probe_names'].split(',')
-    assert len(names) == 3
+def test_a_robot_without_sensors_rests_where_its_probe_reads_the_goal(trained, tmp_path):
+    net, config = model.load(f'{trained}/ckpt.safetensors')
+    names = ['observation.environment_state.disc_x', 'observation.state.x', 'observation.state.y']
+    torch.manual_seed(0)
+    probe = model.Probe(16, net.config['dim'], torch.full((3,), 0.5), torch.full((3,), 0.2), torch.zeros(3))
+    stats = net.stats | {f'probe.{name}': v for name, v in probe.state_dict().items()}
+    model.save(f'{tmp_path}/ckpt.safetensors', net, config | dict(probe_names=','.join(names)), {}, stats)
     x, goals = film(2, 3), film(2, 1, seed=1)[:, 0]
 
     def planner(hold):
-        return plan.Planner(f'{tmp_path}/o/ckpt.safetensors', plan.config | SMALL_SEARCH | dict(hold=hold, rest='zero'), tell=False)
+        return plan.Planner(f'{tmp_path}/ckpt.safetensors', plan.config | SMALL_SEARCH | dict(hold=hold, rest='zero'), tell=False)
     p = planner(1.0)
     now, then = (probe.read(p.latents(frames))[:, [names.index(f'observation.state.{c}') for c in 'xy']] for frames in (x[:, -1], goals))
     nearer, farther = sorted((now - then).square().sum(dim=1).sqrt().tolist())
@@ -1292,13 +1293,10 @@ def test_each_mistake_is_one_line(trained, tmp_path, given, words):
 def test_a_folder_in_which_another_process_writes(trained, tmp_path):
     now, goal = pictures(tmp_path)
     given = f'--ckpt={trained}/ckpt.safetensors', f'--out_dir={tmp_path}/o'
-    own = f'import data; [data.own({str(tmp_path / "o")!r}, f".{{name}}.lock") for name in ("plan", "decode")]; print(flush=True); input()'
-    with subprocess.Popen([sys.executable, '-c', own], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
-        other.stdout.readline()
+    with owner(tmp_path / 'o', '.plan.lock', '.decode.lock') as other:
         for name, *options in (('plan.py', *QUICK), ('plan.py', f'--start={now}', f'--goal={goal}', *QUICK), ('decode.py',)):
             assert f'{tmp_path}/o: process {other.pid} ' in ends(name, *given, *options)
         assert sorted(os.listdir(tmp_path / 'o')) == ['.decode.lock', '.plan.lock']
-        other.kill()
     (tmp_path / 'file').touch()
     assert f'{tmp_path}/file: ' in ends('plan.py', given[0], f'--out_dir={tmp_path}/file', *QUICK)
 

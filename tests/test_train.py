@@ -297,7 +297,7 @@ def test_compile(demo, tmp_path):
 def test_latents_from_a_cache_equal_latents_made_on_the_way(demo, tmp_path):
     disk = f'--cache_dir={tmp_path / "l"}'
     ways = (), ('--cache=False',), (disk,), (disk, '--workers=0'), (disk, '--store=int8')
-    found = [losses(tmp_path / str(i), *demo, *way) for i, way in enumerate(ways)]
+    found = [losses(tmp_path / str(i), *demo, '--workers=2', *way) for i, way in enumerate(ways)]
     assert found[0] == pytest.approx(found[1], rel=2e-3) and found[0] == pytest.approx(found[4], rel=2e-2)
     assert found[0] == found[2] == found[3] and len(os.listdir(tmp_path / 'l')) == 4
 
@@ -354,9 +354,9 @@ def start(*options, launcher=(), script=ROOT / 'train.py'):
                             env=dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=str(ROOT)))
 
 
-def finish(*options, code=0):
+def finish(*options, code=0, **how):
     """stdout and stderr of two processes."""
-    run = start(*options, launcher=torchrun(2))
+    run = start(*options, launcher=torchrun(2), **how)
     said, errors = run.communicate(timeout=200)
     assert (run.returncode == 0) == (code == 0), errors
     return said, errors
@@ -387,7 +387,6 @@ def test_signals_are_heard_in_a_long_step(demo, tmp_path):
     (tmp_path / 'long.py').write_text("""
 import runpy, sys
 import torch
-import torch.nn.functional as F
 torch.nn.utils.clip_grad_norm_ = lambda *_: print('in it', flush=True) or torch.linalg.svd(torch.rand(5000, 5000))
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name='__main__')
@@ -405,7 +404,7 @@ runpy.run_path(sys.argv[0], run_name='__main__')
 def test_two_processes_train_one_model(demo, tmp_path):
     """torchrun on CPUs; gradients are averaged, so both hold the same weights (DDP checks shapes, not this)."""
     out = tmp_path / 'out'
-    said, errors = finish(*demo, *SMALL, '--batch_size=2', '--max_steps=12', '--log_interval=4', f'--out_dir={out}')
+    said, errors = finish(*demo, *SMALL, '--workers=1', '--batch_size=2', '--max_steps=12', '--log_interval=4', f'--out_dir={out}')
     steps, vals = entries(out)
     assert [e['step'] for e in steps] == [4, 8, 12] and vals[-1]['step'] == 12 and said.count('trained 12 steps') == 1
     assert 'Warning' not in errors and said.count(f' MB in {out}/latents@') == 2 and not list(out.glob('latents*'))
@@ -424,49 +423,57 @@ def test_a_run_goes_on_with_another_number_of_processes(demo, tmp_path, capsys):
     assert vals2[-1]['val']['labelled']['model'] == pytest.approx(vals[-1]['val']['labelled']['model'], rel=1e-4)
 
 
-SPLIT = """
-import os, runpy, sys
+RUNS = """
+import json, os, runpy, sys
 import torch
-import torch.nn.functional as F
-rank = int(os.environ.get('RANK', 0))
-clip = torch.nn.utils.clip_grad_norm_
-def dump(params, norm):
-    grads = [p.grad.full_tensor() if hasattr(p.grad, 'full_tensor') else p.grad for p in params]
-    if rank == 0:
-        torch.save([g.clone() for g in grads] + torch.load(out) if os.path.exists(out) else grads, out)
+import torch.distributed as dist
+clip, meet = torch.nn.utils.clip_grad_norm_, dist.rendezvous
+folder, script, runs = sys.argv[1:]
+def keep(params, norm):
+    grads[:0] = [p.grad.full_tensor() if hasattr(p.grad, 'full_tensor') else p.grad.clone() for p in params]
     return clip(params, norm)
-torch.nn.utils.clip_grad_norm_, out = dump, sys.argv.pop(1)
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name='__main__')
+torch.nn.utils.clip_grad_norm_ = keep
+for n, options in enumerate(json.loads(runs)):
+    grads = []
+    dist.rendezvous = lambda url: iter([[dist.PrefixStore(str(n), next(meet(url))[0])]])
+    sys.argv = [script, *options]
+    runpy.run_path(script, run_name='__main__')
+    torch.save(grads, f'{folder}/{n}-of-rank-' + os.environ.get('RANK', '0'))
+torch.nn.utils.clip_grad_norm_, dist.rendezvous = clip, meet
 """
 
 
-def gradients(folder, options, processes=1):
-    """The gradients of all steps of a run, the last step's first."""
-    (folder / 'split.py').write_text(SPLIT)
-    file = folder / f'gradients-{len(list(folder.iterdir()))}'
-    launcher = torchrun(processes) if processes > 1 else ()
-    run = subprocess.run([sys.executable, *launcher, str(folder / 'split.py'), str(file), str(ROOT / 'train.py'),
-                          *options, f'--out_dir={file}.out'], capture_output=True, text=True,
-                         env=dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=str(ROOT)))
-    assert run.returncode == 0, run.stderr
-    return torch.load(file)
+def gradients(folder, *runs, processes=2):
+    """Of all steps of each of some runs, the last step's first. They follow each other in the same processes: to start
+    some takes longer than to train."""
+    folder.mkdir()
+    (folder / 'runs.py').write_text(RUNS)
+    given = str(folder), str(ROOT / 'train.py'), json.dumps(runs)
+    if processes > 1:
+        finish(*given, script=folder / 'runs.py')
+    else:
+        script(folder / 'runs.py', *given)
+    return [torch.load(folder / f'{n}-of-rank-0') for n in range(len(runs))]
 
 
 def test_gradients_do_not_depend_on_how_a_batch_is_split(demo, tmp_path):
     """One process, two, two with micro-batches, and two that shard; some clips are padded, some rows bootstrap."""
     options = [*demo, *SMALL, '--max_steps=2', '--batch_size=8', '--bootstrap=0.5', '--bootstrap_start=0.0',
                '--frames=24', '--p_image=0.5', '--learning_rate=0.03', '--warmup=0', '--eval_interval=100', '--policy=True']
-    whole = gradients(tmp_path, options)
+    ways = {1: ([], ['--micro_batch=3']),
+            2: ([], ['--micro_batch=2'], ['--fsdp=True'], ['--fsdp=True', '--micro_batch=1'])}
+    found = []
+    for n in ways:
+        runs = [[*options, *more, f'--out_dir={tmp_path}/o{n}{"".join(more)}'] for more in ways[n]]
+        found += gradients(tmp_path / str(n), *runs, processes=n)
+    whole, *splits = found
     half = len(whole) // 2      # in the first step the head is still zero, and nothing below it has a gradient
     assert all(g.abs().max() > 0 for g in whole[:half])
-    for more, processes in (([], 2), (['--micro_batch=2'], 2), (['--micro_batch=3'], 1), (['--fsdp=True'], 2),
-                            (['--fsdp=True', '--micro_batch=1'], 2)):
-        split = gradients(tmp_path, options + more, processes)
+    for how, split in zip((*ways[1][1:], *ways[2]), splits, strict=True):
         for part in (slice(0, half), slice(half, None)):
             one, other = (torch.cat([g.flatten() for g in of[part]]).double() for of in (whole, split))
             error = ((one - other).norm() / one.norm()).item()
-            assert error < 1e-6, (more, processes, error)
+            assert error < 1e-6, (how, error)
 
 
 def test_what_does_not_learn_or_is_not_kept_ends_the_run(demo, tmp_path, monkeypatch):
@@ -793,9 +800,9 @@ def test_clips_without_actions_get_the_policys(demo, tmp_path, monkeypatch):
 
 def test_sharded_training_goes_on_bitwise(demo, tmp_path):
     """FSDP2: every process keeps its share of the optimizer; the checkpoint is one that needs no processes."""
-    for out, steps, resume in (('whole', 8, False), ('parts', 4, False), ('parts', 8, True)):
-        finish(*demo, *SMALL, f'--max_steps={steps}', '--fsdp=True', '--decay=0.0', f'--out_dir={tmp_path / out}',
-               '--bootstrap_start=0.0', '--frames=5', '--self_forcing=1.0', '--policy=True', f'--resume={resume}')
+    options = [*demo, *SMALL, '--fsdp=True', '--decay=0.0', '--bootstrap_start=0.0', '--frames=5', '--self_forcing=1.0', '--policy=True']
+    gradients(tmp_path / 'g', *([*options, f'--max_steps={steps}', f'--out_dir={tmp_path / out}', f'--resume={resume}']
+                                for out, steps, resume in (('whole', 8, False), ('parts', 4, False), ('parts', 8, True))))
     one, two = (safetensors.torch.load_file(tmp_path / out / 'ckpt.safetensors') for out in ('whole', 'parts'))
     assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
     net, config = model.load(tmp_path / 'parts' / 'ckpt.safetensors')
@@ -846,12 +853,13 @@ def test_a_mistake_is_one_line_and_nothing_is_written(demo, tmp_path):
         assert not out.exists()
 
 
-def test_a_mistake_on_the_command_line_of_a_shell(tmp_path):
-    for name in ('train.py', 'plan.py', 'decode.py'):
-        run = subprocess.run([sys.executable, str(ROOT / name), '--sede=1'], cwd=tmp_path,
-                             capture_output=True, text=True)
-        assert run.returncode == 1 and run.stdout == ''
-        assert run.stderr == '--sede: no such option, did you mean --seed?\n'
+def test_a_mistake_on_the_command_line_of_a_shell(tmp_path, monkeypatch, capfd):
+    wanted = '--sede: no such option, did you mean --seed?'
+    run = subprocess.run([sys.executable, str(ROOT / 'train.py'), '--sede=1'], cwd=tmp_path, capture_output=True, text=True)
+    assert (run.returncode, run.stdout, run.stderr) == (1, '', wanted + '\n')
+    monkeypatch.chdir(tmp_path)
+    for name in ('plan.py', 'decode.py'):
+        assert ends(name, '--sede=1') == wanted and capfd.readouterr() == ('', '')
     assert list(tmp_path.iterdir()) == []
 
 
@@ -909,7 +917,7 @@ def test_bad_episodes_stop_the_run_above_max_bad(demo, tmp_path, capfd):
 def test_a_dataset_of_the_hub_is_pinned_in_the_checkpoint(demo, tmp_path, monkeypatch):
     shutil.copytree(demo[0].partition('=')[2], tmp_path / 'hub/me/robot')
     monkeypatch.setattr(data, 'HUB_HOME', str(tmp_path / 'kept'))
-    options = ('--labelled=me/robot', *SMALL, '--cache=False', f'--out_dir={tmp_path / "o"}')
+    options = ('--labelled=me/robot', *SMALL, '--cache=False', '--workers=1', f'--out_dir={tmp_path / "o"}')
     with Hub(tmp_path / 'hub') as hub:
         monkeypatch.setenv('HF_ENDPOINT', hub.url)
         script('train.py', *options, '--max_steps=2')
@@ -960,12 +968,14 @@ def test_other_encoders(tmp_path, demo, monkeypatch, capsys, name, arguments):
 
 
 @pytest.mark.parametrize('preset, encoder', [('robot', 'dinov2_vits14'), ('thesis', 'dinov3_vitb16')])
-def test_presets(tmp_path, demo, preset, encoder):
+def test_presets(tmp_path, demo, monkeypatch, preset, encoder):
     """Off the shelf but for size: the preset first, what the command line says after it."""
+    repo, width, _, *rest = model.ENCODERS[encoder]
+    monkeypatch.setitem(model.ENCODERS, encoder, (repo, width, 2, *rest))       # blocks
     weights = random_weights(encoder, tmp_path / 'weights.safetensors')
     side = 28 if preset == 'robot' else 32
     small = ('--width=32', '--layers=2', '--heads=2', '--kv_heads=1', '--batch_size=2', '--eval_clips=2', '--device=cpu',
-             '--micro_batch=0', '--compile=False', '--max_steps=2', '--dtype=float32', f'--frame_height={side}')
+             '--micro_batch=0', '--compile=False', '--max_steps=2', '--dtype=float32', '--workers=0', f'--frame_height={side}')
     g = script('train.py', *demo, *small, f'--preset={preset}', f'--encoder_path={weights}', f'--out_dir={tmp_path / "o"}')
     net, config = model.load(tmp_path / 'o' / 'ckpt.safetensors')
     wanted = g['PRESETS'][preset]
