@@ -11,6 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+# tiny models are faster on one thread, and pytest-xdist fills the other cores
+os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import data  # noqa: E402, from the root
 
