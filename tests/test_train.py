@@ -354,9 +354,9 @@ def start(*options, launcher=(), script=ROOT / 'train.py'):
                             env=dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=str(ROOT)))
 
 
-def finish(*options, code=0, **how):
+def finish(*options, code=0, script=ROOT / 'train.py'):
     """stdout and stderr of two processes."""
-    run = start(*options, launcher=torchrun(2), **how)
+    run = start(*options, launcher=torchrun(2), script=script)
     said, errors = run.communicate(timeout=200)
     assert (run.returncode == 0) == (code == 0), errors
     return said, errors
