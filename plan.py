@@ -85,7 +85,8 @@ smooth = 0.0            # weight of squared changes of the action, in normalised
 hold = 0.0              # rest while the robot is that close to the goal's place, in the dataset's
                         # units, as it senses or else a probe of observation.state reads: where
                         # that is all that the goal asks for; 0 = never
-rest = ''               # how, of --hold: zero (actions are motions) or state (they are targets)
+hold_latents = 0.0      # likewise where neither says it: latents are so near, of random frames 1
+rest = ''               # how they rest: zero (actions are motions) or state (they are targets)
 # closed loop
 env = 'demo'            # or a class of a file: tests/simulators.py:PushT, ...:PointMaze
 episodes = 20           # also of a recording
@@ -436,7 +437,10 @@ class Planner:
         if o.hold and not (o.rest and (self.S or self.own)):
             sys.exit(f'--hold={o.hold}: wants --rest, and a model that was trained with --state or '
                      '--probe=observation.state')
-        if o.hold and o.rest == 'state' and len(self.s_mean) != self.width:
+        if o.hold_latents and not (o.rest and 'z_pair' in self.model.stats):
+            sys.exit(f'--hold_latents={o.hold_latents}: wants --rest, and a model that is not of '
+                     'before there was --state')
+        if o.rest == 'state' and len(self.s_mean) != self.width:
             sys.exit(f'--rest=state: actions have {self.width} numbers, states {len(self.s_mean)}')
         self.past = (self.trained['eval_context'] - 1) * self.frameskip + 1
         self.restart()
@@ -708,7 +712,7 @@ class Planner:
         """Which of E robots are at the goal (E,), as --hold has it, and the rows (E, width) that
         let them rest."""
         still = np.zeros((E, self.width), np.float32)
-        if not self.o.hold:
+        if not self.o.hold + self.o.hold_latents:
             return np.zeros(E, bool), still
         now = np.full((E, len(self.s_mean)), np.nan, np.float32)
         off = now
@@ -716,21 +720,19 @@ class Planner:
             now = np.asarray(states, np.float32)[:, -1]
         if goal_state is not None:
             off = now - goal_state      # NaN: not known
-        gap = np.sqrt(np.nansum(np.square(off), axis=1))
-        sensed = np.isfinite(off).any(axis=1)
+        z = self.z[:, -1, :self.z_of_goal.shape[1]]         # without the token of the state
+        there = np.sqrt(np.nansum(np.square(off), axis=1)) < self.o.hold
         if self.own:
-            gap = np.where(sensed, gap, self.read_gap(self.z[:, -1]))
-        there = (gap < self.o.hold) & (sensed | bool(self.own))
+            own = self.reader.off(z, self.reader.read(self.z_of_goal))[:, self.own]
+            unsensed = own.norm(dim=1) < self.o.hold
+        else:
+            gap = distance(z, self.z_of_goal, channel_weights(self.model, self.tokens))
+            unsensed = gap < self.o.hold_latents * self.model.stats.get('z_pair', 0)
+        there = np.where(np.isfinite(off).any(axis=1), there, unsensed.cpu().numpy())
         if self.o.rest == 'state':
             still = np.nan_to_num(now)
             there &= np.isfinite(now).all(axis=1)
         return there, still
-
-    def read_gap(self, z):
-        """How far the robot is from the goal's place (E,), as the probe reads latents (E, N, D)."""
-        z = z[:, :self.z_of_goal.shape[1]]      # without the token of the state
-        off = self.reader.off(z, self.reader.read(self.z_of_goal))
-        return off[:, self.own].norm(dim=1).cpu().numpy()
 
     def check_states(self, shape, states, goal_state):
         width = len(self.s_mean)
@@ -1602,7 +1604,7 @@ def watch_folder(o):
     if o.start_state or o.goal_state:
         sys.exit('--watch: pictures in a folder come without a state; plan.Planner takes one')
     planner = Planner(o.ckpt, vars(o), tell=False)
-    if o.hold and (o.rest == 'state' or not planner.own):
+    if o.rest == 'state' or o.hold and not planner.own:
         sys.exit('--hold: pictures come without a state: wants --rest=zero, and a model that was '
                  'trained with --probe=observation.state')
     goal = picture(o.goal)
@@ -1629,8 +1631,8 @@ if __name__ == '__main__':
                  'pictures) or with --watch (a folder of pictures), and --record with none of them')
     if record and goal:
         sys.exit('--record: comes without --goal')
-    if hold and start:
-        sys.exit('--hold: comes with --env or --watch, a plan for two pictures does not end')
+    if rest and start:
+        sys.exit('--hold, --hold_latents: come with --env or --watch, a plan for two pictures does not end')
     if record:
         record_dataset(o)
     elif start:

@@ -1008,7 +1008,7 @@ def test_a_robot_that_is_there_rests(sensing, planned):
     assert torch.allclose(planned[1]['a_ctx'][:, -1], p.normalised(np.zeros((2, 2, 2))).flatten(1))
     assert torch.allclose(planned[1]['z_ctx'][:, -1, :-1], p.latents(x[:, 8:9])[:, 0], atol=1e-5), 'of now'
     for goal, reached in ([0.5, np.nan], True), ([np.nan, 0.5], False), ([np.nan, np.nan], False):
-        assert p.there(1, [[far, [0.45, 99]]], [goal])[0].tolist() == [reached]
+        assert p.there(2, [[far, [0.45, 99]]] * 2, [goal] * 2)[0].tolist() == [reached] * 2
     q = plan.Planner(f'{sensing}/ckpt.safetensors', known | dict(rest='state'), tell=False)
     assert np.allclose(q.act(x[0, :3], goals[0], None, [near] * 3, wanted[0]), near)
     assert not q.there(1, [[[0.5, np.nan]]], [[0.5, np.nan]])[0].any(), 'nobody knows all of where it is'
@@ -1030,6 +1030,25 @@ def test_a_robot_without_sensors_rests_where_its_probe_reads_the_goal(trained, t
     nearer, farther = sorted((now - then).square().sum(dim=1).sqrt().tolist())
     rest = [not planner(hold).act(x, goals).any(axis=1).all() for hold in (0.99 * nearer, 1.01 * nearer, 1.01 * farther)]
     assert rest == [False, True, True] and not planner(1.01 * farther).act(x, goals).any()
+
+
+def test_a_robot_of_which_nothing_is_read_rests_where_latents_are_the_goals(trained, sensing):
+    """In units of two random frames; not where the state is known, which tells better."""
+    x, goals = film(2, 3), film(2, 1, seed=1)[:, 0]
+    net, _ = model.load(f'{trained}/ckpt.safetensors')
+
+    def planner(hold_latents, ckpt=trained):
+        options = plan.config | SMALL_SEARCH | dict(hold_latents=hold_latents, rest='zero')
+        return plan.Planner(f'{ckpt}/ckpt.safetensors', options, tell=False)
+    p = planner(1.0)
+    gap = plan.distance(p.latents(x[:, -1]), p.latents(goals), plan.channel_weights(net)) / net.stats['z_pair']
+    nearer, farther = sorted(gap.tolist())
+    rest = [not planner(hold).act(x, goals).any(axis=1).all() for hold in (0.99 * nearer, 1.01 * nearer, 1.01 * farther)]
+    assert rest == [False, True, True] and not planner(1.01 * farther).act(x, goals).any()
+    p = planner(1000.0, sensing)
+    assert p.act(x, goals, None, np.zeros((2, 3, 2)), np.ones((2, 2))).any(axis=1).all()
+    p.reset()
+    assert not p.act(x, goals).any()
 
 
 @pytest.fixture(scope='module')
@@ -1200,7 +1219,7 @@ def test_states_of_pictures(sensing, trained, tmp_path):
                            (['--start_state=z=1'], '--start_state=z=1: wants 2 numbers'),
                            (['--start_state=here,there'], 'wants 2 numbers'), (['--start_state=x=inf'], 'wants 2 numbers'),
                            (['--state_weight=-1'], '--state_weight: wants'), (['--rest=lie'], '--rest: wants one of zero, state'),
-                           (['--hold=1', '--rest=zero'], '--hold: comes with --env or --watch'),
+                           (['--hold=1', '--rest=zero'], '--hold, --hold_latents: come with --env or --watch'),
                            (['--start_state=x=1', '--goal_state=y=1'], 'of the same numbers'),
                            (['--method=policy'], '--method=policy --proposals=0 --controller=False: '), (['--controller=True'], 'was trained without --policy'), (['--method=policy', '--replan=2'], 'with --replan=1, not 2'), (['--proposals=3'], 'was trained without --policy'),
                            (['--proposals=300'], '--proposals=300: wants at most samples=40'),
@@ -1209,6 +1228,7 @@ def test_states_of_pictures(sensing, trained, tmp_path):
     for ckpt, options in (sensing, ['--hold=1']), (trained, ['--hold=1', '--rest=zero']):
         assert '--hold=1.0: wants --rest, and a model that was trained with --state or' in ends(
             'plan.py', f'--ckpt={ckpt}/ckpt.safetensors', *options)
+    assert '--hold_latents=0.5: wants --rest' in ends('plan.py', f'--ckpt={trained}/ckpt.safetensors', '--hold_latents=0.5')
     assert '--hold: pictures come without a state' in ends('plan.py', f'--ckpt={sensing}/ckpt.safetensors', '--hold=1', '--rest=zero',
                                                   f'--watch={tmp_path}', f'--goal={goal}')
     assert 'come without a state' in ends('plan.py', f'--watch={tmp_path}', f'--goal={goal}', '--goal_state=1,2')
