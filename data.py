@@ -72,13 +72,14 @@ for _least, _most, _names in (
         (0, 100000, 'fps long_frames frame_height frame_width channels width layers heads kv_heads '
                     'registers context time_every wide_layers k_max robot cache_gb soft_cap '
                     'tau_shift weight_decay grad_clip smooth state_weight hold support '
-                    'relabel_weight hold_latents'),
+                    'relabel_weight hold_latents action_pca'),
         (0, MANY, 'seed warmup micro_batch blind_episodes budget_ms chunk goal_steps budget steps '
                   'skip_nonfinite proposals dream_steps'),
         (1e-6, 100, 'init_std step_size'),
         (1e-6, 1e6, 'temperature'),
         (-1, 1000, 'layer'),
-        (1, 10000, 'pool eval_context K horizon iterations seeds replan draw_every rows'),
+        (1, 10000, 'pool eval_context K horizon iterations seeds replan draw_every rows '
+                   'coarse_horizon'),
         (1, MANY, 'batch_size max_steps eval_interval save_interval log_interval samples episodes '
                   'train_frames train_steps policy_steps'),
         (2, MANY, 'frames eval_clips elites')):

@@ -19,9 +19,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import (add_state, check_steps, encode_frames, load, one_line, pictures, read_tensors,
-                   restore_encoder, robot_state, robot_stats, rollout, standard, unstandard,
-                   write_tensors)
+from model import (add_state, check_steps, components, encode_frames, load, one_line, pictures,
+                   read_tensors, restore_encoder, robot_state, robot_stats, rollout, standard,
+                   unstandard, write_tensors)
 
 # --------------------------------------------------------------------------------------------------
 ckpt = 'out/ckpt.safetensors'
@@ -76,7 +76,7 @@ for i, ds in enumerate(of_kind['labelled']):        # normalised as in training,
         clips.states[i] = robot_state(model.stats, robot if labelled else i)
         if ds.state_dim != len(clips.states[i][0]):
             ds.state_dim = 0        # another robot's: not known
-clips.A = model.config['action_dim']
+clips.A = model.stats['a_mean'].shape[1]
 clips.S = model.config['state_dim']
 
 
@@ -171,7 +171,8 @@ z = standard(z_raw, model.stats)[:, :context]
 if clips.S:
     z = add_state(z, batch['s'][:, :context].to(device))
 with autocast:
-    imagined = rollout(model, z, batch['a'].to(device), batch['a_mask'].to(device), K=K, seed=seed)
+    a = components(batch['a'].to(device), model.stats)
+    imagined = rollout(model, z, a, batch['a_mask'].to(device), K=K, seed=seed)
 imagined = torch.cat((z, imagined.float()), dim=1)[:, :, :z_raw.shape[2]]       # without the state
 imagined = unstandard(imagined, model.stats)
 # truth and imagination go through one call: principal components' colours only compare within it

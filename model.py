@@ -1710,6 +1710,12 @@ def unstandard(z, stats):
     return z + stats['z_mean']
 
 
+def components(a, stats):
+    """Normalised actions (.., A) as a model takes them: if it was trained with --action_pca, their
+    leading principal components."""
+    return a @ stats['a_basis'] if 'a_basis' in stats else a
+
+
 def restore_encoder(config, stats, path='', grid=None):
     """The encoder that a checkpoint was trained with: config and model.stats are load's; path
     replaces its file. grid: the model's, whose latents it must make."""

@@ -38,9 +38,10 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from model import (WorldModel, add_state, channel_weights, check_steps, compile_layers, cost_weights,
-                   distance, encode_frames, half_weights, load, pictures, remember, restore_encoder,
-                   restore_probe, robot_state, robot_stats, rollout, standard, unstandard)
+from model import (WorldModel, add_state, channel_weights, check_steps, compile_layers,
+                   cost_weights, distance, encode_frames, half_weights, load, pictures, remember,
+                   restore_encoder, restore_probe, robot_state, robot_stats, rollout, standard,
+                   unstandard)
 
 # --------------------------------------------------------------------------------------------------
 ckpt = 'out/ckpt.safetensors'
@@ -56,6 +57,9 @@ watch = ''              # a folder of pictures, read in order of their names unt
 # search
 method = 'cem'          # cem, icem, mppi, adam (gradients) or policy (no search, see train.py)
 horizon = 5             # model steps
+coarse = ''             # a checkpoint with a longer frameskip and --action_pca: while the goal is
+                        # far, what it imagines a step of its later is the goal of the search
+coarse_horizon = 2      # its steps; it tries samples x iterations ways of the data's own actions
 samples = 64            # candidates per iteration; adam: starts
 elites = 8              # the best of them, which the next iteration is drawn from
 iterations = 5
@@ -101,9 +105,9 @@ frame_width = 0         # 0 = square
 # recording
 record = ''             # demo, any gymnasium environment, or file.py:Name
 out = ''                # the new dataset's folder
-policy = 'random'       # random, noise (correlated in time), script or solve (a simulator's: free play,
-                        # tasks done), file.py:function; script:3,solve:1 is one per episode, by
-                        # weight; or model: the planner of --ckpt, towards the closed loop's goals
+policy = 'random'       # random, noise (correlated in time), script or solve (a simulator's: free
+                        # play, tasks done), file.py:function; script:3,solve:1 is one per episode,
+                        # by weight; or model: the planner of --ckpt, towards the closed loop's goals
 explore = 0.3           # noise on its actions, in units of their std, with a memory of 10 steps
 steps = 300             # the longest episode; 0 = until the environment ends it
 fps = 0.0               # frames per second; 0 = the environment's own
@@ -252,8 +256,9 @@ def adam(cost, mean, std, low, high, o, generator, deadline, carried, proposals)
 
 
 def no_search(cost, mean, std, low, high, o, generator, deadline, carried, proposals):
-    """The policy's own way, and its cost."""
-    return proposals[:, 0], cost(proposals[:, :1], 0).T, proposals[:, :1]
+    """The best of the proposals, as they are: the policy's own way alone, or those of --coarse."""
+    ways, costs = best(proposals, cost(proposals, 0), 1)
+    return ways[:, 0], costs.T, ways
 
 
 # --------------------------------------------------------------------------------------------------
@@ -312,9 +317,14 @@ def in_parts(step_cost, chunk, rows, A):
 
 def propose(model, imagine, z_goal, low, high, rows, A, o, seed):
     """Ways (E, M, H x rows, width) of the policy through the model, M = o.proposals or 1, all but
-    the first with noise on their actions. low, high (H x rows, width): bounds."""
+    the first with noise on their actions. low, high (H x rows, width): bounds. Of a --coarse model
+    instead some of the data's own steps, in any order."""
     E = len(z_goal)
     generator = torch.Generator().manual_seed(hash((seed, 2)) % 2 ** 32)    # not the search's
+    known = model.stats.get('a_chunks')
+    if known is not None:
+        shape = E, o.samples * o.iterations, o.horizon
+        return known[torch.randint(len(known), shape, generator=generator)]
     noise = coloured(E, max(1, o.proposals), *low.shape, o.beta, generator).to(low)
     noise[:, 0] = 0
     noise, least, most = (to_steps(v, rows, A) for v in (o.proposal_std * noise, low, high))
@@ -406,15 +416,13 @@ class Planner:
             sys.exit(f'--elites={o.elites}: wants at most samples={o.samples}')
         if o.replan > o.horizon:
             sys.exit(f'--replan={o.replan}: a plan has only horizon={o.horizon} steps')
-        if o.proposals > o.samples:
-            sys.exit(f'--proposals={o.proposals}: wants at most samples={o.samples}')
         self.tell = tell
         self.device = data.pick_device(o.device)
         self.autocast = data.autocast(self.device, o.dtype)
         self.model, self.trained = load(ckpt, self.device)
         self.model.requires_grad_(False)
         self.check_model(ckpt)
-        self.make_fast()
+        self.make_fast(self.model)
         encoder = restore_encoder(self.trained, self.model.stats, o.encoder_path,
                                   self.model.config['grid'])
         self.encoder = encoder.to(self.device)
@@ -443,6 +451,7 @@ class Planner:
         if o.rest == 'state' and len(self.s_mean) != self.width:
             sys.exit(f'--rest=state: actions have {self.width} numbers, states {len(self.s_mean)}')
         self.past = (self.trained['eval_context'] - 1) * self.frameskip + 1
+        self.coarse = self.read_coarse(o.coarse) if o.coarse else None
         self.restart()
 
     def check_model(self, ckpt):
@@ -450,6 +459,11 @@ class Planner:
         check_steps(o.K, self.model.config['k_max'])
         if not self.model.config['action_dim']:
             sys.exit(f'{ckpt}: was trained without actions, there is nothing to search')
+        if 'a_basis' in self.model.stats:
+            sys.exit(f'{ckpt}: was trained with --action_pca, which is for --coarse: no robot can '
+                     'execute what it knows as actions')
+        if o.proposals > o.samples:
+            sys.exit(f'--proposals={o.proposals}: wants at most samples={o.samples}')
         if o.method == 'policy' and (o.proposals or o.replan > 1):
             sys.exit(f'--method=policy: comes without --proposals={o.proposals}, and with '
                      f'--replan=1, not {o.replan}')
@@ -457,11 +471,30 @@ class Planner:
             sys.exit(f'--method={o.method} --proposals={o.proposals} --controller={o.controller}: '
                      f'{ckpt} was trained without --policy')
 
-    def make_fast(self):
+    def read_coarse(self, path):
+        """The model of --coarse, which has to know latents and states as self.model does."""
+        model, _ = load(path, self.device)
+        if 'a_basis' not in model.stats:
+            sys.exit(f'--coarse={path}: was trained without --action_pca')
+        for name in 'z_std', 's_mean', 's_std':     # as of no other encoder, or fit of one
+            mine, other = (m.stats.get(name, torch.zeros(0)).cpu() for m in (self.model, model))
+            if not torch.equal(mine, other):
+                sys.exit(f'--coarse={path}: has another {name} than --ckpt: train it with --init '
+                         'of that, on the same datasets with the same --state')
+        rows = len(robot_stats(model.stats, self.o.robot, path)[0])
+        self.stride = rows // self.frameskip
+        if rows % self.frameskip or self.stride < 2:
+            sys.exit(f'--coarse={path}: wants a step as long as two or more of --ckpt, of '
+                     f'{self.frameskip} rows each, got {rows}')
+        self.make_fast(model.requires_grad_(False))
+        print(f'sub-goals {rows} rows ahead by {path}', flush=True)
+        return model
+
+    def make_fast(self, model):
         if self.autocast._enabled:
-            half_weights(self.model, self.autocast.fast_dtype)
+            half_weights(model, self.autocast.fast_dtype)
         if self.o.compile:
-            compile_layers(self.model)
+            compile_layers(model)
 
     def read_mask(self, path):
         """How white a picture is where the tokens are (N,)."""
@@ -489,6 +522,7 @@ class Planner:
         self.held = None        # which robots rest until their model step is over
         self.left = None        # model steps that the policy has (E,); self.steps: in this one
         self.recent = []        # latents of the frames of the last model step, for the controller
+        self.sub_goal = None    # or the goal, once that is near (E, N, D)
         self.path = None        # what the last search imagines (E, H, N, D), likewise
         self.done = []          # rows executed since the context's last frame
         self.queue = []         # rows planned and not yet executed
@@ -573,23 +607,65 @@ class Planner:
         self.known[:, 0] = False        # what led to the first frame is out of sight
         self.done = []
 
+    def aim(self):
+        """What the robots go for, latents (E, N, D): the goal, once it has been nearer than frames
+        a step of --coarse apart; before, a sub-goal, another where that is reached or due."""
+        if not self.coarse:
+            return self.z_goal
+        if self.sub_goal is None:
+            self.sub_goal = self.z_goal.clone()
+            self.due = torch.zeros(len(self.z))     # in so many model steps; inf: the goal is near
+        weight = channel_weights(self.model, self.tokens)
+        step = (self.coarse.stats['a_change'] * weight).mean().cpu()
+        N = self.z_of_goal.shape[1]         # without the token of the state
+        to_goal, to_sub_goal = (distance(self.z[:, -1, :N], z[:, :N], weight).cpu()
+                                for z in (self.z_goal, self.sub_goal))
+        near = (to_goal < step) | self.due.isinf()
+        anew = ~near & ((self.due < 1) | (to_sub_goal < step / self.stride))
+        self.left[anew | near & self.due.isfinite()] = self.stride
+        self.due[anew] = self.stride
+        self.due[near] = torch.inf
+        self.due -= self.o.replan
+        self.sub_goal[near] = self.z_goal[near]
+        if anew.any():
+            self.sub_goal[anew] = self.find_sub_goals(anew)
+        return self.sub_goal
+
+    def find_sub_goals(self, which):
+        """The first frames (n, N, D) of the best ways that --coarse imagines from the frames of now
+        to the goals of some robots, which (E,)."""
+        o = copy.copy(self.o)
+        o.method = 'policy'         # see propose
+        o.horizon = o.coarse_horizon
+        z = self.z[which, -1:]
+        a = z.new_zeros(*z.shape[:2], self.coarse.config['action_dim'])
+        seed = o.seed + 1000 * len(self.seconds)
+        with self.autocast:
+            way, info = plan(self.coarse, z, a, self.z_goal[which], o, seed, tokens=self.tokens)
+            self.check_cost(info)
+            return info['imagine'](way[:, None])[:, 0, 0]
+
+    def check_cost(self, info):
+        if not info['cost'].isfinite().all():
+            self.reset()
+            raise ValueError('the model imagines numbers that are not finite: no action is better')
+
     def search(self):
-        """Plan from what was seen to self.z_goal, and queue the rows of the plan's first `replan`
-        steps."""
+        """Plan from what was seen to the goal or sub-goal, and queue the rows of the plan's first
+        `replan` steps."""
         o = self.o
         begun = time.perf_counter()
+        z_goal = self.aim()
         mean = carried = None
         if self.last_plan is not None and o.warm:
             mean = F.pad(self.last_plan[:, o.replan:], (0, 0, 0, o.replan))
             carried = self.last_elites[:, :, o.replan:]
         seed = o.seed + 1000 * len(self.seconds)
         with self.autocast:
-            self.last_plan, info = plan(self.model, self.z, self.a, self.z_goal, o, seed,
+            self.last_plan, info = plan(self.model, self.z, self.a, z_goal, o, seed,
                                         self.normalised(self.a_low), self.normalised(self.a_high),
                                         self.known, mean, carried, self.tokens)
-        if not info['cost'].isfinite().all():
-            self.reset()
-            raise ValueError('the model imagines numbers that are not finite: no action is better')
+        self.check_cost(info)
         self.last_elites = info['elites']
         if o.controller:
             with self.autocast, torch.no_grad():
@@ -611,8 +687,9 @@ class Planner:
         """Queue the policy's rows of one model step, which wants no imagination. It is to be there
         in `horizon` steps, then in one less."""
         begun = time.perf_counter()
+        z_goal = self.aim()
         with self.autocast:
-            a = self.model.act(self.z[:, -2:][:, 0], self.z[:, -1], self.z_goal,
+            a = self.model.act(self.z[:, -2:][:, 0], self.z[:, -1], z_goal,
                                self.left.to(self.device))
         if not a.isfinite().all():
             self.reset()
@@ -672,6 +749,7 @@ class Planner:
             self.goal = goal
             self.z_of_goal = self.latents(goal)
             self.left = torch.full((E,), self.o.horizon)
+            self.sub_goal = None
         self.z_goal = self.with_state(self.z_of_goal, goal_state)
         if not self.done:       # a model step begins
             self.held, self.still = self.there(E, states, goal_state)
@@ -682,7 +760,8 @@ class Planner:
     def control(self):
         """The first row (E, width) of what the policy does from this frame of the camera on."""
         if self.o.method == 'policy':
-            goal, left = self.z_goal, self.steps
+            goal = self.z_goal if self.sub_goal is None else self.sub_goal
+            left = self.steps
         else:       # what was imagined for about one model step later
             rows = self.o.replan * self.frameskip - len(self.queue) - 1     # since the search
             ahead = min((rows + self.frameskip // 2) // self.frameskip, self.o.horizon - 1)
@@ -757,7 +836,8 @@ def random_weights(planner, seed):
     for m in other.model.last:      # they begin with zeros, which imagine nothing
         torch.nn.init.normal_(m.weight, std=0.02)
     other.model.stats = planner.model.stats
-    other.make_fast()
+    other.make_fast(other.model)
+    other.coarse = None
     other.restart()
     return other
 
@@ -1390,6 +1470,10 @@ def contestants(o, planner, sims, shifts):
         print(f'the cost knows the state {planner.trained["state"]} of the goal, at '
               f'state_weight {o.state_weight:g}', flush=True)
         out.append(('model without state', planner, sims, False))
+    if planner.coarse:
+        flat = copy.copy(planner)
+        flat.coarse = None
+        out.append(('model without sub-goals', flat, sims, state))
     for name in shifts:
         out.append((f'model, {name}', planner, robots(o, planner, name), state))
     blind = random_weights(planner, o.seed)
@@ -1439,7 +1523,7 @@ def evaluate(o):
 
     report = dict(env=o.env, episodes=o.episodes, budget_steps=o.budget, goals=o.goals,
                   goal_steps=o.goal_steps, seed=o.seed, method=o.method, proposals=o.proposals,
-                  methods=methods)
+                  coarse=o.coarse, methods=methods)
     print(json.dumps(report))
     with data.writing(folder), open(f'{folder}/plan.json', 'w') as f:
         json.dump(report, f, indent=1)
@@ -1632,7 +1716,10 @@ if __name__ == '__main__':
     if record and goal:
         sys.exit('--record: comes without --goal')
     if rest and start:
-        sys.exit('--hold, --hold_latents: come with --env or --watch, a plan for two pictures does not end')
+        sys.exit('--hold, --hold_latents: come with --env or --watch, a plan for two pictures does '
+                 'not end')
+    if coarse and start:
+        sys.exit('--coarse: comes with --env, --goal or --watch, a single plan has no sub-goals')
     if record:
         record_dataset(o)
     elif start:

@@ -33,10 +33,10 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from model import (MODEL_DEFAULTS, OBJECTIVE, Probe, WorldModel, add_state, check_steps, clip_noise,
-                   compile_layers, cost_weights, dream_errors, encode_frames, flops_per_frame, frame_errors, frame_tokens,
-                   full_turn, half_weights, load, load_encoder, model_config, one_line,
-                   policy_errors, restore_encoder, rollout, save, shortcut_loss, standard,
-                   term_scale, which_rows)
+                   compile_layers, components, cost_weights, dream_errors, encode_frames,
+                   flops_per_frame, frame_errors, frame_tokens, full_turn, half_weights, load,
+                   load_encoder, model_config, one_line, policy_errors, restore_encoder, rollout,
+                   save, shortcut_loss, standard, term_scale, which_rows)
 
 if 'RANK' in os.environ:    # torchrun's: the others wait until the first has checked all
     meeting = next(dist.rendezvous('env://'))[0]
@@ -55,6 +55,8 @@ labelled_share = 0.75           # of the clips of a batch, where there are datas
 camera = ''                     # 'front:3,wrist': one per clip, by weight; '' = a dataset's first
 action = ''                     # keys, with commas; '' = action, else actions, else all action.*
 action_mode = 'absolute'        # delta, delta_tool: motions of poses in the base's, tool's frame
+action_pca = 0                  # principal components of a long model step's actions, which then
+                                # stand for them: for plan.py --coarse; 0 = all actions
 rotation = 'euler'              # of poses: euler, quat_xyzw, quat_wxyz, rotvec, rot6d or rot6d_rows
 state = ''                      # keys, or numbers of them (observation.state.elbow), one more token
 probe = ''                      # likewise: read from latents at the end, for errors with units
@@ -194,8 +196,9 @@ if dream and (fsdp or not policy or grow + dream > 1):
 if dream and dream_steps and min(frames, long_frames) <= eval_context:
     sys.exit(f'--dream={dream:g}: wants --frames, of clips, to be more than --eval_context='
              f'{eval_context}: what follows holds the goals')
-if relabel and (fsdp or not policy or not config['unlabelled']):
-    sys.exit(f'--relabel={relabel:g}: wants --policy=True and --unlabelled, and not --fsdp')
+if relabel and (fsdp or action_pca or not policy or not config['unlabelled']):
+    sys.exit(f'--relabel={relabel:g}: wants --policy=True and --unlabelled, and neither --fsdp nor '
+             '--action_pca')
 device = data.pick_device(device, int(os.environ.get('LOCAL_RANK', 0)))
 if device.type == 'cuda':
     torch.cuda.set_device(device)
@@ -308,7 +311,7 @@ clips.count_faults({}, max_bad)
 batches = data.Lengths(clips, long_clips, long_share)
 if relabel:
     clips.A = long_clips.A = clips.A + 1        # the last number marks guesses
-shape['action_dim'] = clips.A
+shape['action_dim'] = action_pca or clips.A
 shape['state_dim'] = clips.S
 shape['policy'] = policy
 if policy and not clips.A:
@@ -329,11 +332,16 @@ config['state_names'] = ';'.join(','.join(ds.state_names) for ds in sets['labell
 if clips.S > shape['dim']:
     sys.exit(f'--state={state}: {clips.S} numbers, a token holds {shape["dim"]}')
 
+widths = {ds.action_dim for ds in sets['labelled']}
+if action_pca and (len(widths) != 1 or action_pca > clips.A):
+    sys.exit(f'--action_pca={action_pca}: wants labelled datasets whose actions are of one width, '
+             f'and at most the {clips.A} numbers of a model step; has widths {widths}')
+
 if resume:
     # datasets by their content: they may have moved
-    fixed = ('relabel augment datasets camera action state action_mode rotation fps frameskip frames '
-             'long_frames long_share val_share labelled_share batch_size seed size cache store '
-             'cache_gb')
+    fixed = ('relabel augment datasets camera action action_pca state action_mode rotation fps '
+             'frameskip frames long_frames long_share val_share labelled_share batch_size seed '
+             'size cache store cache_gb')
     fixed = {*fixed.split(), *LATENTS, *shape}
     for name, now in (config | shape).items():
         then = (old | saved.config).get(name, now)
@@ -368,6 +376,7 @@ def normalised(batch, T=None):
     a, a_mask, z_mask = (batch[name][:, :T].to(device, non_blocking=True)
                          for name in ('a', 'a_mask', 'z_mask'))
     z = standard(z, stats)
+    a = components(a, stats)
     if clips.S:
         z = add_state(z, batch['s'][:, :T].to(device, non_blocking=True))
     return z, a, a_mask, z_mask
@@ -424,12 +433,23 @@ else:
     stats = measure(clips.sample(64, 16))
 stats = {name: v for name, v in stats.items() if not name.startswith('probe.')}
 if not resume:
-    stats = {name: v for name, v in stats.items() if not name.startswith('s_')}
+    stats = {name: v for name, v in stats.items() if not name.startswith(('s_', 'a_'))}
     stats |= {f'a_{name}': v for name, v in clips.action_stats().items()}
     if clips.S:
         stats |= {f's_{name}': v for name, v in clips.state_stats().items()}
 if cache and encode.fit:
     encode_all()
+if action_pca and not resume:       # makes a model for plan.py --coarse
+    z, a, known, _ = normalised(clips.some(2, 1024, 'labelled', clips.train))
+    chunks = a[known].cpu().double()        # (n, A), of a model step each
+    if len(chunks) < action_pca:
+        sys.exit(f'--action_pca={action_pca}: {len(chunks)} clips are longer than a model step')
+    _, sizes, basis = torch.linalg.svd(chunks, full_matrices=False)
+    basis = basis[:action_pca].T * (len(chunks) ** 0.5 / sizes[0])      # the first: variance 1
+    stats['a_basis'] = basis.float().to(device)
+    stats['a_chunks'] = (chunks @ basis).float()        # its plans are made of them
+    # how much changes in a step (N, D): by that plan.py tells whether a goal is near
+    stats['a_change'] = (z[:, 1] - z[:, 0])[known[:, 1], :N].square().mean(dim=0)
 held_out = clips.held_out(eval_context + 20, eval_clips)
 if 'labelled' in held_out and len(held_out['labelled']['a']) < 2:
     say("evaluation: one held-out clip has actions: without 'shuffled', those of another clip")
@@ -956,7 +976,8 @@ while step < max_steps and not stop:
         entry[name] = value if math.isfinite(value) else None   # no frame counted in it
     if skipped:
         entry['skipped'] = skipped
-    entry |= dict(lr=optimizer.param_groups[-1 if dreaming else 0]['lr'], tokens_per_s=tokens / seconds, mfu=None, memory_gb=None)
+    group = optimizer.param_groups[-1 if dreaming else 0]
+    entry |= dict(lr=group['lr'], tokens_per_s=tokens / seconds, mfu=None, memory_gb=None)
     if peak:
         entry['mfu'] = flops / seconds / peak
     if device.type == 'cuda':

@@ -441,6 +441,18 @@ MUTATIONS = [
     ('decode.py', 'still = x[:, context - 1:context]', 'still = x[:, context:context + 1]',
      'test_decode.py rollout_pictures'),
 
+    # sub-goals
+    ('train.py', 'basis[:action_pca].T * (len(chunks) ** 0.5 / sizes[0])', 'basis[:, :action_pca]', 'test_train.py are_their_leading'),
+    ('train.py', "name.startswith(('s_', 'a_'))", "name.startswith('s_')", 'test_train.py are_their_leading'),
+    ('train.py', '[known[:, 1], :N].square()', '[:, :N].square()', 'test_train.py are_their_leading'),
+    ('plan.py', 'ways, costs = best(proposals, cost(proposals, 0), 1)', 'ways, costs = best(proposals, -cost(proposals, 0), 1)', 'test_plan.py best_way_of_the_datas'),
+    ('plan.py', "return info['imagine'](way[:, None])[:, 0, 0]", "return info['imagine'](way[:, None])[:, 0, -1]", 'test_plan.py best_way_of_the_datas'),
+    ('plan.py', '(to_goal < step) | self.due.isinf()', '(to_goal < step)', 'test_plan.py goal_itself_is_pursued'),
+    ('plan.py', '((self.due < 1) | (to_sub_goal < step / self.stride))', '(self.due < 1)', 'test_plan.py goal_itself_is_pursued'),
+    ('plan.py', 'self.left[anew | near & self.due.isfinite()]', 'self.left[anew]', 'test_plan.py goal_itself_is_pursued'),
+    ('plan.py', 'self.due -= self.o.replan', 'self.due -= 1', 'test_plan.py goal_itself_is_pursued'),
+    ('plan.py', 'self.z_goal.clone()', 'self.z_goal', 'test_plan.py what_sub_goals_want'),
+
     # the policy
     ('model.py', 'kind == 1, last[:, None] - t, 1)', 'kind == 1, last[:, None], 1)', 'test_model.py errors_of_a_policy'),
     ('model.py', 'torch.where(kind % 2 == 0, z_goal[:, None], goal)', 'goal', 'test_model.py errors_of_a_policy'),

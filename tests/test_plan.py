@@ -1092,6 +1092,147 @@ def test_a_policy_acts_without_a_search(acting, planned, tmp_path, capsys):
     assert report['methods']['model']['iterations'] == 0 and 'random weights' in report['methods']
 
 
+@pytest.fixture(scope='module')
+def coarse(acting, demo, tmp_path_factory):
+    """A checkpoint of the same data whose steps are three of `acting`."""
+    out = tmp_path_factory.mktemp('coarse') / 'out'
+    script('train.py', *demo, f'--init={acting}/ckpt.safetensors', '--policy=False', '--state=observation.state', '--frameskip=6', '--action_pca=3',
+           '--frames=2', '--batch_size=4', '--eval_clips=4', '--max_steps=10', '--device=cpu', '--dtype=float32', f'--out_dir={out}')
+    return f'{out}/ckpt.safetensors'
+
+
+def pursuing(acting, coarse, **changes):
+    return plan.Planner(f'{acting}/ckpt.safetensors', plan.config | SMALL_SEARCH | dict(method='policy', coarse=coarse) | changes, tell=False)
+
+
+def test_a_sub_goal_is_on_the_best_way_of_the_datas_own_actions(acting, coarse, planned, monkeypatch):
+    """Every candidate rolled out by itself; for some robots of many, in their numbers."""
+    p = pursuing(acting, coarse, samples=7, iterations=3, coarse_horizon=3, cost='last', smooth=0.1, proposals=0)
+    monkeypatch.undo()      # the search itself
+    x, goals = film(3, 1), film(3, 1, seed=1)[:, 0]
+    s, wanted = np.array([[[0.4, 0.6]], [[0.4, np.nan]], [[0.1, 0.2]]]), np.array([[0.5, 0.5], [0.3, 0.2], [0.2, np.nan]])
+    p.begin(p.with_state(p.latents(x), s))
+    p.z_of_goal = p.latents(goals)
+    p.z_goal = p.with_state(p.z_of_goal, wanted)
+    which = torch.tensor([False, True, True])
+    with torch.no_grad():
+        got = p.find_sub_goals(which)
+    net, known = p.coarse, p.coarse.stats['a_chunks']
+    generator = torch.Generator().manual_seed(hash((0, 2)) % 2 ** 32)
+    ways = known[torch.randint(len(known), (2, 21, 3), generator=generator)]
+    weight = plan.cost_weights(net, None, p.o.state_weight)
+    z, known = p.z[which, -1:], torch.arange(4).expand(2, 4) > 0
+    cache = model.remember(net, z, torch.zeros(2, 1, 3), known[:, :1], 4, seed=0)
+    for i, e in enumerate((1, 2)):
+        costs, firsts = [], []
+        for m in range(21):
+            a = torch.cat((torch.zeros(2, 1, 3), ways[:, m]), dim=1)
+            imagined = model.rollout(net, z, a, known, K=1, seed=hash((0, 0, 0)) % 2 ** 31, cache=cache)[i]
+            off = torch.where(p.z_goal[e].isnan() | p.z[e, -1].isnan(), 0.0, imagined[-1] - p.z_goal[e])
+            costs.append((off ** 2 * weight).mean().item() + 0.1 * ways[i, m].diff(dim=0).square().mean().item() * 2 / 3)
+            firsts.append(model.rollout(net, z, a, known, K=1, seed=0, cache=cache)[i, 0])
+        best = int(np.argmin(costs))
+        assert torch.allclose(got[i], firsts[best], atol=1e-4, equal_nan=True) and len({round(c, 6) for c in costs}) > 10
+    assert got[0, -1].isnan().sum() == 1, 'what is not sensed now is not asked for'
+
+
+def test_when_the_goal_itself_is_pursued(acting, coarse, capsys):
+    """One robot is far, until it is there; another near from the first: their goals, and the steps that the policy has."""
+    p = pursuing(acting, coarse, horizon=9)
+    assert f'sub-goals 6 rows ahead by {coarse}' in capsys.readouterr().out
+    x, goals = film(2, 40), film(2, 1, seed=1)[:, 0]
+    x[1, 2] = goals[1]
+    real, asked, seen = [], [], []
+    act = p.model.act
+    p.model.act = lambda before, now, goal, left: seen.append((goal.clone(), left.tolist())) or act(before, now, goal, left)
+
+    def find(which):
+        asked.append(which.tolist())
+        return p.z[which, -1] if len(asked) == 3 else 100.0 + len(asked) + torch.zeros_like(p.z_goal[which])
+    p.find_sub_goals = find
+    # half of it is the way from the start to the goal of the first robot
+    z, z_goal = p.latents(x[:, 2:3])[:, 0], p.latents(goals)
+    gap = plan.distance(z, z_goal, plan.channel_weights(p.model))
+    assert gap[1] < 1e-9
+    change = p.coarse.stats['a_change']
+    change *= 0.5 * gap[0] / (change * plan.channel_weights(p.model)).mean()
+    x[0, 4:30:2] = x[0, 2]
+    x[0, 20] = goals[0]
+    for t in range(3, 26):
+        p.act(x[:, slice(0, 3) if t == 3 else slice(t - 1, t)], goals)
+    # at frames 2, 4, ..: the sub-goal is due after three steps; the third is reached at once; the goal at frame 20
+    assert asked == [[True, False]] * 4
+    left = [n[0] for _, n in seen]
+    assert left == [3, 2, 1, 3, 2, 1, 3, 3, 2, 3, 2, 1] and [n[1] for _, n in seen] == [3, 2] + [1] * 10
+    where = [goal[0, 0, 0].item() for goal, _ in seen]
+    assert where[:6] == [101.0] * 3 + [102.0] * 3 and where[7:9] == [104.0] * 2
+    assert all(torch.equal(goal[1, :-1], z_goal[1]) for goal, _ in seen) and all(torch.equal(goal[0, :-1], z_goal[0]) for goal, _ in seen[9:])
+    assert torch.equal(p.z_of_goal, z_goal)
+    for t in 26, 27:        # far again, but it goes for the goal, whose state is told now
+        p.act(x[:, t - 1:t], goals, None, np.full((2, 1, 2), 0.5), np.array([[0.2, 0.2], [0.3, 0.3]]))
+    assert len(asked) == 4 and torch.equal(p.sub_goal, p.z_goal) and not p.z_goal.isnan().any()
+    p.coarse.stats['a_change'] *= 0
+    p.act(x[:, 30:31], goals[::-1].copy())      # a new goal: anew at the next model step
+    p.act(x[:, 31:32], goals[::-1].copy())
+    assert asked[4:] == [[True, True]]
+    # with a search: towards the same, its first `replan` steps count
+    q = pursuing(acting, coarse, method='cem', replan=2, controller=True)
+    q.coarse.stats['a_change'] *= 0
+    asked.clear()
+    q.find_sub_goals = lambda which: asked.append(which.tolist()) or q.z_goal[which] + 1
+    for t in range(3, 14):
+        q.act(x[:, slice(0, 3) if t == 3 else slice(t - 1, t)], goals)
+    assert asked == [[True, True]] * 2
+
+
+@pytest.mark.parametrize('method', ['policy', 'cem'])
+def test_the_closed_loop_with_sub_goals(acting, coarse, tmp_path, capsys, method):
+    more = dict(shift='light') if method == 'cem' else dict(controller=True)
+    report = evaluated(acting, tmp_path, episodes=2, budget=8, method=method, coarse=coarse, **more)
+    names = ['model', 'model without state', 'model without sub-goals', *(['model, light'] if method == 'cem' else []), 'random weights']
+    assert [name for name in report['methods'] if 'model' in name or 'weights' in name] == names
+    ways = [report['methods'][name]['distance_end'] for name in names]
+    assert report['coarse'] == coarse and len({*ways}) > 2 and 'sub-goals 6 rows ahead' in capsys.readouterr().out
+    flat = evaluated(acting, tmp_path, episodes=2, budget=8, method=method, **more)['methods']
+    assert flat['model']['distance_end'] == ways[2] and flat['random weights']['distance_end'] == ways[-1]
+    given = f'--ckpt={acting}/ckpt.safetensors', f'--coarse={coarse}', f'--out_dir={tmp_path}', f'--method={method}', *QUICK
+    script('plan.py', *given, f'--goal={tmp_path}/goal.png', '--budget=4')
+    assert 'latent distance to the goal' in capsys.readouterr().out
+
+
+def test_what_sub_goals_want(acting, coarse, trained, demo, tmp_path):
+    stateless = tmp_path / 'o/ckpt.safetensors'
+    script('train.py', *demo, f'--init={acting}/ckpt.safetensors', '--policy=False', '--frameskip=6', '--action_pca=3', '--frames=2', '--batch_size=4',
+           '--eval_clips=4', '--max_steps=1', '--device=cpu', f'--out_dir={stateless.parent}')
+    for frameskip in 2, 3:
+        script('train.py', *demo, f'--init={acting}/ckpt.safetensors', '--policy=False', f'--frameskip={frameskip}', '--action_pca=3', '--frames=2',
+               '--batch_size=4', '--eval_clips=4', '--max_steps=1', '--device=cpu', '--state=observation.state', f'--out_dir={tmp_path}/{frameskip}')
+    now, goal = pictures(tmp_path)
+    net, config = model.load(coarse)
+    model.save(f'{tmp_path}/other.safetensors', net, config, {}, net.stats | {'z_std': 1.1 * net.stats['z_std']})
+    model.save(f'{tmp_path}/bad.safetensors', net, config, {}, net.stats, 1, net.state_dict() | {'s_out.bias': torch.full((2,), 3e38)})
+    for ckpt, coarsely, options, words in (
+            (coarse, '', [], f'{coarse}: was trained with --action_pca'),
+            (f'{acting}/ckpt.safetensors', f'{acting}/ckpt.safetensors', [], 'was trained without --action_pca'),
+            (f'{acting}/ckpt.safetensors', f'{tmp_path}/none.safetensors', [], 'none.safetensors: not a readable checkpoint'),
+            (f'{acting}/ckpt.safetensors', f'{tmp_path}/other.safetensors', [], 'has another z_std than --ckpt'),
+            (f'{trained}/ckpt.safetensors', coarse, [], 'has another s_mean than --ckpt'),
+            (f'{acting}/ckpt.safetensors', stateless, [], 'has another s_mean than --ckpt'),
+            *((f'{acting}/ckpt.safetensors', f'{tmp_path}/{n}/ckpt.safetensors', [], f'of 2 rows each, got {n}') for n in (2, 3)),
+            (f'{acting}/ckpt.safetensors', coarse, ['--coarse_horizon=0'], '--coarse_horizon: wants 1 or more'),
+            (f'{acting}/ckpt.safetensors', coarse, [f'--start={now}', f'--goal={goal}'], '--coarse: comes with --env, --goal or --watch')):
+        assert words in ends('plan.py', f'--ckpt={ckpt}', f'--coarse={coarsely}', *QUICK, *options), words
+    p = pursuing(acting, f'{tmp_path}/bad.safetensors')
+    with pytest.raises(ValueError, match='not finite'):
+        p.act(film(1, 3), film(1, 1, seed=1)[:, 0], None, np.full((1, 3, 2), 0.5), np.array([[0.2, 0.2]]))
+    assert p.z is None
+    q = pursuing(trained, str(stateless), method='cem')         # neither has a state
+    q.coarse.stats['a_change'] *= 0
+    x, goals = film(2, 3), film(2, 1, seed=1)[:, 0]
+    q.act(x, goals)
+    assert torch.equal(q.z_of_goal, q.latents(goals)) and not torch.equal(q.sub_goal, q.z_of_goal)
+
+
 @pytest.mark.parametrize('method', ['cem', 'policy'])
 def test_a_controller_acts_at_every_frame_of_the_camera(acting, planned, method):
     """On the frame of now and that of a model step before, towards what is imagined for about a model step later, or the goal."""

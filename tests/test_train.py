@@ -88,6 +88,65 @@ def test_channels_are_the_leading_principal_components(demo, tmp_path, capsys):
     assert '--channels=999: pixels has' in ends('train.py', *demo, *SMALL, '--channels=999', f'--out_dir={tmp_path}/o')
 
 
+def test_actions_are_their_leading_principal_components(demo, tmp_path):
+    """Of all model steps of training episodes, against numpy's SVD in float64; resumed bitwise, seen by decode.py, and
+    forgotten where a run begins with such a checkpoint and takes all actions."""
+    out, options = tmp_path / 'o', (*demo, *SMALL, '--frameskip=4', '--frames=2', '--cache=False', '--workers=0')
+    script('train.py', *options, '--action_pca=3', '--max_steps=2', f'--out_dir={tmp_path / "two"}')
+    g = script('train.py', *options, '--action_pca=3', '--max_steps=4', '--save_interval=2', f'--out_dir={out}')
+    net, config = model.load(out / 'ckpt.safetensors')
+    ds, = g['sets']['labelled']
+    steps = []
+    for e in g['clips'].train[0]:
+        rows = (ds.rows(e).astype(np.float64) - ds.stats['mean']) / ds.stats['std']
+        steps += [rows[i:i + 4].ravel() for i in range(len(rows) - 4)]
+    steps = np.array(steps)         # (n, 8)
+    assert 20 < len(steps) < 1024 and config['action_pca'] == net.config['action_dim'] == 3
+    U, S, V = np.linalg.svd(steps, full_matrices=False)
+    basis, chunks = (net.stats[name].double().numpy() for name in ('a_basis', 'a_chunks'))
+    scale = S[0] / len(steps) ** 0.5
+    assert np.allclose(np.abs(basis.T @ V[:3].T) * scale, np.eye(3), atol=1e-5)
+    back = steps @ basis @ np.linalg.pinv(basis)
+    assert np.allclose(back, U[:, :3] * S[:3] @ V[:3], atol=1e-5)
+    order = [np.lexsort(x.T.round(4)) for x in (steps @ basis, chunks)]
+    assert np.allclose((steps @ basis)[order[0]], chunks[order[1]], atol=1e-4)
+    assert np.allclose(np.square(chunks).mean(axis=0), np.square(S[:3] / S[0]), atol=1e-5)
+    batch = g['clips'].some(2, 1024, 'labelled', g['clips'].train)
+    z, a, known, _ = g['normalised'](batch)
+    assert torch.allclose(a, batch['a'] @ net.stats['a_basis'], atol=1e-5) and not a[~known].any()
+    change = (z[:, 1] - z[:, 0]).double().numpy()[known[:, 1].numpy()]
+    assert np.allclose(net.stats['a_change'], np.mean(change ** 2, axis=0), atol=1e-5)
+    two = model.load(tmp_path / 'two/ckpt.safetensors')[0].stats
+    assert two.keys() == net.stats.keys() and all(torch.equal(v, two[k]) for k, v in net.stats.items())
+    line = ends('train.py', *options, '--action_pca=8', '--max_steps=5', '--resume=True', f'--out_dir={out}')
+    assert line == f'--action_pca: 8 cannot go on from {out}/ckpt.safetensors, which has 3'
+    script('train.py', *options, '--action_pca=3', '--max_steps=5', '--resume=True', f'--out_dir={out}')
+    resumed = model.load(out / 'ckpt.safetensors')[0].stats
+    assert all(torch.equal(v, resumed[k]) for k, v in net.stats.items())
+    script('decode.py', f'--ckpt={out}/ckpt.safetensors', '--rows=2', '--steps=2', '--K=2', '--device=cpu')
+    script('train.py', *options[:2], f'--init={out}/ckpt.safetensors', '--frameskip=2', '--frames=2', '--max_steps=1', '--batch_size=4', '--eval_clips=4',
+           '--device=cpu', f'--out_dir={tmp_path / "fine"}')
+    fine, _ = model.load(tmp_path / 'fine/ckpt.safetensors')
+    assert 'a_basis' not in fine.stats and fine.config['action_dim'] == 4 and torch.equal(fine.stats['z_std'], net.stats['z_std'])
+
+
+def test_what_principal_components_of_actions_want(demo, tmp_path):
+    rng = np.random.default_rng(0)
+    for name, width in ('same', 2), ('wide', 3):
+        write_lerobot(tmp_path / name, [
+            {'observation.images.top': rng.integers(0, 255, (9, 28, 28, 3), np.uint8), 'task': 't',
+             'action': rng.normal(5, 9, (9, width))} for _ in range(3)], 10)
+    small = *SMALL, '--max_steps=1', f'--out_dir={tmp_path / "o"}'
+    for options, words in (([demo[0], '--action_pca=5'], '--action_pca=5: wants labelled datasets whose actions are of one width, and at most the 4'),
+                           ([f'--labelled={tmp_path}/same,{tmp_path}/wide', '--action_pca=2'], '--action_pca=2: wants labelled datasets whose actions are of one width'),
+                           ([demo[1], '--labelled=', '--action_pca=2'], '--action_pca=2: wants labelled'),
+                           ([demo[0], '--action_pca=-1'], '--action_pca: wants 0 or more')):
+        assert words in ends('train.py', *options, *small) and not (tmp_path / 'o').exists()
+    line = ends('train.py', f'--labelled={tmp_path}/same', '--frameskip=10', '--action_pca=2', *small)
+    assert line == '--action_pca=2: 0 clips are longer than a model step'
+    script('train.py', f'--labelled={tmp_path}/same,{tmp_path}/same', '--action_pca=2', *small)
+
+
 @pytest.mark.parametrize('cache, state', [(True, ''), (False, ''), (True, 'observation.state')])
 def test_resume_is_bitwise(demo, tmp_path, monkeypatch, cache, state):
     """Six steps at once, or three, the file, and three more: the same file, bit for bit, and the same log."""
