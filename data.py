@@ -67,7 +67,7 @@ for _least, _most, _names in (
                'p_past p_image p_null self_forcing decay keep ema learning_rate min_lr policy_rate '
                'augment relabel dream'),
         (0, 0.999999, 'beta1 beta2'),
-        (0, 10, 'beta proposal_std explore'),
+        (0, 10, 'beta proposal_std explore noise lpips'),
         (0, 100, 'frameskip warm_std min_std workers'),
         (0, 100000, 'fps long_frames frame_height frame_width channels width layers heads kv_heads '
                     'registers context time_every wide_layers k_max robot cache_gb soft_cap '
@@ -100,6 +100,7 @@ CHOICES = {
     'method': ('cem', 'icem', 'mppi', 'adam', 'policy'),
     'cost': ('all', 'last'),
     'rest': ('', 'zero', 'state'),
+    'decoder': ('conv', 'rae'),
     'goals': ('expert', 'random'),
 }
 

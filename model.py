@@ -329,9 +329,9 @@ def official(state):
     return state
 
 
-def read_tensors(file):
+def read_tensors(file, option='encoder_path'):
     """{key: tensor} of a .safetensors file, of a folder of them, or of a PyTorch file (read without
-    code)."""
+    code). option: which one named it."""
     parts = sorted(glob.glob(f'{glob.escape(file)}/*.safetensors'))
     if parts:
         state = {}
@@ -339,7 +339,7 @@ def read_tensors(file):
             state |= read_tensors(part)
         return state
     if not os.path.isfile(file):
-        sys.exit(f'--encoder_path={file}: no such file, nor a folder with .safetensors in it')
+        sys.exit(f'--{option}={file}: no such file, nor a folder with .safetensors in it')
     try:
         if file.endswith('.safetensors'):
             return safetensors.torch.load_file(file)

@@ -38,6 +38,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+from decode import load_decoder
 from model import (WorldModel, add_state, channel_weights, check_steps, compile_layers,
                    cost_weights, distance, encode_frames, half_weights, load, pictures, remember,
                    restore_encoder, restore_probe, robot_state, robot_stats, rollout, standard,
@@ -1591,6 +1592,7 @@ def plan_once(o):
     """One plan from the pictures of --start to --goal: plan.npy, and the imagined way as
     plan.mp4."""
     planner = Planner(o.ckpt, vars(o), tell=False)
+    decoder = load_decoder(os.path.dirname(o.ckpt) or '.', planner.encoder, planner.device)
     goal = picture(o.goal)
     frames = [picture(path) for path in o.start.split(',')]
     context = planner.trained['eval_context']
@@ -1627,7 +1629,7 @@ def plan_once(o):
           f'latent distance to the goal {now:.4f} now, {then:.4f} imagined at the end')
     with data.writing(folder):
         np.save(f'{folder}/plan.npy', rows)
-    shown = pictures(unstandard(z, planner.model.stats), planner.encoder)
+    shown = pictures(unstandard(z, planner.model.stats), planner.encoder, decoder)
     goals = shown[-1:].expand_as(shown[:-1])
     video = data.enlarge(torch.cat((shown[:-1], goals), dim=3))         # imagined | goal
     data.write_video(f'{folder}/plan.mp4', video, 2)

@@ -340,7 +340,7 @@ def make_seeds():
     torch.save({'model': state}, f'{SEEDS}/weights/tiny2.pth')
     os.chdir(SEEDS)
     train = script('train.py', *TRAIN, f'--labelled={SEEDS}/v3', '--max_steps=2', '--out_dir=out')
-    decode = script('decode.py', '--train=True', '--train_steps=2', '--train_frames=32', '--rows=1', '--steps=2')
+    decode = script('decode.py', '--train=True', '--lpips=0', '--train_steps=2', '--train_frames=32', '--rows=1', '--steps=2')
     for name, g in dict(train=train, decode=decode, plan=vars(plan)).items():
         Path(f'{SEEDS}/options/{name}').write_text(json.dumps(g['config']))
     encoded(f'{SEEDS}/latents')

@@ -19,6 +19,7 @@ import torch
 import torch._dynamo.testing
 
 import data
+import decode
 import model
 import plan
 from conftest import ROOT, SMALL, ends, owner, script
@@ -1397,6 +1398,29 @@ def test_a_plan_between_two_pictures(trained, tmp_path, capsys, method):
     assert '4 actions in' in said and '1 iterations' in said and 'plan.mp4' in said
     with av.open(str(tmp_path / 'o' / 'plan.mp4')) as video:
         assert video.streams.video[0].frames == 3
+
+
+def test_a_plan_is_shown_through_the_decoder_beside_the_checkpoint(trained, tmp_path):
+    """Whatever the folder of the results: here one that paints everything red."""
+    now, goal = pictures(tmp_path)
+    (tmp_path / 'run').mkdir()
+    shutil.copy(trained / 'ckpt.safetensors', tmp_path / 'run')
+    options = f'--ckpt={tmp_path}/run/ckpt.safetensors', f'--start={now}', f'--goal={goal}', *QUICK
+
+    def shown(out):
+        script('plan.py', *options, f'--out_dir={tmp_path}/{out}')
+        return data.read_frames(f'{tmp_path}/{out}/plan.mp4', [1])[0].float().mean(dim=(1, 2))
+    assert shown('inverse')[1:].min() > 60, 'of pixels: a bright table'
+    net, config = model.load(tmp_path / 'run/ckpt.safetensors')
+    decoder = decode.Decoder(model.restore_encoder(config, net.stats), 16)
+    decoder.out.weight.data.zero_()
+    decoder.out.bias.data.copy_(torch.tensor([9.0, -9.0, -9.0]).repeat_interleave(4))     # of four pixels each
+    model.write_tensors(f'{tmp_path}/run/decoder.safetensors', decoder.state_dict())
+    red, *others = shown('red')
+    assert red > 230 and max(others) < 20
+    model.write_tensors(f'{tmp_path}/run/decoder.safetensors', dict(other=torch.zeros(1)))
+    assert 'what the latents want' in ends('plan.py', *options, f'--out_dir={tmp_path}/none')
+    assert not (tmp_path / 'none').exists()
 
 
 @pytest.mark.parametrize('given, words', [
