@@ -1291,8 +1291,7 @@ def hide_states(z, goal, row, state_dim):
     return add_state(z[:, :, :-1], s), add_state(goal[:, :, :-1], s_goal)
 
 
-def dream_errors(model, act, z, a, a_mask, z_mask, context, steps, weight, K=1, state_dim=0,
-                 first=0, seed=0):
+def dream_errors(model, act, z, a, a_mask, z_mask, context, steps, weight, first=0, seed=0):
     """How far from its goal a policy is when it should be there and later, as a frozen model
     imagines it (B,). Gradients flow through the imagination to what act(before, now, goal, left)
     depends on (as in Dreamer, arXiv:1912.01603). Clips are shortcut_loss's: a policy goes on from
@@ -1304,7 +1303,7 @@ def dream_errors(model, act, z, a, a_mask, z_mask, context, steps, weight, K=1, 
     when = torch.minimum(context + row % min(T - context, steps), z_mask.sum(dim=1) - 1)
     left = (when - context + 1).clamp(min=1)            # from the last frame of the context
     goal = z[torch.arange(B, device=z.device), when][:, None]
-    z, goal = hide_states(z[:, :context], goal, row, state_dim)
+    z, goal = hide_states(z[:, :context], goal, row, model.config['state_dim'])
     goal = torch.where(z[:, -1:].isnan(), torch.nan, goal)          # nor is what follows known
 
     def follow(before, now, h):
@@ -1312,7 +1311,7 @@ def dream_errors(model, act, z, a, a_mask, z_mask, context, steps, weight, K=1, 
 
     a = F.pad(a[:, :context], (0, 0, 0, steps))         # what the policy does comes in their place
     known = F.pad(a_mask[:, :context], (0, steps), value=True)
-    imagined = rollout(model, z, a, known, K, seed=seed, grad='all', act=follow)
+    imagined = rollout(model, z, a, known, 1, seed=seed, grad='all', act=follow)
     due = torch.arange(1, steps + 1, device=z.device) >= left[:, None]          # (B, steps)
     return (distance(imagined, goal, weight) * due).sum(dim=1) / due.sum(dim=1)
 

@@ -108,7 +108,7 @@ record = ''             # demo, any gymnasium environment, or file.py:Name
 out = ''                # the new dataset's folder
 policy = 'random'       # random, noise (correlated in time), script or solve (a simulator's: free
                         # play, tasks done), file.py:function; script:3,solve:1 is one per episode,
-                        # by weight; or model: the planner of --ckpt, towards the closed loop's goals
+                        # by weight; or model: the planner of --ckpt, to the closed loop's goals
 explore = 0.3           # noise on its actions, in units of their std, with a memory of 10 steps
 steps = 300             # the longest episode; 0 = until the environment ends it
 fps = 0.0               # frames per second; 0 = the environment's own

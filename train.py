@@ -900,7 +900,7 @@ while step < max_steps and not stop:
                     noise=clip_noise(z, seeds), count=count, clip_weight=clip_weight[i:i + few])
             elif dream_steps:
                 error = dream_errors(ema_model, model.act, z, a, known[i:i + few], z_mask,
-                                     eval_context, dream_steps, goal_weight, 1, clips.S, first + i,
+                                     eval_context, dream_steps, goal_weight, first + i,
                                      seed=hash((seed, step, row, 2)) % 2 ** 63)
                 error = (error * counted['dream'][i:i + few]).sum()
                 terms['dream'] = error.detach() / count['dream']

@@ -1281,7 +1281,7 @@ def test_errors_of_a_dream_are_those_of_the_definition(double, objective, state_
     weight = torch.rand(N, 3)
 
     def errors():
-        return model.dream_errors(net, net.act, z, a, a_mask, z_mask, context, steps, weight, 1, state_dim, first=3, seed=4)
+        return model.dream_errors(net, net.act, z, a, a_mask, z_mask, context, steps, weight, first=3, seed=4)
 
     got = errors()
     if objective == 'direct':       # deterministic: no clip depends on another
