@@ -1080,9 +1080,15 @@ class LeRobot:
         self.action_keys = keys
         self.widths = [int(np.prod(self.features[key].get('shape') or 1)) for key in keys]
         self.rows_each = 1          # rows of the table in a row of rows()
+        self.action_names = []      # of the numbers of such a row; motions of poses have none
         if self.action_mode == 'absolute':
             self.rows_each = math.ceil(self.ratio)
             self.action_dim = self.rows_each * sum(self.widths)
+            for key in keys:
+                names = self._names_of(key)
+                if len(keys) > 1:       # they may share some
+                    names = [f'{key}.{name}' for name in names]
+                self.action_names += names
             return
         pose = 3 + ROTATIONS[self.rotation]
         self.action_dim = sum(w - pose + 6 if w >= pose else w for w in self.widths)
@@ -1130,14 +1136,18 @@ class LeRobot:
             numeric = not re.match(TEXT, str(feature.get('dtype')))
             if not numeric or not f'{part}.'.startswith(f'{key}.'):
                 continue
-            width = int(np.prod(feature.get('shape') or 1))
-            names = flat_names(feature.get('names'))
-            if len({*names}) != width:      # none, or the same of two arms
-                names = [str(i) for i in range(width)]
+            names = self._names_of(key)
             if part == key:
-                return key, names, [*range(width)]
+                return key, names, [*range(len(names))]
             if part.removeprefix(f'{key}.') in names:
                 return key, names, [names.index(part.removeprefix(f'{key}.'))]
+
+    def _names_of(self, key):
+        width = int(np.prod(self.features[key].get('shape') or 1))
+        names = flat_names(self.features[key].get('names'))
+        if len({*names}) != width:      # none, or the same of two arms
+            names = [str(i) for i in range(width)]
+        return names
 
     def _read_episodes(self):
         videos = [key for key in self.chosen if self.features[key]['dtype'] == 'video']

@@ -408,6 +408,9 @@ class Planner:
     It knows the pictures, the actions that were executed, and nothing else. options: this file's
     constants, for example plan.config | {'samples': 128}. past: how many frames the first call
     wants. seconds, iterations: of every search so far. tell: print a line about each.
+    action_names, state_names: of the numbers of a row and a state, as in the robot's dataset;
+    camera: whose pictures these are, as lerobot's robots call it; fps: rows a second. Empty or 0
+    where the checkpoint does not say; motions of poses have no names.
     """
     def __init__(self, ckpt, options=config, tell=True):
         for name, value in options.items():
@@ -452,6 +455,10 @@ class Planner:
         if o.rest == 'state' and len(self.s_mean) != self.width:
             sys.exit(f'--rest=state: actions have {self.width} numbers, states {len(self.s_mean)}')
         self.past = (self.trained['eval_context'] - 1) * self.frameskip + 1
+        self.action_names = re.findall('[^,]+', self.told('action_names'))
+        self.state_names = re.findall('[^,]+', self.told('state_names'))
+        self.camera = self.told('cameras').removeprefix('observation.images.')
+        self.fps = float(self.told('rates') or 0)
         self.coarse = self.read_coarse(o.coarse) if o.coarse else None
         self.restart()
 
@@ -471,6 +478,10 @@ class Planner:
         if (o.method == 'policy' or o.proposals or o.controller) and not self.model.policy:
             sys.exit(f'--method={o.method} --proposals={o.proposals} --controller={o.controller}: '
                      f'{ckpt} was trained without --policy')
+
+    def told(self, what):
+        """What the checkpoint says of this robot's dataset; '' in an older one."""
+        return (self.trained[what] + ';' * self.o.robot).split(';')[self.o.robot]
 
     def read_coarse(self, path):
         """The model of --coarse, which has to know latents and states as self.model does."""
@@ -1644,7 +1655,7 @@ def read_state(o, option, planner):
         return np.full(width, np.nan)
     if not width:
         sys.exit(f'--{option}={text}: {o.ckpt} was trained without --state')
-    names = planner.trained['state_names'].split(';')[o.robot].split(',')
+    names = planner.state_names
     values = np.full(width, np.nan)
     try:
         if '=' in text:

@@ -329,6 +329,9 @@ config['probe_names'] = ''      # of those that it reads, at the end
 if clips.S and saved and 'z_pair' not in saved.stats:
     sys.exit(f'{init or ckpt}: was made before there was --state, and cannot go on with it')
 config['state_names'] = ';'.join(','.join(ds.state_names) for ds in sets['labelled'])
+config['action_names'] = ';'.join(','.join(ds.action_names) for ds in sets['labelled'])
+config['cameras'] = ';'.join(ds.camera for ds in sets['labelled'])
+config['rates'] = ';'.join(str(ds.fps * ds.rows_each) for ds in sets['labelled'])
 if clips.S > shape['dim']:
     sys.exit(f'--state={state}: {clips.S} numbers, a token holds {shape["dim"]}')
 

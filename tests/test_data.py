@@ -1241,6 +1241,20 @@ def test_numbers_without_names_and_odd_keys(sensing, tmp_path):
         assert (d.state_dim, d.state_names, d.columns) == (0, [], ['action'])
 
 
+def test_names_of_actions(sensing, tmp_path):
+    """Of a row of the files, whatever the rate; under their keys where there are several; motions of poses have none."""
+    folder = shutil.copytree(sensing[0] / 'a', tmp_path / 'a')
+    assert data.LeRobot(folder).action_names == data.LeRobot(folder, fps=5).action_names == ['go']
+    assert data.LeRobot(folder, action=STATE).action_names == ['pan.pos', 'lift.pos', 'stuck']
+    both = data.LeRobot(folder, action=f'{STATE},action')
+    assert both.action_names == [f'{STATE}.pan.pos', f'{STATE}.lift.pos', f'{STATE}.stuck', 'action.go']
+    assert np.array_equal(both.rows(0)[:, 3], both.rows(0)[:, 0]) and data.LeRobot(folder, action='none').action_names == []
+    info = read_json(folder / 'meta/info.json')
+    info['features'][STATE]['names'] = ['pan.pos', 'lift.pos']
+    write_json(folder / 'meta/info.json', info)
+    assert data.LeRobot(folder, action=STATE).action_names == ['0', '1', '2']
+
+
 def test_what_a_simulator_knows_is_no_state(sensing):
     for state in data.ENVIRONMENT, f'{STATE},{data.ENVIRONMENT}', f'{data.ENVIRONMENT}.0':
         with pytest.raises(SystemExit, match='what a simulator knows, not what a robot senses'):
@@ -2041,6 +2055,7 @@ def test_deltas_of_a_dataset(tmp_path, key, fps):
                                          key: np.hstack([poses(L, L), np.arange(L)[:, None]])} for L in (30, 21)], 10)
     k = 2 if fps else 1
     ds = {mode: data.LeRobot(tmp_path / 'd', action=key, fps=fps, action_mode=mode) for mode in ('delta', 'delta_tool')}
+    assert [d.action_names for d in ds.values()] == [[], []]        # they are no targets
     for i, n in enumerate((30, 21)):
         own, base = ds['delta_tool'].rows(i), ds['delta'].rows(i)
         length = -(-n // k)
