@@ -71,6 +71,7 @@ def errors(folder):
     asked = data.open_sets('asked')
     asked[0].stats = data.open_sets(trained['labelled'])[0].stats       # actions in units of its training
     clips = data.Clips(asked, [], 2, trained['frameskip'], (encode.size, encode.width), 1, 1.0, 0.5)
+    clips.A = net.config['action_dim']      # one wider where guesses are marked
     batch = clips.held_out(22, 64)['labelled']
     z = model.standard(model.encode_frames(encode, batch['x'], data.autocast(torch.device('cpu'), 'float32')), net.stats)
     error = []
