@@ -68,7 +68,7 @@ for _least, _most, _names in (
                'augment relabel dream'),
         (0, 0.999999, 'beta1 beta2'),
         (0, 10, 'beta proposal_std explore noise lpips'),
-        (0, 100, 'frameskip warm_std min_std workers'),
+        (0, 100, 'frameskip warm_std min_std workers guide'),
         (0, 100000, 'fps long_frames frame_height frame_width channels width layers heads kv_heads '
                     'registers context time_every wide_layers k_max robot cache_gb soft_cap '
                     'tau_shift weight_decay grad_clip smooth state_weight hold support '
@@ -1882,6 +1882,12 @@ class Order:
         return tuple(self._block(epoch, i // self.block)[i % self.block].tolist())
 
 
+def text_bytes(words, most=128):
+    """Words as WorldModel.read takes them, (most,) uint8: UTF-8, cut there, and zeros after it."""
+    text = str(words).encode(errors='replace')
+    return torch.tensor([*text[:most].ljust(most, b'\0')], dtype=torch.uint8)
+
+
 @dataclass(eq=False)
 class Clips:
     """Batches of clips from two lists of LeRobot; those of all ranks together depend on (seed,
@@ -1890,11 +1896,11 @@ class Clips:
     A batch holds x (B, T, 3, H, W) uint8, or z (B, T, N, D) float16 once `tokens` are set (see
     cached_latents); a (B, T, A) normalised by each dataset's mean and std, padded to the widest;
     a_mask, z_mask (B, T); s (B, T, S), the state, normalised and padded likewise, NaN where it is
-    not known, and in all unlabelled clips; with goal_steps `goal`, see goal_of; and `faults`, for
-    count_faults. Of any 1/labelled_share consecutive clips exactly one is labelled. All datasets of
-    a kind share clips exactly, by duration or the weights given; every window of one is seen once
-    before any again. Cameras are drawn by weight. A clip that cannot be read is replaced by one of
-    its dataset.
+    not known, and in all unlabelled clips; text (B, 128) uint8, see text_bytes; with goal_steps
+    `goal`, see goal_of; and `faults`, for count_faults. Of any 1/labelled_share consecutive clips
+    exactly one is labelled. All datasets of a kind share clips exactly, by duration or the weights
+    given; every window of one is seen once before any again. Cameras are drawn by weight. A clip
+    that cannot be read is replaced by one of its dataset.
     """
     labelled: list
     unlabelled: list
@@ -2014,7 +2020,7 @@ class Clips:
                 f = self.frames_of(s, e, start, T)
                 now = torch.from_numpy(ds.states(e)[f]) - mean
                 clip['s'][:, :len(mean)] = torch.where(std > 1e-6, now / std, 0 * now)
-        del clip['task']
+        clip['text'] = text_bytes(clip.pop('task'))
         return clip
 
     def frames_of(self, s, e, start, T):
@@ -2037,7 +2043,7 @@ class Clips:
         steps from the clip's first frame. Of a clip without actions, from which no policy learns,
         its own first frame."""
         if s not in self.kinds['labelled']:
-            return {name: v[:1] for name, v in clip.items()} | dict(left=0)
+            return {name: v[:1] for name, v in clip.items()} | dict(text=clip['text'], left=0)
         steps = np.random.default_rng((*seed, 101)).integers(self.goal_steps) + 1
         end = (self.sets[s].episodes[e].length - 1 - start) // self.frameskip
         left = min(int(clip['z_mask'].sum()) - 1 + int(steps), end)

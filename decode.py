@@ -5,6 +5,7 @@ Look at what a world model imagines: truth beside imagination, on held-out episo
     python decode.py --train=True       # first trains a decoder, out/decoder.safetensors
     python decode.py --films=True       # also steps, denoising and actions (.mp4, .png)
     python decode.py --ckpt=runs/robot/ckpt.safetensors --steps=30 --rows=2
+    python decode.py --actions=False --text='push the disc left'    # from words alone
 
 Pictures come from the decoder where one has been trained, else from the encoder's inverse (`pixels`
 has one), else they are the leading principal components of the latents as colours.
@@ -24,7 +25,7 @@ from tqdm import tqdm
 
 from model import (ViT, add_state, check_steps, components, encode_frames, load, official, one_line,
                    pictures, read_tensors, restore_encoder, robot_state, robot_stats, rollout,
-                   standard, unstandard, write_tensors)
+                   set_guide, standard, unstandard, write_tensors)
 
 # --------------------------------------------------------------------------------------------------
 ckpt = 'out/ckpt.safetensors'
@@ -37,6 +38,9 @@ rows = 4                    # clips
 steps = 20                  # imagined frames of each
 K = 4                       # denoising steps per frame
 films = False               # also of K, of other actions, and of a frame that is being denoised
+actions = True              # False: imagined as if nobody knew them
+text = ''                   # what is done, in words, of models with --text; '' = each clip's own
+guide = 1.0                 # above 1: imagination does more of what actions and text say
 seed = 0
 # the decoder
 decoder = 'conv'            # of --train=True; or rae: RAE's, of DINOv2 with registers
@@ -362,6 +366,7 @@ if __name__ == '__main__':
     autocast = data.autocast(device, dtype)
     model, trained = load(ckpt, device)
     check_steps(K, model.config['k_max'])
+    set_guide(model, guide, text, trained)
     encode = restore_encoder(trained, model.stats, encoder_path, model.config['grid']).to(device)
     out_dir = out_dir or os.path.dirname(ckpt) or '.'
     clips, kind = open_clips(model, trained, encode)
@@ -382,7 +387,9 @@ if __name__ == '__main__':
     batch = clips.held_out(context + steps, rows)[kind]
     x = batch['x']                                                      # (B, T, 3, H, W) uint8
     a = components(batch['a'].to(device), model.stats)
-    a_mask = batch['a_mask'].to(device)
+    a_mask = batch['a_mask'].to(device) & actions
+    words = data.text_bytes(text)[None] if text else batch['text']
+    words = words.to(device)
     B, T = x.shape[:2]
     z_raw = encode_frames(encode, x, autocast)
     z = standard(z_raw, model.stats)[:, :context]
@@ -396,7 +403,7 @@ if __name__ == '__main__':
 
     def dream(a, a_mask, K):
         with autocast:
-            return raw(z, rollout(model, z, a, a_mask, K=K, seed=seed))
+            return raw(z, rollout(model, z, a, a_mask, K, seed=seed, text=words))
 
     def show(ways):
         """Pictures of raw latents {what they are: (B, T, N, D)}; in one call, as the colours of
@@ -435,7 +442,7 @@ if __name__ == '__main__':
         hook = model.register_forward_hook(lambda net, inputs, out: frames.append(inputs[0]))
         with autocast:
             end = rollout(model, z, a[:, :context + 1], a_mask[:, :context + 1], k_max, seed=seed,
-                          graph=False)
+                          graph=False, text=words)
         hook.remove()
         film('denoising', show({'a frame from noise': raw(*frames[1:], end)}), 10)
         if kind == 'labelled' and B > 1:

@@ -574,7 +574,10 @@ CONFIG_DEFAULTS = dict(     # what planning and decoding read of a run, where it
     encoder='pixels', encoder_path='', layer=-1, frame_height=0, frame_width=0, pool=1, frames=4,
     labelled='', unlabelled='', camera='', action='', fps=0.0, action_mode='absolute',
     rotation='euler', cache_gb=50.0, val_share=0.1, frameskip=2, eval_context=2, encoder_hash='',
-    state='', state_names='', probe_names='', action_names='', cameras='', rates='')
+    state='', state_names='', probe_names='', action_names='', cameras='', rates='',
+    p_null=0.05)
+
+TEXT_HIDDEN = 0.1       # share of the clips whose text is hidden in training
 
 MODEL_DEFAULTS = dict(      # what a checkpoint gets that was made before there was such an entry
     registers=4,            # learned tokens of each frame that belong to no patch
@@ -587,6 +590,7 @@ MODEL_DEFAULTS = dict(      # what a checkpoint gets that was made before there 
     objective='shortcut',   # what the weights were trained for; sampling depends on it
     state_dim=0,            # numbers of the robot's state, the last token of a frame; 0 = no state
     policy=False,           # whether there is a Policy
+    text=False,             # whether it is told what is done, in words
 )
 
 
@@ -618,6 +622,18 @@ def check_steps(K, k_max):
         sys.exit(f'--K={K}: wants a power of two up to {k_max}, the k_max of the model')
 
 
+def set_guide(model, guide, text, trained):
+    """Set model.guide, or end the script where the model has no text, or training hid nothing."""
+    c = model.config
+    model.guide = guide
+    if text and not c['text']:
+        sys.exit(f'--text={text}: wants a model that was trained with --text=True')
+    hid = trained['p_null'] or trained['unlabelled'] if c['action_dim'] else c['text']
+    if guide != 1 and not hid:
+        sys.exit(f'--guide={guide:g}: wants a model that has been trained without what it follows '
+                 'too: --text=True, or actions and --p_null above 0')
+
+
 def frame_tokens(c):
     """{kind: how many} of the tokens of a frame, in their order. A new kind is a line here and in
     embed."""
@@ -628,7 +644,7 @@ def frame_tokens(c):
 def flops_per_frame(c, T):
     """Forward FLOPs of one frame in a clip of T, for model_config's c; training takes three times
     as many. A weight is 2 per token, S queries over L keys 4 S L C; what is masked, recomputed, or
-    no matrix product is not counted."""
+    no matrix product is not counted, nor is the text."""
     C = c['width']
     N = math.prod(c['grid'])
     S = sum(frame_tokens(c).values())
@@ -859,6 +875,7 @@ class WorldModel(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = c = config
+        self.guide = 1.0        # how much imagination follows actions and text, see forward
         self.remat = False      # training computes layers again instead of keeping their insides
         self.graphs = {}        # CUDA graphs of rollout
         C = c['width']
@@ -873,14 +890,20 @@ class WorldModel(nn.Module):
             self.s_in = nn.Linear(c['state_dim'], C)
             self.s_out = nn.Linear(C, c['state_dim'])
             self.s_base = nn.Parameter(torch.empty(C))      # stands in where no state is known
+        sizes = C, c['heads'], c['kv_heads'], c['soft_cap']
         self.layers = nn.ModuleList()
         for i in range(c['layers']):
             context = c['context'] if is_time(c, i) else 0
-            self.layers.append(Layer(C, c['heads'], c['kv_heads'], c['soft_cap'], context))
+            self.layers.append(Layer(*sizes, context))
         self.head = WideHead(c) if c['wide_layers'] else nn.Linear(C, c['dim'])
         self.latents = slice(c['registers'], c['registers'] + math.prod(c['grid']))
         with torch.random.fork_rng(devices=[]):     # the others begin alike with and without it
             self.policy = Policy(c) if c['policy'] else None
+        if c['text']:
+            self.byte = nn.Embedding(256, C)
+            self.readers = nn.ModuleList(Layer(*sizes, context=128) for _ in range(2))
+            for layer in self.readers:
+                layer.attn.kernel = 'plain'     # others are compiled anew for every length
         self.init_rope()
         self.init_weights()
 
@@ -927,9 +950,24 @@ class WorldModel(nn.Module):
         maps = [head, self.s_out, self.policy and self.policy.out]
         return [m for m in maps if m]
 
-    def embed(self, z, tau, d, a, a_mask):
+    def read(self, text):
+        """One vector (B, C) of each text: UTF-8 and zeros after it, (B, L) uint8. A byte sees those
+        before it, their mean counts: zeros change nothing, and no words, or hidden ones, are 0."""
+        t = torch.arange(text.shape[1], device=text.device)
+        x = self.byte(text.int())[:, :, None]           # (B, L, 1, C)
+        for layer in self.readers:
+            x = layer(x, self.turns(t))
+        x = x[:, :, 0].masked_fill(text[:, :, None] == 0, 0.0)
+        return rms_norm(x.sum(dim=1))
+
+    def turns(self, t):
+        angles = (t[:, None] * self.time_freq)[:, None]     # (T, 1, d/2)
+        return angles.cos(), angles.sin()
+
+    def embed(self, z, tau, d, a, a_mask, text, guided):
         """The tokens of frames (B, T, S, C), float32: [registers | latents | state | shortcut |
-        action], as frame_tokens counts them."""
+        action], as frame_tokens counts them. guided: every other clip is without action and text.
+        """
         c = self.config
         B, T = z.shape[:2]
         tau_i = (tau * c['k_max']).round().long().clamp(max=c['k_max'] - 1)     # 1: the cleanest
@@ -938,6 +976,10 @@ class WorldModel(nn.Module):
         action = self.a_base.expand(B, T, -1)
         if c['action_dim']:
             action = action + self.a_in(torch.where(a_mask[..., None], a, 0.0))
+        if c['text']:
+            action = action + self.read(text).repeat_interleave(B // len(text), dim=0)[:, None]
+        if guided:
+            action[1::2] = self.a_base
         N = math.prod(c['grid'])
         latents = self.z_in(z[:, :, :N])        # (B, T, N, C)
         if c['state_dim']:
@@ -952,22 +994,24 @@ class WorldModel(nn.Module):
         tokens = registers, latents, shortcut[:, :, None], action[:, :, None]
         return torch.cat(tokens, dim=2).float()
 
-    def forward(self, z, tau, d, a, a_mask, alone=None, cache=None, start=0, commit=False):
+    def forward(self, z, tau, d, a, a_mask, alone=None, text=None, cache=None, start=0,
+                commit=False):
         """z (B, T, N, D) noised latents, tau and d (B, T), a (B, T, A), a_mask (B, T) bool -> z_hat
         (B, T, N, D), with a state as add_state makes it (B, T, N + 1, D). alone (B,) bool: clips
-        whose frames do not see each other (separate images).
-        cache: what new_cache makes, start: the index of the first frame of this call. commit=True
-        only fills the cache and returns None."""
+        whose frames do not see each other (images). text (B, L): see read; candidates may share it.
+        cache: what new_cache makes, start: index of the first frame, commit=True only fills it.
+        There guide w makes z + w (z_c - z), z of no conditions and own rows (arXiv:2207.12598)."""
         c = self.config
+        guided = cache is not None and self.guide != 1
+        if guided:
+            z, tau, d, a, a_mask = (x.repeat_interleave(2, dim=0) for x in (z, tau, d, a, a_mask))
         B, T = z.shape[:2]
         N = math.prod(c['grid'])
         fits = z.shape[2:] == (N + frame_tokens(c)['state'], c['dim'])
         fits = fits and a.shape == (B, T, c['action_dim'])
         assert fits, f'latents {tuple(z.shape)} and actions {tuple(a.shape)} do not fit {c}'
-        x = self.embed(z, tau, d, a, a_mask)
-        t = torch.arange(T, device=z.device) + start
-        angles = (t[:, None] * self.time_freq)[:, None]        # (T, 1, d/2)
-        time = angles.cos(), angles.sin()
+        x = self.embed(z, tau, d, a, a_mask, text, guided)
+        time = self.turns(torch.arange(T, device=z.device) + start)
         space = self.space_cos, self.space_sin
         if alone is not None:
             alone = alone.repeat_interleave(x.shape[2])        # (B S,)
@@ -997,6 +1041,8 @@ class WorldModel(nn.Module):
                 z_hat = self.head(rms_norm(x))
             if c['state_dim']:
                 z_hat = add_state(z_hat, self.s_out(rms_norm(state)).squeeze(2))
+        if guided:
+            return z_hat[1::2].lerp(z_hat[::2], self.guide)
         return z_hat
 
     def act(self, before, now, goal, left):
@@ -1014,6 +1060,8 @@ class WorldModel(nn.Module):
         `context` frames, see write_cache."""
         c = self.config
         L = min(T, c['context'])
+        if self.guide != 1:
+            B = 2 * B
         shape = 2, B * len(self.space_cos), c['kv_heads'], L, c['width'] // c['heads']
         return [[*torch.zeros(shape, dtype=dtype, device=self.a_base.device)]
                 for layer in self.layers if layer.time]
@@ -1164,12 +1212,12 @@ def bootstrap_target(model, z_tau, tau, d, *conditions):
     return z_tau + (1 - tau[..., None, None]) * (first + second) / 2
 
 
-def forcing_task(model, z, a, a_mask, rows, noise, o):
+def forcing_task(model, z, a, a_mask, text, rows, noise, o):
     """Shortcut forcing, and diffusion forcing where no clip is of `rows`, which_rows' first two:
     the inputs of the model, its target (B, T, N, D) and the weight of every frame (B, T)."""
     boot, n = rows
     alone = noise.image[:, 0] < o.p_image
-    inputs = *noised_clips(z, boot, noise, o), a, a_mask & ~alone[:, None], alone
+    inputs = *noised_clips(z, boot, noise, o), a, a_mask & ~alone[:, None], alone, text
     target = z
     if n:
         # nonzero() would wait for the device
@@ -1204,7 +1252,7 @@ def previous_frames(z):
 
 
 def shortcut_loss(model, z, a, a_mask, z_mask, options={}, rms=None, first=0, noise=None,
-                  count=None, clip_weight=1.0):
+                  count=None, clip_weight=1.0, text=None):
     """Loss and metrics of a batch of clips: z (B, T, N, D) clean normalised latents, a (B, T, A),
     a_mask and z_mask (B, T) bool (action known, frame real). Metrics are 0-d tensors on the device,
     so that nobody waits for them; nan where no frame counts. A new one is a line in them: train.py
@@ -1213,7 +1261,7 @@ def shortcut_loss(model, z, a, a_mask, z_mask, options={}, rms=None, first=0, no
     options: of OBJECTIVE, what differs. rms {'flow', 'bootstrap'}: running mean squares of the
     terms. first: number of the first clip, see which_rows. noise: of clip_noise. count {'flow',
     'bootstrap'}: what sums over frames are divided by, None = the frames that count. clip_weight
-    (B, 1): what a frame of a clip counts."""
+    (B, 1): what a frame of a clip counts. text (B, L): see WorldModel.read."""
     o = SimpleNamespace(**(OBJECTIVE | options))
     assert vars(o).keys() == OBJECTIVE.keys(), f'not all are options: {options}'
     o.k_max = o.k_max or model.config['k_max']
@@ -1221,17 +1269,22 @@ def shortcut_loss(model, z, a, a_mask, z_mask, options={}, rms=None, first=0, no
     *rows, counted = which_rows(z_mask, o.objective, o.bootstrap, first)
     counted = {name: mask * clip_weight for name, mask in counted.items()}
     count = count or {name: mask.sum() for name, mask in counted.items()}
+    if text is None:
+        text = a_mask & False
+    # of the clips without actions half keep theirs, for imagination from text alone
+    off = 2 * noise.null - o.p_null - TEXT_HIDDEN
+    text = text.masked_fill(off.abs() < TEXT_HIDDEN, 0)
     a_mask = a_mask & (noise.null >= o.p_null)
     if o.state_dim:
         hidden = (noise.null >= o.p_null) & (noise.null < 2 * o.p_null)         # (B, 1)
         s = z[:, :, -1, :o.state_dim].masked_fill(hidden[:, :, None], torch.nan)
         z = add_state(z[:, :, :-1], s)
     if o.objective == 'direct':     # one deterministic step, z_hat[t] = f(z[t-1], a[t])
-        inputs = *previous_frames(z), a, a_mask
+        inputs = *previous_frames(z), a, a_mask, None, text
         target = z
         weight = torch.ones_like(inputs[1])
     else:
-        inputs, target, weight = forcing_task(model, z, a, a_mask, rows, noise, o)
+        inputs, target, weight = forcing_task(model, z, a, a_mask, text, rows, noise, o)
     error = frame_errors(model(*inputs), target, o.state_dim) * weight     # (B, T)
 
     terms = {}
@@ -1330,7 +1383,7 @@ def context_levels(c, tau_ctx):
 
 
 @torch.no_grad()
-def remember(model, z_ctx, a, a_mask, T, tau_ctx=0.9, seed=0):
+def remember(model, z_ctx, a, a_mask, T, tau_ctx=0.9, seed=0, text=None):
     """The cache after the context z_ctx (B, Tc, N, D), a and a_mask (B, Tc, ..), for clips of T
     frames in all. rollout(.., cache=) takes it for any number of candidates, and leaves it as it
     is."""
@@ -1348,7 +1401,7 @@ def remember(model, z_ctx, a, a_mask, T, tau_ctx=0.9, seed=0):
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
     cache = model.new_cache(len(z_ctx), T, dtype)
-    model(*seen, a, a_mask, cache=cache, commit=True)
+    model(*seen, a, a_mask, text=text, cache=cache, commit=True)
     return cache
 
 
@@ -1360,7 +1413,7 @@ def cache_of_candidates(cache, B, M):
     return [[copy(keys), copy(values)] for keys, values in cache]
 
 
-def denoise_frame(model, s, cache, z, noise, a, a_mask, t, last):
+def denoise_frame(model, s, cache, z, noise, a, a_mask, text, t, last):
     """Frame t (B M, 1, N, D) from noise[0] in K Euler steps z <- z + d (z_hat - z) / (1 - tau): the
     last one returns z_hat. Unless it is the last frame it is committed, noised by noise[1]."""
     def level(x):
@@ -1369,39 +1422,39 @@ def denoise_frame(model, s, cache, z, noise, a, a_mask, t, last):
     z, eps = noise
     for k in range(s.K):
         with torch.set_grad_enabled(s.grad == 'all' or s.grad and k == s.K - 1):
-            z_hat = model(z, level(k / s.K), level(s.d), a, a_mask, cache=cache, start=t)
+            z_hat = model(z, level(k / s.K), level(s.d), a, a_mask, text=text, cache=cache, start=t)
             z = z + (z_hat - z) / (s.K - k)             # d / (1 - tau) = 1 / (K - k)
     if not last:
         past = s.tau_ctx * z + (1 - s.tau_ctx) * eps
-        model(past, level(s.tau_ctx), level(s.d_ctx), a, a_mask, cache=cache, start=t, commit=True)
+        model(past, level(s.tau_ctx), level(s.d_ctx), a, a_mask, text=text, cache=cache, start=t,
+              commit=True)
     return z
 
 
-def predict_frame(model, s, cache, z, noise, a, a_mask, t, last):
+def predict_frame(model, s, cache, z, noise, a, a_mask, text, t, last):
     """Frame t by 'direct': one pass over the frame before it, which that pass commits."""
     z = z if s.grad == 'all' else z.detach()
     one = torch.ones(z.shape[:2], device=z.device)
     with torch.set_grad_enabled(bool(s.grad)):
-        z_hat = model(z, one, one, a, a_mask, cache=cache, start=t).type_as(z)
+        z_hat = model(z, one, one, a, a_mask, text=text, cache=cache, start=t).type_as(z)
         z_hat = torch.where(z.isnan(), z, z_hat)
     if s.grad is True and not last:         # once more, as gradients must not flow through the past
-        model(z, one, one, a, a_mask, cache=cache, start=t, commit=True)
+        model(z, one, one, a, a_mask, text=text, cache=cache, start=t, commit=True)
     return z_hat
 
 
 @torch.no_grad()
 def rollout(model, z_ctx, a, a_mask, K=4, tau_ctx=0.9, seed=0, grad=False, graph=None, cache=None,
-            act=None):
+            act=None, text=None):
     """Imagines the frames after z_ctx (B, Tc, N, D), one after the other, each in K steps -> (B M,
     T - Tc, N, D). a (B M, T, A) and a_mask (B M, T) cover context and future. With M > 1 each
-    context has M candidates in a row, which share its actions, its computation and their noise. The
-    past is seen at noise level tau_ctx (on the grid of k_max) and labelled so. Noise depends on
-    seed, context and frame alone.
+    context has M candidates in a row, which share its actions, computation and noise, which depends
+    on seed, context and frame alone. The past is seen at noise level tau_ctx, and labelled so.
 
     grad: True: gradients flow through the last step of each frame, and through nothing else
     (self-forcing); 'all': through everything, back to the actions. cache: what remember() made of
-    this context. graph: a frame is one CUDA graph, see replay; None: where it can be. act(frame
-    before, frame of now (B M, N, D), h) -> (B M, A), h = 0, 1, .., chooses the future's actions."""
+    this context. graph: a frame is one CUDA graph; None: where it can be. act(frame before, of now
+    (B M, N, D), h) -> (B M, A), h = 0, 1, .., chooses the future's actions. text (B or 1, L)."""
     c = model.config
     B, Tc, N, D = z_ctx.shape
     M = a.shape[0] // B
@@ -1414,11 +1467,13 @@ def rollout(model, z_ctx, a, a_mask, K=4, tau_ctx=0.9, seed=0, grad=False, graph
     s = SimpleNamespace(K=K, grad=grad, tau_ctx=level, d_ctx=d_ctx, d=d)
     frame = predict_frame if c['objective'] == 'direct' else denoise_frame
 
-    cache = cache or remember(model, z_ctx, a[::M, :Tc], a_mask[::M, :Tc], T, tau_ctx, seed)
+    if text is None:
+        text = a_mask[:1, :1] & False
+    cache = cache or remember(model, z_ctx, a[::M, :Tc], a_mask[::M, :Tc], T, tau_ctx, seed, text)
     cache = cache_of_candidates(cache, B, M)
     graph = not grad and (device.type == 'cuda' if graph is None else graph)
     if graph:
-        key = K, s.tau_ctx, cache[0][0].shape, cache[0][0].dtype
+        key = K, model.guide, s.tau_ctx, text.shape, cache[0][0].shape, cache[0][0].dtype
         cache = cache_of_graphs(model.graphs, key, cache)
     generator = torch.Generator(device).manual_seed(seed)
     before = z_ctx[:, -2:][:, :1].repeat_interleave(M, dim=0)
@@ -1432,7 +1487,7 @@ def rollout(model, z_ctx, a, a_mask, K=4, tau_ctx=0.9, seed=0, grad=False, graph
         with torch.set_grad_enabled(grad == 'all'):
             a_now = act(before[:, 0], z[:, 0], t - Tc)[:, None] if act else a[:, t:t + 1]
             before = z
-            inputs = z, noise, a_now, a_mask[:, t:t + 1], now
+            inputs = z, noise, a_now, a_mask[:, t:t + 1], text, now
             if graph:
                 imagine = functools.partial(replay, model.graphs, (*key, t == T - 1), imagine)
             z = imagine(*inputs)

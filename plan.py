@@ -41,8 +41,8 @@ from tqdm import tqdm
 from decode import load_decoder
 from model import (WorldModel, add_state, channel_weights, check_steps, compile_layers,
                    cost_weights, distance, encode_frames, half_weights, load, pictures, remember,
-                   restore_encoder, restore_probe, robot_state, robot_stats, rollout, standard,
-                   unstandard)
+                   restore_encoder, restore_probe, robot_state, robot_stats, rollout, set_guide,
+                   standard, unstandard)
 
 # --------------------------------------------------------------------------------------------------
 ckpt = 'out/ckpt.safetensors'
@@ -81,6 +81,8 @@ budget_ms = 0.0         # stop the search at this deadline, whatever iterations 
 chunk = 0               # candidates imagined at once; 0 = 1,024 tokens on a CPU, else 4,096 plans
 # the model's use and the cost
 K = 1                   # denoising steps per imagined frame
+text = ''               # what is being done, in words, of models with --text; '' = not known
+guide = 1.0             # above 1: imagination does more of what actions and text say
 seeds = 1               # noises under which every candidate is imagined; the mean counts
 cost = 'all'            # distance to the goal: all = over the steps, last = at the last one
 mask = ''               # a picture, white where the goal counts; '' = everywhere
@@ -367,7 +369,8 @@ def plan(model, z_ctx, a_ctx, z_goal, o, seed=0, low=-5.0, high=5.0, a_mask=None
         a_mask = torch.arange(Tc, device=z_ctx.device).expand(E, Tc) > 0
     z_goal = torch.where(z_ctx[:, -1].isnan(), torch.nan, z_goal)       # nor is what follows known
     with torch.no_grad():
-        cache = remember(model, z_ctx, a_ctx, a_mask, Tc + o.horizon, seed=seed)
+        text = data.text_bytes(o.text)[None].to(z_ctx.device)
+        cache = remember(model, z_ctx, a_ctx, a_mask, Tc + o.horizon, seed=seed, text=text)
 
     def imagine(actions, seed=seed, act=None):
         M = actions.shape[1]
@@ -375,7 +378,7 @@ def plan(model, z_ctx, a_ctx, z_goal, o, seed=0, low=-5.0, high=5.0, a_mask=None
         known = F.pad(a_mask, (0, o.horizon), value=True).repeat_interleave(M, dim=0)
         grad = torch.is_grad_enabled() and 'all'
         z = rollout(model, z_ctx, a.flatten(0, 1), known, o.K, seed=seed, cache=cache, grad=grad,
-                    act=act)
+                    act=act, text=text)
         return z.unflatten(0, (E, M))
 
     weight = cost_weights(model, tokens, o.state_weight, o.robot)
@@ -465,6 +468,9 @@ class Planner:
     def check_model(self, ckpt):
         o = self.o
         check_steps(o.K, self.model.config['k_max'])
+        set_guide(self.model, o.guide, o.text, self.trained)
+        if o.method == 'policy' and (o.text or o.guide != 1):
+            sys.exit('--method=policy: imagines nothing, it comes without --text and --guide')
         if not self.model.config['action_dim']:
             sys.exit(f'{ckpt}: was trained without actions, there is nothing to search')
         if 'a_basis' in self.model.stats:

@@ -106,6 +106,7 @@ dream = 0.0                     # share of the run, its last, in which the world
 dream_steps = 5                 # that are imagined for it; 0 = it learns from the data alone
 support = 1.0                   # weight of the data beside the dream: it keeps actions where the
                                 # model knows what they do
+text = False                    # the model is told what is done, in words: the datasets' tasks
 action_on = 'all'               # all: add the action to the latent tokens too; token: its own alone
 # objective
 objective = 'shortcut'          # shortcut, diffusion or direct
@@ -220,7 +221,7 @@ optim = f'{out_dir}/optim.pt'
 log = f'{out_dir}/log.jsonl'
 LATENTS = 'encoder layer frame_height frame_width pool channels whiten'.split()
 SHAPE = [*'size width layers heads kv_heads'.split(),
-         *({*MODEL_DEFAULTS} - {'state_dim', 'policy'})]
+         *({*MODEL_DEFAULTS} - {'state_dim', 'policy', 'text'})]
 config |= dict(command=' '.join(sys.argv[1:]), processes=world)
 if int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) and os.path.isfile(ckpt):
     # of torchrun --max-restarts; what another command has left is moved aside
@@ -258,8 +259,8 @@ if init:        # what its weights depend on comes with them
         if name in given and config[name] != old[name]:
             sys.exit(f'--{name}={config[name]}: cannot begin with {init}, which has {old[name]}')
         globals()[name] = config[name] = old[name]
-    if 'policy' not in given:
-        policy = config['policy'] = old['policy']
+    for name in {'policy', 'text'} - given:
+        globals()[name] = config[name] = old[name]
 
 # the encoder and the model's shape come first: they are checked before anything is written
 if saved:
@@ -314,6 +315,15 @@ if relabel:
 shape['action_dim'] = action_pca or clips.A
 shape['state_dim'] = clips.S
 shape['policy'] = policy
+shape['text'] = text
+if text:
+    listed = sum((ds.episodes for ds in clips.sets), [])
+    tasks = set().union(*(e.tasks for e in listed))
+    longest = max((len(task.encode(errors='replace')) for task in tasks), default=0)
+    if not longest:
+        sys.exit('--text=True: no episode of the datasets has a task in words')
+    if longest > 128:
+        data.warn('--text: tasks of more than 128 bytes are cut there')
 if policy and not clips.A:
     sys.exit('--policy=True: wants --labelled datasets, whose actions it learns')
 if state and not clips.S:
@@ -383,6 +393,12 @@ def normalised(batch, T=None):
     if clips.S:
         z = add_state(z, batch['s'][:, :T].to(device, non_blocking=True))
     return z, a, a_mask, z_mask
+
+
+def text_of(batch):
+    """The texts (B, L) of a batch on the device, no longer than the longest."""
+    longest = batch['text'].any(dim=0).sum()
+    return batch['text'][:, :longest + 1].to(device, non_blocking=True)
 
 
 def measure(x):
@@ -572,16 +588,21 @@ def evaluate():
     val = {}
     for kind, batch in held_out.items():
         z, a, a_mask, z_mask = normalised(batch)
-        actions = {'model': (a, a_mask)}
+        told = text_of(batch)
+        none = a_mask & False
+        conditions = {'model': (a, a_mask, told)}
         if kind == 'labelled':
-            actions['hidden'] = a, torch.zeros_like(a_mask)
+            conditions['hidden'] = a, none, told
             if len(a) > 1:
                 # half a turn: neighbours are often of one episode, whose actions are alike
-                actions['shuffled'] = a.roll(len(a) // 2, 0), a_mask
+                conditions['shuffled'] = a.roll(len(a) // 2, 0), a_mask, told
+        if text:        # beside 'hidden', or 'model' of clips without actions
+            conditions['no text'] = a, none, 0 * told
+            conditions['other text'] = a, none, told.flip(0)
         imagined = {'repeat': z[:, eval_context - 1:eval_context].expand(-1, 20, -1, -1)}
         with autocast:
-            for method, a_and_mask in actions.items():
-                imagined[method] = rollout(net, z[:, :eval_context], *a_and_mask, K=K)
+            for method, (*a_and_mask, words) in conditions.items():
+                imagined[method] = rollout(net, z[:, :eval_context], *a_and_mask, K=K, text=words)
         val[kind] = {method: horizon_errors(imagined[method][:, :, :N], z[:, :, :N], z_mask)
                      for method in sorted(imagined)}
         if policy and kind == 'labelled':
@@ -639,7 +660,8 @@ def fit_probe():
         z_real, a, a_mask, z_mask = normalised(batch)
         with torch.no_grad(), autocast:
             context = z_real[:, :eval_context]
-            imagined = rollout(ema_model.to(device), context, a, a_mask, K=K).float()
+            imagined = rollout(ema_model.to(device), context, a, a_mask, K,
+                               text=text_of(batch)).float()
         p = batch['p'].to(device)
         later = slice(eval_context, None)
         for x, p, real in (z_real, p, z_mask), (imagined, p[:, later], z_mask[:, later]):
@@ -679,7 +701,8 @@ def tell_probe(reader, which):
     z, a, a_mask, z_mask = normalised(batch)
     numbers = batch['p'].to(device)[..., which]
     with autocast:
-        imagined = rollout(ema_model.to(device), z[:, :eval_context], a, a_mask, K=K).float()
+        imagined = rollout(ema_model.to(device), z[:, :eval_context], a, a_mask, K,
+                           text=text_of(batch)).float()
     frames = dict(real=(z, numbers, z_mask))
     for h in (1, 5, 10, 20):
         t = eval_context + h - 1
@@ -884,8 +907,8 @@ while step < max_steps and not stop:
     count = averaged({name: mask.sum() for name, mask in counted.items()})
     metrics = {}
     few = micro_batch or B
-    parts = (x.split(few) for x in (z, a, a_mask, z_mask))
-    for i, z, a, a_mask, z_mask in zip(range(0, B, few), *parts):
+    parts = (x.split(few) for x in (z, a, a_mask, z_mask, text_of(batch)))
+    for i, z, a, a_mask, z_mask, told in zip(range(0, B, few), *parts):
         row = rank * B + i
         last_rows = i + few >= B
         if fsdp:
@@ -900,7 +923,8 @@ while step < max_steps and not stop:
             if not dreaming:
                 loss, terms = shortcut_loss(
                     parallel, z, a, a_mask, z_mask, options, rms=rms, first=first + i,
-                    noise=clip_noise(z, seeds), count=count, clip_weight=clip_weight[i:i + few])
+                    noise=clip_noise(z, seeds), count=count, clip_weight=clip_weight[i:i + few],
+                    text=told)
             elif dream_steps:
                 error = dream_errors(ema_model, model.act, z, a, known[i:i + few], z_mask,
                                      eval_context, dream_steps, goal_weight, first + i,
@@ -910,7 +934,7 @@ while step < max_steps and not stop:
                 loss = error / count['dream'].clamp(min=1e-6)
             if forced < T:
                 imagined = rollout(model, z[:, :forced], a, a_mask, K, grad=True,
-                                   seed=hash((seed, step, row, K)) % 2 ** 63)
+                                   seed=hash((seed, step, row, K)) % 2 ** 63, text=told)
                 error = frame_errors(imagined, z[:, forced:], clips.S)
                 error = (error * z_mask[:, forced:]).sum()
                 terms['self_forcing'] = error.detach() / count['self_forcing']

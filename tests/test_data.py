@@ -2703,3 +2703,19 @@ def test_peak_flops_of_a_card_are_its_own_or_unknown(monkeypatch):
     assert data.peak_flops(torch.device('cpu')) == 0.0
 
 
+def test_texts_are_bytes_and_long_ones_are_cut():
+    text = data.text_bytes('Schieb nach links: ←')
+    assert text.dtype == torch.uint8 and bytes(text).rstrip(b'\0').decode() == 'Schieb nach links: ←'
+    assert data.text_bytes('').tolist() == [0] * 128
+    assert bytes(data.text_bytes(127 * 'a' + 'ö')) == 127 * b'a' + 'ö'.encode()[:1]
+
+
+def test_a_clip_has_the_text_of_its_own_task(tmp_path):
+    frames = np.zeros((4, 16, 16, 3), np.uint8)
+    tasks = 'push left', 'push right', ''
+    write_lerobot(tmp_path / 'd', [{'observation.images.top': frames, 'action': np.zeros((4, 1)), 'task': t} for t in tasks], 10)
+    for kinds in ([data.LeRobot(tmp_path / 'd')], []), ([], [data.LeRobot(tmp_path / 'd', action='none')]):
+        clips = data.Clips(*kinds, 2, 1, (16, 16), 4, 1.0, 0.3)
+        batch = clips[0]
+        want = [tasks[e] for _, e, _, _ in clips.picks(0)]
+        assert [bytes(t).rstrip(b'\0').decode() for t in batch['text']] == want and batch['text'].shape == (4, 128)

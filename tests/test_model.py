@@ -1192,6 +1192,123 @@ def test_a_state_that_is_not_known_stays_so(objective):
     assert all(p.grad is None or p.grad.isfinite().all() for p in net.parameters())
 
 
+# text and guidance ----------------------------------------------------------------------------------------------------
+
+def bytes_of(*words, L=12):
+    return torch.tensor([[*w.encode().ljust(L, b'\0')] for w in words], dtype=torch.uint8)
+
+
+def test_a_text_is_read_byte_by_byte_and_its_padding_is_not(double):
+    net = world(text=True)
+    left, tfel, none = net.read(bytes_of('left', 'tfel', ''))
+    assert not none.any() and (left - tfel).abs().max() > 0.1, 'an order'
+    assert torch.allclose(net.read(bytes_of('left', L=40))[0], left, rtol=0, atol=1e-12)
+    z, tau, d, a, a_mask = inputs(3)
+    told = lambda *words, rows=slice(None): net(z[rows], tau[rows], d[rows], a[rows], a_mask[rows], text=bytes_of(*words))
+    one, two, three = told('left', 'right', '')
+    assert torch.allclose(told('left')[0], one) and (told('left') - told('')).abs().amax(dim=(1, 2, 3)).min() > 1e-3
+    assert torch.allclose(told('right')[1], two) and torch.allclose(told('')[2], three)
+    bare = world()
+    bare.load_state_dict({k: v for k, v in net.state_dict().items() if k in bare.state_dict()})
+    assert torch.equal(bare(z, tau, d, a, a_mask), told('', '', '')), 'no words are no text'
+
+
+@pytest.mark.parametrize('objective', ['shortcut', 'direct'])
+def test_texts_are_learned_and_hidden_in_a_tenth_of_the_clips(objective):
+    """Of the clips without actions in half; and the teacher of large steps is told no more than its student."""
+    net, B = world(text=True, objective=objective, layers=2), 1000
+    z, _, _, a, _ = inputs(B, 2)
+    known, text, seen = torch.ones(B, 2, dtype=torch.bool), bytes_of(*['left', 'right'] * (B // 2)), []
+    hook = net.register_forward_pre_hook(lambda m, args: seen.append((args[4].any(dim=1), args[6])))
+    given = dict(objective=objective, p_null=0.2, p_image=0.0, bootstrap=0.5)
+    noise = model.clip_noise(z, range(B))
+    loss = model.shortcut_loss(net, z, a, known, known, given, noise=noise, text=text)[0]
+    hook.remove()
+    acts, told = seen[-1]
+    silent, still = (told == 0).all(dim=1), ~acts
+    assert torch.equal(told[~silent], text[~silent])
+    assert 0.07 < silent.float().mean() < 0.13 and 0.15 < still.float().mean() < 0.25
+    acts_too = (silent & ~still).float().mean()
+    assert acts_too < 0.02, 'p_null / 2 is as many as all that are hidden'
+    assert 0.07 < (still & ~silent).float().mean() < 0.13 and (silent & still).any()
+    if objective == 'shortcut':
+        assert len(seen) == 3
+        boot = torch.arange(B) % 2 == 1
+        for part in seen[:2]:
+            assert torch.equal(part[1], told[boot]) and (part[1] == 0).all(dim=1).any()
+    loss.backward()
+    parts = net.byte.weight, *net.readers.parameters()
+    assert all(p.grad.abs().max() > 0 for p in parts)
+    assert not net.byte.weight.grad[list(b'xyz')].any() and net.byte.weight.grad[list(b'left')].any(dim=1).all()
+    other = model.shortcut_loss(net, z, a, known, known, given, noise=noise, text=text.roll(1, 0))[0]
+    assert abs(other.item() - loss.item()) > 1e-6
+    assert loss_of(net, z, a, known, p_null=0.0)[0].isfinite(), 'nobody has to say anything'
+
+
+class Guided:
+    """z + w (z_c - z), of two models side by side."""
+    def __init__(self, net, w, text):
+        self.net, self.config, self.w, self.text = net, net.config, w, text
+
+    def __call__(self, z, tau, d, a, a_mask):
+        given, hidden = ({}, {}) if self.text is None else (dict(text=self.text), dict(text=0 * self.text))
+        z_c = self.net(z, tau, d, a, a_mask, **given)
+        z = self.net(z, tau, d, torch.zeros_like(a), torch.zeros_like(a_mask), **hidden)
+        return z + self.w * (z_c - z)
+
+
+@pytest.mark.parametrize('objective, K, text, w', [
+    ('shortcut', 4, True, 2.0), ('shortcut', 1, False, 3.0), ('diffusion', 2, True, 1.5), ('direct', 1, True, 2.0),
+    ('direct', 1, False, 0.0), ('shortcut', 2, True, 0.0), ('shortcut', 2, True, 1.0)])
+@pytest.mark.parametrize('M, more', [(1, {}), (3, {}), (2, dict(state_dim=2)), (2, dict(wide_layers=1))])
+def test_a_guided_rollout_is_two_side_by_side(double, objective, K, text, w, M, more):
+    """The branch without conditions has a past of its own: the same frames, seen without actions and text."""
+    net = world(objective=objective, text=text, **more)
+    B, Tc = 2, 3
+    z, _, _, a, a_mask = inputs(B * M, 9, 6 + ('state_dim' in more))
+    for x in a, a_mask:
+        x[:, :Tc] = x[::M, :Tc].repeat_interleave(M, dim=0)
+    words = bytes_of('push left', 'reach') if text else None
+    told = None if words is None else words.repeat_interleave(M, dim=0)
+    with torch.no_grad():
+        want = slow_rollout(Guided(net, w, told), z[:B, :Tc], a, a_mask, K)
+    net.guide = w
+    got = model.rollout(net, z[:B, :Tc], a, a_mask, K, text=words)
+    assert torch.allclose(got, want, rtol=0, atol=1e-9), (got - want).abs().max()
+    cache = model.remember(net, z[:B, :Tc], a[::M, :Tc], a_mask[::M, :Tc], 9, text=words)
+    assert torch.equal(model.rollout(net, z[:B, :Tc], a, a_mask, K, text=words, cache=cache), got)
+    net.guide = 1.0
+    plain = model.rollout(net, z[:B, :Tc], a, a_mask, K, text=words)
+    hidden = model.rollout(net, z[:B, :Tc], a, torch.zeros_like(a_mask), K)
+    assert torch.equal(got, plain) == (w == 1) and torch.allclose(got, hidden, rtol=0, atol=1e-9) == (w == 0)
+
+
+def test_a_plan_has_the_gradient_of_guided_imagination(double):
+    net, (z, _, _, a, _) = world(), inputs(2, 5)
+    net.guide = 2.0
+    known = torch.ones(2, 5, dtype=torch.bool)
+    with torch.enable_grad():
+        a.requires_grad_()
+        slow = slow_rollout(Guided(net, 2.0, None), z[:, :2], a, known, 2, cut=lambda x: x)
+        fast = model.rollout(net, z[:, :2], a, known, 2, grad='all')
+        want, got = (torch.autograd.grad(x.square().sum(), a)[0] for x in (slow, fast))
+    assert want[:, 2:].abs().max() > 1e-3 and torch.allclose(got[:, 2:], want[:, 2:], rtol=0, atol=1e-8)
+
+
+def test_a_guide_wants_what_was_hidden():
+    for c, p_null, guide, text, said in (
+            (dict(), 0.0, 2.0, '', '--guide=2: wants'), (dict(action_dim=0), 0.1, 0.5, '', '--guide=0.5: wants'),
+            (dict(text=True), 0.0, 2.0, 'left', '--guide=2: wants'), (dict(), 0.1, 1.0, 'left', '--text=left: wants')):
+        with pytest.raises(SystemExit, match=said):
+            model.set_guide(world(**c), guide, text, dict(p_null=p_null, unlabelled=''))
+    for c, p_null, video, guide, text in (
+            (dict(), 0.1, '', 2.0, ''), (dict(text=True, action_dim=0), 0.0, '', 2.0, 'left'), (dict(), 0.0, '', 1.0, ''),
+            (dict(), 0.0, 'video', 2.0, '')):
+        net = world(**c)
+        model.set_guide(net, guide, text, dict(p_null=p_null, unlabelled=video))
+        assert net.guide == guide
+
+
 # imagination ----------------------------------------------------------------------------------------------------------
 
 def slow_rollout(net, z_ctx, a, a_mask, K=4, tau_ctx=0.9, seed=0, cut=torch.Tensor.detach):
@@ -1483,8 +1600,8 @@ def test_gradients_reach_the_actions_through_every_frame(double, objective, K, T
     assert all(torch.equal(x, y) for old, new in zip(before, cache) for x, y in zip(old, new))
 
 
-@pytest.mark.parametrize('objective', ['shortcut', 'direct'])
-def test_a_graph_of_a_frame_serves_later_rollouts(monkeypatch, objective):
+@pytest.mark.parametrize('objective, guide', [('shortcut', 1), ('direct', 1), ('shortcut', 2), ('direct', 2)])
+def test_a_graph_of_a_frame_serves_later_rollouts(monkeypatch, objective, guide):
     """A CUDA graph goes on with the closure, the buffers and the cache of its first call: imitated here."""
     made = []
 
@@ -1497,12 +1614,14 @@ def test_a_graph_of_a_frame_serves_later_rollouts(monkeypatch, objective):
             x.copy_(new)
         return f(*given).clone()
 
-    net, (z, _, _, a, a_mask) = world(objective=objective), inputs(4, 12)
-    plain = [(seed, T, M, model.rollout(net, z[:4 // M, seed:seed + 2], a[:, :T], a_mask[:, :T], 2, seed=seed))
+    net, (z, _, _, a, a_mask) = world(objective=objective, text=guide != 1), inputs(4, 12)
+    words = [bytes_of(word) for word in ('left', 'right', '') * 3]
+    net.guide = guide
+    plain = [(seed, T, M, model.rollout(net, z[:4 // M, seed:seed + 2], a[:, :T], a_mask[:, :T], 2, seed=seed, text=words[seed]))
              for seed, T, M in ((0, 12, 1), (1, 12, 1), (2, 9, 1), (3, 12, 2), (4, 12, 1), (5, 3, 1), (6, 3, 1))]
     monkeypatch.setattr(model, 'replay', replay)
     for seed, T, M, want in plain:
-        got = model.rollout(net, z[:4 // M, seed:seed + 2], a[:, :T], a_mask[:, :T], 2, seed=seed, graph=True)
+        got = model.rollout(net, z[:4 // M, seed:seed + 2], a[:, :T], a_mask[:, :T], 2, seed=seed, graph=True, text=words[seed])
         assert torch.allclose(got, want, atol=1e-5), (seed, T, M)
     assert len(made) == 3, 'two graphs of a window, with the last frame or without, and one of a shorter rollout'
 

@@ -1363,7 +1363,8 @@ def test_states_of_pictures(sensing, trained, tmp_path):
                            (['--state_weight=-1'], '--state_weight: wants'), (['--rest=lie'], '--rest: wants one of zero, state'),
                            (['--hold=1', '--rest=zero'], '--hold, --hold_latents: come with --env or --watch'),
                            (['--start_state=x=1', '--goal_state=y=1'], 'of the same numbers'),
-                           (['--method=policy'], '--method=policy --proposals=0 --controller=False: '), (['--controller=True'], 'was trained without --policy'), (['--method=policy', '--replan=2'], 'with --replan=1, not 2'), (['--proposals=3'], 'was trained without --policy'),
+                           (['--method=policy'], '--method=policy --proposals=0 --controller=False: '), (['--controller=True'], 'was trained without --policy'), (['--method=policy', '--replan=2'], 'with --replan=1, not 2'),
+                           (['--method=policy', '--guide=2'], 'comes without --text and --guide'), (['--proposals=3'], 'was trained without --policy'),
                            (['--proposals=300'], '--proposals=300: wants at most samples=40'),
                            ([f'--ckpt={trained}/ckpt.safetensors', '--goal_state=1,2'], 'was trained without --state')):
         assert words in ends('plan.py', *given, *options)

@@ -1,4 +1,5 @@
 import io
+import itertools
 import json
 import math
 import os
@@ -518,7 +519,8 @@ def gradients(folder, *runs, processes=2):
 def test_gradients_do_not_depend_on_how_a_batch_is_split(demo, tmp_path):
     """One process, two, two with micro-batches, and two that shard; some clips are padded, some rows bootstrap."""
     options = [*demo, *SMALL, '--max_steps=2', '--batch_size=8', '--bootstrap=0.5', '--bootstrap_start=0.0',
-               '--frames=24', '--p_image=0.5', '--learning_rate=0.03', '--warmup=0', '--eval_interval=100', '--policy=True']
+               '--frames=24', '--p_image=0.5', '--learning_rate=0.03', '--warmup=0', '--eval_interval=100', '--policy=True',
+               '--text=True']
     ways = {1: ([], ['--micro_batch=3']),
             2: ([], ['--micro_batch=2'], ['--fsdp=True'], ['--fsdp=True', '--micro_batch=1'])}
     found = []
@@ -1042,3 +1044,85 @@ def test_presets(tmp_path, demo, monkeypatch, preset, encoder):
     assert config['max_steps'] == 2 and config['frames'] == wanted['frames'] and config['k_max'] == 64
     assert config['frameskip'] == 2         # of 10 frames a second
     assert net.config['grid'] == ([1, 1] if preset == 'robot' else [2, 2])
+
+
+@pytest.fixture(scope='module')
+def worded(demo, tmp_path_factory):
+    """Options for training on a demo world whose tasks differ, and the folder of a checkpoint of it."""
+    folder = tmp_path_factory.mktemp('worded')
+    source = data.LeRobot(demo[0].partition('=')[2])
+    episodes = []
+    for e in range(4):
+        frames = source.frames(e, range(30)).permute(0, 2, 3, 1).numpy()
+        task = ('push the disc left', 'reach')[e // 2]
+        episodes.append({'observation.images.top': frames, 'action': source.rows(e)[:30], 'task': task})
+    write_lerobot(folder / 'labelled', episodes, 10)
+    write_lerobot(folder / 'unlabelled', [{k: v for k, v in e.items() if k != 'action'} for e in episodes], 10)
+    options = (f'--labelled={folder}/labelled', f'--unlabelled={folder}/unlabelled', *SMALL, '--text=True', '--val_share=0.5',
+               '--bootstrap_start=0.2', '--save_interval=3', '--eval_interval=3', '--log_interval=1')
+    script('train.py', *options, '--max_steps=6', '--self_forcing=0.5', f'--out_dir={folder}/out')
+    return options, folder / 'out'
+
+
+def test_texts_are_seen_and_told_apart(worded, tmp_path, monkeypatch):
+    """Evaluation tells what they are worth; the same bits after a restart; plans and pictures."""
+    options, out = worded
+    val = entries(out)[1][-1]['val']
+    for kind, names in ('labelled', {'hidden', 'shuffled'}), ('unlabelled', set()):
+        assert val[kind].keys() == {'model', 'repeat', 'no text', 'other text'} | names
+        own = val[kind]['hidden' if kind == 'labelled' else 'model']
+        assert len({own['5'], val[kind]['no text']['5'], val[kind]['other text']['5']}) == 3
+    halt, save = tmp_path / 'half', model.save
+
+    def keep(path, *rest):
+        if os.path.isfile(tmp_path / 'again/optim.pt') and not halt.exists():
+            shutil.copytree(tmp_path / 'again', halt)
+        save(path, *rest)
+    monkeypatch.setattr(model, 'save', keep)
+    more = *options, '--max_steps=6', '--self_forcing=0.5'
+    script('train.py', *more, '--micro_batch=2', f'--out_dir={tmp_path}/again')
+    monkeypatch.setattr(model, 'save', save)
+    script('train.py', *more, '--micro_batch=2', '--resume=True', f'--out_dir={halt}')
+    a, b = (safetensors.torch.load_file(f / 'ckpt.safetensors') for f in (tmp_path / 'again', halt))
+    assert [k for k in a if not torch.equal(a[k], b[k])] == []
+    early, apart = ([e['flow'] for e in entries(f)[0][:3]] for f in (out, tmp_path / 'again'))
+    assert early == pytest.approx(apart, rel=1e-4), 'clips keep their texts in micro-batches'
+    assert '--text: False cannot go on' in ends('train.py', *more, '--text=False', '--resume=True', f'--out_dir={halt}')
+
+
+def test_a_text_is_told_to_decode_and_plan(worded, trained, demo, tmp_path):
+    _, out = worded
+    ckpt = f'--ckpt={out}/ckpt.safetensors'
+    looks = ckpt, f'--out_dir={tmp_path}/d', '--rows=2', '--steps=3', '--K=1'
+    runs = [script('decode.py', *looks, *given)['imagined'] for given in (
+        [], ['--actions=False'], ['--actions=False', '--text=reach'], ['--actions=False', '--guide=2'], ['--guide=1'])]
+    assert torch.equal(runs[0], runs[4]) and all(not torch.equal(x, y) for x, y in itertools.combinations(runs[:4], 2))
+    g = script('decode.py', *looks, '--unlabelled=' + demo[1].partition('=')[2], '--text=reach')
+    assert bytes(g['words'][0]).rstrip(b'\0') == b'reach'
+    search = ckpt, '--episodes=2', '--budget=2', '--samples=4', '--elites=2', '--iterations=1', '--blind_episodes=1', f'--out_dir={tmp_path}/p'
+    for given in [], ['--text=reach'], ['--text=reach', '--guide=2'], ['--guide=2', '--method=adam']:
+        script('plan.py', *search, *given)
+    old = f'--ckpt={trained}/ckpt.safetensors'
+    for name in 'decode.py', 'plan.py':
+        assert '--text=reach: wants a model that was trained with --text=True' == ends(name, old, '--text=reach', f'--out_dir={tmp_path}/x')
+        assert '--guide: wants 0 or more, got -1.0' == ends(name, ckpt, '--guide=-1', f'--out_dir={tmp_path}/x')
+    assert not (tmp_path / 'x').exists()
+
+
+def test_a_text_can_come_and_go_in_fine_tuning(worded, trained, tmp_path, demo, capfd):
+    options, out = worded
+    short = options[:2] + SMALL[4:] + ('--max_steps=1',)
+    script('train.py', *short, f'--init={trained}/ckpt.safetensors', '--text=True', f'--out_dir={tmp_path}/o')
+    assert model.load(tmp_path / 'o/ckpt.safetensors')[0].config['text']
+    script('train.py', *short, f'--init={out}/ckpt.safetensors', f'--out_dir={tmp_path}/p')
+    assert model.load(tmp_path / 'p/ckpt.safetensors')[1]['text'] is True
+    script('train.py', *short, f'--init={out}/ckpt.safetensors', '--text=False', f'--out_dir={tmp_path}/q')
+    assert not model.load(tmp_path / 'q/ckpt.safetensors')[0].config['text']
+    frames = np.zeros((4, 64, 64, 3), np.uint8)
+    write_lerobot(tmp_path / 'silent', [{'observation.images.top': frames, 'action': np.zeros((4, 2)), 'task': ''}] * 2, 10)
+    assert '--text=True: no episode of the datasets has a task in words' == ends(
+        'train.py', f'--labelled={tmp_path}/silent', *SMALL, '--text=True', f'--out_dir={tmp_path}/r')
+    assert not (tmp_path / 'r').exists()
+    write_lerobot(tmp_path / 'long', [{'observation.images.top': frames + np.arange(64, dtype=np.uint8)[:, None], 'action': np.eye(4, 2), 'task': 150 * 'l'}] * 4, 10)
+    script('train.py', f'--labelled={tmp_path}/long', *short[1:], '--unlabelled=', '--val_share=0.5', '--text=True', f'--out_dir={tmp_path}/s')
+    assert capfd.readouterr().err.count('--text: tasks of more than 128 bytes are cut there') == 1
