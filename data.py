@@ -5,6 +5,7 @@ batches | latents on disk | the demo world.
     python data.py --labelled=path/to/dataset                           # what is in it, and wrong
     python data.py --cache=True --labelled=... --encoder=dinov2_vits14  # encode before training
     python data.py --videos='folder/*.mp4' --out=videos                 # a dataset of plain videos
+    python data.py --hdf5=can/ph/image.hdf5 --out=can                   # ... of robomimic's demos
 
 Letters: T frames of a clip, A action width, H W pixels. Frames are uint8 tensors (T, 3, H, W);
 wherever a `size` is asked for, an int is a square, (height, width) a rectangle, and 0 the native
@@ -94,6 +95,7 @@ CHOICES = {
     'preset': ('robot', 'thesis', ''),
     'size': ('nano', 'tiny', 'small', 'base', 'large'),
     'action_on': ('all', 'token'),
+    'attention': ('factored', 'flat'),
     'objective': ('shortcut', 'diffusion', 'direct'),
     'tau_schedule': ('uniform', 'shift', 'logit-normal'),
     'space': ('x', 'v'),
@@ -1837,6 +1839,81 @@ def import_videos(root, pattern, fps=0, size=(0, 0)):
 
 
 # --------------------------------------------------------------------------------------------------
+# robomimic's HDF5 in (robomimic.github.io/docs/datasets/overview.html): data/demo_0 .. hold obs/*,
+# actions and states (the simulator's), a row of each for every frame; an action is done after its
+# frame is seen. data's attribute env_args is JSON; mask/* are lists of demos.
+
+HDF5 = dict(actions='action', object=ENVIRONMENT, states=ENVIRONMENT)
+
+
+def hdf5_rows(demo, state):
+    """{key: (column of LeRobot, or 'image', rows)} of a demo. What the robot senses: the keys in
+    state, or else robot*. Of a real robot, states are empty."""
+    out = {}
+    for key, x in {**demo, **demo.get('obs', {})}.items():
+        shape = getattr(x, 'shape', ())     # groups have none
+        if shape[3:] == (3,) and x.dtype == np.uint8:
+            out[key] = 'image', x
+        elif key in state or not state and key.startswith('robot') and len(shape) < 3:
+            out[key] = 'observation.state', x
+        elif key in HDF5 and x.size:
+            out[key] = HDF5[key], x
+    return out
+
+
+def hdf5_demos(group, names, state):
+    """hdf5_rows of the demos called so, by number; a Bad where they are not one dataset."""
+    state = {*state.split(',')} - {''}
+    demos = []
+    for name in sorted(names, key=lambda name: [int(n) for n in re.findall(r'\d+', name)]):
+        demo = group.get(name, {})
+        rows = hdf5_rows(demo, state)
+        missing = ({'actions'} | state) - rows.keys()
+        if missing or 'image' not in dict(rows.values()):
+            raise Bad(f'{name} has no {", ".join(missing) or "images"}, only '
+                      f'{", ".join(demo.get("obs", demo))}: images, too, are extracted first, by '
+                      'robomimic\'s dataset_states_to_obs.py')
+        demos.append(rows)
+        length = len(rows['actions'][1])
+        wants = {key: (length, *x.shape[1:]) for key, (_, x) in demos[0].items()}
+        has = {key: x.shape for key, (_, x) in rows.items()}
+        if has != wants:
+            raise Bad(f'{name} has rows of {has}; its actions and the demo before want {wants}')
+    return demos
+
+
+def import_hdf5(root, path, state='', filter_key=''):
+    """Write robomimic's demos, all or those of a filter key, as a dataset, an episode each."""
+    try:
+        import h5py
+    except ImportError:
+        sys.exit(f'--hdf5={path} needs: pip install h5py')
+    with reading(path), h5py.File(path, rdcc_nbytes=1 << 27) as file:   # a chunk is many frames
+        group = file.get('data', {})
+        mask = file.get(f'mask/{filter_key}', []) if filter_key else map(str.encode, group)
+        demos = hdf5_demos(group, map(bytes.decode, mask), state)
+        if not demos:
+            raise Bad(f'has no demos; filter keys: {[*file.get("mask", [])]}')
+        env = json.loads(group.attrs.get('env_args', '{}'))
+        fps = env.get('env_kwargs', {}).get('control_freq') or 20       # robosuite's own
+        names = defaultdict(list)
+        for key, (column, x) in demos[0].items():
+            names[column] += [f'{key}_{i}' for i in range(x[0].size)]
+        with Writer(root, fps, names) as writer:
+            for rows in demos:
+                for i in range(len(rows['actions'][1])):
+                    frames = {}
+                    vectors = defaultdict(list)
+                    for key, (column, x) in rows.items():
+                        if column == 'image':
+                            frames[key.removesuffix('_image')] = x[i]
+                        else:
+                            vectors[column] += x[i].ravel().tolist()
+                    writer.add(frames, extra=vectors)
+                writer.end_episode(env.get('env_name', ''))
+
+
+# --------------------------------------------------------------------------------------------------
 # batches
 
 SEGMENT = 2048      # windows kept together while an epoch is put in order: an hour of video is many
@@ -2580,18 +2657,28 @@ if __name__ == '__main__':
     dtype = 'auto'            # float32 or bfloat16; auto = bfloat16 where hardware multiplies it
     # write a LeRobot v3.0 dataset
     videos = ''               # of plain videos: 'folder/*.mp4'
+    hdf5 = ''                 # of robomimic's demos, all cameras; state: obs keys, '' = robot*
+    filter_key = ''           # which demos, such as train; '' = all
     out = ''                  # the new dataset's folder
     config = override({k: v for k, v in globals().items() if k.islower()}, sys.argv[1:])
     globals().update(config)
     # ----------------------------------------------------------------------------------------------
-    if bool(videos) == bool(labelled or unlabelled):
-        sys.exit('wants --labelled or --unlabelled, or else --videos (python data.py --help)')
-    if videos:
+    if [labelled + unlabelled, videos, hdf5].count('') != 2:
+        sys.exit('wants --labelled or --unlabelled, or else --videos or --hdf5 (python data.py '
+                 '--help)')
+    if videos or hdf5:
         if not out:
             sys.exit('--out: wants the folder that is to be written')
-        with writing(out):
-            import_videos(out, videos, fps, (frame_height, frame_width or frame_height))
-        fps = 0.0
+        try:
+            with writing(out):
+                if videos:
+                    import_videos(out, videos, fps, (frame_height, frame_width or frame_height))
+                    fps = 0.0
+                else:
+                    import_hdf5(out, hdf5, state, filter_key)
+                    state = 'observation.state'
+        except Bad as error:
+            sys.exit(str(error))
         labelled = out
     sets = open_sets(labelled, camera, action, fps, action_mode, rotation, cache_gb, state)
     sets += open_sets(unlabelled, camera, 'none', fps, action_mode, rotation, cache_gb)

@@ -559,8 +559,11 @@ def encode_frames(encoder, x, autocast):
 # --------------------------------------------------------------------------------------------------
 # The world model: a block-causal transformer over frames of latents (Dreamer 4, section 3.2). Most
 # layers attend over space, all tokens of one frame; every fourth over time, one token position
-# across the frames so far. It is asked for the clean latents of noised ones, f(z~, tau, d, a) -> z:
-# all objectives train this function, and imagination, planning and decoding know no other.
+# across the frames so far. Or they are flat, as in DINO-WM (arXiv:2411.04983): each attends over
+# all tokens of the frames so far. (Its actions, beside the numbers of each token before a linear
+# map, are action_on='all': that is the sum of two maps.) The model is asked for the clean latents
+# of noised ones, f(z~, tau, d, a) -> z: all objectives train this function, and imagination,
+# planning and decoding know no other.
 
 SIZES = {  # width, layers, heads, kv_heads; parameters without the encoder, which stays frozen
     'nano': (128, 4, 4, 2),       # 0.7M, the demo on a laptop
@@ -582,6 +585,7 @@ TEXT_HIDDEN = 0.1       # share of the clips whose text is hidden in training
 MODEL_DEFAULTS = dict(      # what a checkpoint gets that was made before there was such an entry
     registers=4,            # learned tokens of each frame that belong to no patch
     context=32,             # frames that a time layer sees, the current one included
+    attention='factored',   # layers of space and of time, or 'flat': all of both
     time_every=4,           # one layer of so many is a time layer, the second of each group
     wide_layers=0,          # layers of a head twice as wide (WideHead), 0 = one linear map
     k_max=64,               # finest sampling has k_max steps: d_min = 1 / k_max
@@ -609,7 +613,9 @@ def model_config(size, dim, grid, action_dim, **overrides):
             sys.exit(f'--{name}={c[name]}: wants {wants}')
 
     heads, k_max = c['heads'], c['k_max']
-    check('width', c['width'] % (4 * heads) == 0, f'a multiple of 4 x heads = {4 * heads}')
+    least = 8 if c['attention'] == 'flat' else 4        # pairs for rows, columns and time
+    check('width', c['width'] % (least * heads) == 0,
+          f'a multiple of {least} x heads = {least * heads}')
     check('heads', heads % c['kv_heads'] == 0, f'a multiple of kv_heads = {c["kv_heads"]}')
     check('time_every', c['time_every'] >= 2, 'at least 2')
     check('layers', c['layers'] >= 2, 'at least 2, the second is the first time layer')
@@ -653,7 +659,7 @@ def flops_per_frame(c, T):
         weights = C * C * (2 + 2 * c['kv_heads'] / c['heads']) + 3 * C * hidden(C)
         return 2 * S * weights + 4 * S * L * C
 
-    past = sum(min(t + 1, c['context']) for t in range(T)) / T
+    past = sum(min(t + 1, c['context']) for t in range(T)) / T * group_size(c)
     flops = 2 * N * C * c['dim'] + 2 * C * c['action_dim']
     for i in range(c['layers']):
         flops += layer(C, S, past if is_time(c, i) else S)
@@ -667,7 +673,12 @@ def hidden(width):
 
 
 def is_time(c, i):
-    return i % c['time_every'] == 1
+    return c['attention'] == 'flat' or i % c['time_every'] == 1
+
+
+def group_size(c):
+    """Tokens of a frame that see those of other frames together: all, or each its own."""
+    return sum(frame_tokens(c).values()) if c['attention'] == 'flat' else 1
 
 
 def rms_norm(x):
@@ -690,10 +701,10 @@ def attend(q, k, v, cap, mask=None):
     return (logits.softmax(dim=-1).type_as(v) @ v).view(B, h, S, d)
 
 
-def causal_window(S, context, alone, device):
-    """mask (1 or B, 1, S, S): a frame sees itself and the context - 1 before it; where alone (B,),
-    itself."""
-    t = torch.arange(S, device=device)
+def causal_window(S, context, alone, device, group=1):
+    """mask (1 or B, 1, S, S): a frame, of group tokens, sees itself and the context - 1 before it;
+    where alone (B,), itself."""
+    t = torch.arange(S, device=device) // group
     ago = t[:, None] - t
     mask = ((ago >= 0) & (ago < context))[None, None]
     if alone is None:
@@ -701,16 +712,17 @@ def causal_window(S, context, alone, device):
     return mask & (~alone[:, None, None, None] | (ago == 0))
 
 
-def attend_flex(q, k, v, cap, context=0, alone=None):
+def attend_flex(q, k, v, cap, context=0, alone=None, group=1):
     """attend(q, k, v, cap, causal_window(..)) in one kernel that never writes the logits; context
     0: no mask."""
     def score(logit, b, head, i, j):
         logit = cap * torch.tanh(logit / cap)
         if not context:
             return logit
-        seen = (i >= j) & (i - j < context)
+        ago = i // group - j // group
+        seen = (ago >= 0) & (ago < context)
         if alone is not None:
-            seen = seen & (~alone[b] | (i == j))
+            seen = seen & (~alone[b] | (ago == 0))
         return torch.where(seen, logit, -torch.inf)
     # one kernel for all lengths: the one that flex takes for short ones stacks the heads of a group
     # until it spills
@@ -725,11 +737,12 @@ def compiled_flex():
 
 
 def write_cache(cache, k, v, start):
-    """Put k and v (B, kv_heads, S, d), of the frames from start on, into cache: [keys, values]
-    (B, kv_heads, L, d) of the last L frames, each at its index modulo L."""
-    S = k.shape[2]
+    """Put k and v (B, kv_heads, T G, d), of the frames from start on, into cache: [keys, values]
+    (B, kv_heads, L, G d) of the last L frames of G tokens, each frame at its index modulo L."""
+    k, v = (x.reshape(*x.shape[:2], -1, cache[0].shape[3]) for x in (k, v))     # (.., T, G d)
+    T = k.shape[2]
     L = cache[0].shape[2]
-    slots = (start + torch.arange(max(0, S - L), S, device=k.device)) % L
+    slots = (start + torch.arange(max(0, T - L), T, device=k.device)) % L
     for i, new in enumerate((k, v)):
         if torch.is_grad_enabled() or cache[i].requires_grad:
             cache[i] = cache[i].clone()     # autograd keeps the past that the frames before saw
@@ -737,13 +750,14 @@ def write_cache(cache, k, v, start):
 
 
 class Attention(nn.Module):
-    def __init__(self, width, heads, kv_heads, cap, context):
+    def __init__(self, width, heads, kv_heads, cap, context, group=1):
         super().__init__()
         self.heads = heads
         self.kv_heads = kv_heads
         self.head_dim = width // heads
         self.cap = cap
         self.context = context      # frames that one sees of the past and itself; 0: all see all
+        self.group = group          # tokens of a frame
         self.kernel = 'auto'        # 'flex' on CUDA, 'plain' elsewhere
         self.qkv = nn.Linear(width, (heads + 2 * kv_heads) * self.head_dim, bias=False)
         self.qk_gain = nn.Parameter(torch.ones(heads + kv_heads, 1))
@@ -767,41 +781,44 @@ class Attention(nn.Module):
             write_cache(cache, k, v, start)
             if fill:
                 return None
-            if S > 1:
+            if S > self.group:
                 assert type(start) is int and start == 0, f'several frames cannot follow {start}'
-            elif torch.is_tensor(start):
-                k, v = cache
-                mask = torch.arange(k.shape[2], device=x.device) <= start
             else:
-                k, v = (y[:, :, :start + 1] for y in cache)
+                past = cache if torch.is_tensor(start) else [y[:, :, :start + 1] for y in cache]
+                k, v = (y.unflatten(3, (self.group, -1)).flatten(2, 3) for y in past)
+                if torch.is_tensor(start):
+                    mask = torch.arange(k.shape[2], device=x.device) // self.group <= start
         fast = x.is_cuda and self.head_dim >= 16
-        flex = S > 1 and (self.kernel == 'flex' or self.kernel == 'auto' and fast)
+        flex = S > self.group and (self.kernel == 'flex' or self.kernel == 'auto' and fast)
         if flex:
             kernel = attend_flex if torch.compiler.is_compiling() else compiled_flex()
-            y = kernel(q, k, v, self.cap, self.context, alone)
+            y = kernel(q, k, v, self.cap, self.context, alone, self.group)
         else:
-            if S > 1 and self.context:
-                mask = causal_window(S, self.context, alone, x.device)
+            if S > self.group and self.context:
+                mask = causal_window(S, self.context, alone, x.device, self.group)
             y = attend(q, k, v, self.cap, mask)
         return self.out(y.transpose(1, 2).reshape(B, S, C))
 
 
 class Layer(nn.Module):
-    """Attention over space (all tokens of a frame) or over time (one token position), then an
-    MLP."""
-    def __init__(self, width, heads, kv_heads, cap, context=0):
+    """Attention over space (all tokens of a frame) or over time (a group of token positions), then
+    an MLP."""
+    def __init__(self, width, heads, kv_heads, cap, context=0, group=1):
         super().__init__()
         self.time = context > 0
-        self.attn = Attention(width, heads, kv_heads, cap, context)
+        self.group = group
+        self.attn = Attention(width, heads, kv_heads, cap, context, group)
         self.mlp = SwiGLU(width, hidden(width))
 
     def forward(self, x, rope, alone=None, cache=None, start=0, fill=False):
         y = rms_norm(x)         # (B, T, S, C)
         if self.time:
-            y = self.attn(y.transpose(1, 2).flatten(0, 1), rope, alone, cache, start, fill)
+            y = y.unflatten(2, (-1, self.group)).transpose(1, 2)        # (B, S / G, T, G, C)
+            shape = y.shape
+            y = self.attn(y.flatten(2, 3).flatten(0, 1), rope, alone, cache, start, fill)
             if fill:
                 return None
-            y = y.unflatten(0, (len(x), -1)).transpose(1, 2)
+            y = y.view(shape).transpose(1, 2).flatten(2, 3)
         else:
             y = self.attn(y.flatten(0, 1), rope).view_as(x)
         x = x + y
@@ -894,7 +911,7 @@ class WorldModel(nn.Module):
         self.layers = nn.ModuleList()
         for i in range(c['layers']):
             context = c['context'] if is_time(c, i) else 0
-            self.layers.append(Layer(*sizes, context))
+            self.layers.append(Layer(*sizes, context, group_size(c)))
         self.head = WideHead(c) if c['wide_layers'] else nn.Linear(C, c['dim'])
         self.latents = slice(c['registers'], c['registers'] + math.prod(c['grid']))
         with torch.random.fork_rng(devices=[]):     # the others begin alike with and without it
@@ -909,7 +926,8 @@ class WorldModel(nn.Module):
 
     def init_rope(self):
         """Space: half of the pairs turn with the row, half with the column of a latent; other
-        tokens stand still. Time: all pairs turn with the frame's number."""
+        tokens stand still. Time: all pairs turn with the frame's number. Flat: every other pair as
+        in space, the rest as in time."""
         c = self.config
         half = c['width'] // c['heads'] // 2
         freq = 100.0 ** (-torch.arange(half // 2) / (half // 2))
@@ -1013,8 +1031,12 @@ class WorldModel(nn.Module):
         x = self.embed(z, tau, d, a, a_mask, text, guided)
         time = self.turns(torch.arange(T, device=z.device) + start)
         space = self.space_cos, self.space_sin
+        group = group_size(c)
+        if c['attention'] == 'flat':        # half of the pairs turn with the place, half with time
+            odd = torch.arange(len(self.time_freq), device=z.device) % 2 > 0
+            time = [torch.where(odd, t[:, None], s).flatten(0, 1) for t, s in zip(time, space)]
         if alone is not None:
-            alone = alone.repeat_interleave(x.shape[2])        # (B S,)
+            alone = alone.repeat_interleave(x.shape[2] // group)        # (B S / G,)
         again = self.remat and torch.is_grad_enabled() and cache is None    # it would have moved on
 
         def run(layer, *inputs):
@@ -1060,9 +1082,11 @@ class WorldModel(nn.Module):
         `context` frames, see write_cache."""
         c = self.config
         L = min(T, c['context'])
+        group = group_size(c)
+        rows = B * len(self.space_cos) // group
         if self.guide != 1:
-            B = 2 * B
-        shape = 2, B * len(self.space_cos), c['kv_heads'], L, c['width'] // c['heads']
+            rows = 2 * rows
+        shape = 2, rows, c['kv_heads'], L, group * c['width'] // c['heads']
         return [[*torch.zeros(shape, dtype=dtype, device=self.a_base.device)]
                 for layer in self.layers if layer.time]
 

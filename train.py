@@ -92,7 +92,8 @@ heads = 0
 kv_heads = 0
 registers = 2
 context = 4                     # frames that the model sees, the current one included
-time_every = 4                  # one layer of so many attends over time
+attention = 'factored'          # flat: every layer attends over all tokens of the frames it sees
+time_every = 4                  # else, one layer of so many attends over time
 wide_layers = 0                 # layers of an output head twice as wide; 0 = one linear map
 k_max = 8                       # steps of the finest sampling
 soft_cap = 50.0
@@ -253,7 +254,7 @@ if resume:
             config[kind] = old[kind]
 elif init:
     saved, old = load(init, device)
-    old = config | old      # may be older than some options
+    old = config | saved.config | old       # may be older than some options
 if init:        # what its weights depend on comes with them
     for name in LATENTS + SHAPE:
         if name in given and config[name] != old[name]:

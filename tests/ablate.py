@@ -49,6 +49,8 @@ ROWS = {  # name: options of train.py
     'v-loss': '--space=v --ramp=False',
     'no registers': '--registers=0',
     'time layer every 2': '--time_every=2',
+    'flat attention': '--attention=flat',
+    'flat attention, direct': '--attention=flat --objective=direct',
     'MHA (4 key heads)': '--kv_heads=4',
     'action on its token alone': '--action_on=token',
     'no average': '--ema=0.0',

@@ -1,5 +1,5 @@
 """
-Seconds per plan: ours, beside the same search without a cache and with a predictor as in DINO-WM, of the same size.
+Seconds per plan: ours, beside the same search without a cache and with flat attention as in DINO-WM, of the same size.
 
     python tests/bench_plan.py                          # one thread of a CPU, scaled down; four minutes of an idle core
     python tests/bench_plan.py --tokens=64 --dtype=float32
@@ -9,8 +9,11 @@ A plan is plan.plan with cem: 300 candidates x 10 iterations x 5 steps, 2 frames
 that function and take turns in every round; they differ in how the candidates are imagined:
   ours    the context once for all candidates, then its cache
   naive   the same model without a cache, all frames so far anew for every new one; its costs are ours
-  dots    DINO-WM's predictor (arXiv:2411.04983): a ViT over the tokens of the last 3 frames, no cache; logits in memory
-  sdpa    the same with torch's scaled_dot_product_attention
+  flat    a model of the same size whose layers attend over all tokens of the last 3 frames, --attention=flat and
+          --objective=direct, with its cache
+  dino    the same as DINO-WM imagines (arXiv:2411.04983): the last 3 frames anew for every new one, no cache
+DINO-WM's own predictor has LayerNorm, GELU, no QK-norm nor soft cap, learned positions, as many key heads as heads, the
+action as ten more numbers of each token, and no token beside the patches; flat has two, for the action and the step.
 On a CPU ratios are of CPU time, which other processes disturb less.
 """
 import itertools
@@ -22,7 +25,6 @@ import types
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'))
@@ -51,7 +53,6 @@ D = 384             # DINOv2-S
 A = 10              # Push-T with a frameskip of 5
 Tc = 2              # frames of context
 WINDOW = 3          # DINO-WM's
-EMBED = 10          # DINO-WM's, of an action
 device = data.pick_device(device)
 cuda = device.type == 'cuda'
 autocast = data.autocast(device, dtype)
@@ -77,67 +78,23 @@ def header(*cells):
     print('|---' * len(cells) + '|')
 
 
-def build(N):
-    shape = dict(width=384, heads=6) if cuda and not size else {}
+def build(N, **shape):
+    if cuda and not size:
+        shape |= dict(width=384, heads=6)
     side = round(N ** 0.5)
-    shape['objective'] = objective
     net = model.WorldModel(model.model_config(size or ('small' if cuda else 'nano'), D, (side, side), A, **shape))
     nn.init.normal_(net.head.weight, std=0.02)      # it starts at zero
     return net
 
 
-class Block(nn.Module):
-    def __init__(self, width, heads, hidden):
-        super().__init__()
-        self.heads, self.norm = heads, nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * 64 * heads, bias=False), nn.Linear(64 * heads, width)
-        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
-
-    def forward(self, x, mask, sdpa):
-        B, L, _ = x.shape
-        q, k, v = self.qkv(self.norm(x)).view(B, L, 3, self.heads, 64).permute(2, 0, 3, 1, 4)
-        if sdpa:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        else:
-            y = (q @ k.transpose(-1, -2) * 64 ** -0.5).masked_fill(~mask, -torch.inf).softmax(dim=-1).type_as(v) @ v
-        x = x + self.out(y.transpose(1, 2).reshape(B, L, -1))
-        return x + self.mlp(x)
-
-
-class Peer(nn.Module):
-    """DINO-WM's predictor of some number of parameters: its width is that of the features and the action's embedding,
-    its heads are 64 wide, its MLPs about twice as wide as all heads together, its depth 6 or, in small ones, less."""
-    def __init__(self, N, parameters):
-        super().__init__()
-        C = D + EMBED
-        left = parameters - WINDOW * N * C - A * EMBED
-        units = left / (8 * C * 64)         # blocks of one head and an MLP of 128
-        depth = min(6, max(1, round(units)))
-        heads = max(1, round(units / depth))
-        hidden = round((left / depth - 4 * C * 64 * heads) / (2 * C) / 8) * 8
-        self.positions, self.embed = nn.Parameter(torch.randn(1, WINDOW * N, C)), nn.Linear(A, EMBED)
-        self.blocks = nn.ModuleList(Block(C, heads, hidden) for _ in range(depth))
-        self.norm, self.sdpa = nn.LayerNorm(C), False
-        frame = torch.arange(WINDOW * N) // N
-        self.register_buffer('mask', frame[:, None] >= frame)
-        self.graphs, self.last = {}, []         # half_weights looks at them
-        self.config = {'state_dim': 0}          # plan.cost_weights does
-
-    def forward(self, z, a):
-        """z (B, T, N, D), a (B, T, A) with a[:, t] what follows z[:, t] -> the next frames (B, T, N, D)."""
-        B, T, N, _ = z.shape
-        x = torch.cat((z, self.embed(a).type_as(z)[:, :, None].expand(-1, -1, N, -1)), dim=-1).flatten(1, 2)
-        x = x + self.positions[:, :T * N]
-        for block in self.blocks:
-            x = block(x, self.mask[:T * N, :T * N], self.sdpa)
-        return self.norm(x).unflatten(1, (T, N))[..., :D].float()
-
-
-def peer_rollout(net, z, a, *_, **__):
+def dino_rollout(net, z, a, a_mask, *_, **__):
     z = z.repeat_interleave(len(a) // len(z), dim=0)
     for t in range(Tc, a.shape[1]):
         seen = slice(max(0, t - WINDOW), t)
-        z = torch.cat((z, net(z[:, seen], a[:, seen.start + 1:t + 1])[:, -1:]), dim=1)
+        one = torch.ones(z[:, seen].shape[:2], device=z.device)
+        led = slice(seen.start + 1, t + 1)
+        new = net(z[:, seen], one, one, a[:, led], a_mask[:, led])[:, -1:]
+        z = torch.cat((z, new.type_as(z)), dim=1)
     return z[:, Tc:]
 
 
@@ -161,6 +118,7 @@ def naive_rollout(net, z, a, a_mask, K, seed, **_):
             seen = torch.cat((torch.zeros_like(begin), past), dim=1)
             tau[:, 0] = 0
             tau[:, 1:] = 1
+            d[:] = 1
         else:
             seen = torch.cat((past, begin), dim=1)
             tau[:, -1] = 0
@@ -171,15 +129,14 @@ def naive_rollout(net, z, a, a_mask, K, seed, **_):
     return torch.cat(out, dim=1)
 
 
-ROLLOUT = dict(ours=model.rollout, naive=naive_rollout, dots=peer_rollout, sdpa=peer_rollout)
+ROLLOUT = dict(ours=model.rollout, naive=naive_rollout, flat=model.rollout, dino=dino_rollout)
 
 
 def search(who, net, world, fast, method='cem', samples=samples, iterations=run, elites=0, chunk=candidates,
            mean=None, carried=None):
     """plan.plan in the dtype of this run, or fast=False in float32."""
-    plan.remember = model.remember if who == 'ours' else lambda *_, **__: None
+    plan.remember = model.remember if who in ('ours', 'flat') else lambda *_, **__: None
     plan.rollout = ROLLOUT[who]
-    net.sdpa = who == 'sdpa'
     o = types.SimpleNamespace(**plan.config | dict(
         horizon=horizon, method=method, K=1, cost='last', samples=samples, iterations=iterations, chunk=chunk,
         elites=elites or max(2, samples // 10)))
@@ -241,35 +198,33 @@ totals = []
 basis = 0 if cuda else 1        # ratios are of wall or of CPU time
 for N in map(int, tokens.split(',')):
     torch.manual_seed(seed)
-    ours = build(N).eval().requires_grad_(False)
-    peer = Peer(N, parameters(ours)).eval().requires_grad_(False)
-    nets = dict(ours=ours, naive=ours, dots=peer, sdpa=peer)
-    counts = parameters(ours), parameters(peer)
-    attn = [x.attn for x in ours.layers]
-    print(f'\n{N} tokens. Parameters: ours {counts[0]:,}, {ours.config["layers"]} layers of width '
-          f'{ours.config["width"]}; the peer {counts[1]:,}, {len(peer.blocks)} of width {D + EMBED} with '
-          f'{64 * peer.blocks[0].heads} in attention and {peer.blocks[0].mlp[1].out_features} in the MLP')
-    assert abs(counts[1] / counts[0] - 1) < 0.05
+    ours = build(N, objective=objective).eval().requires_grad_(False)
+    flat = build(N, attention='flat', objective='direct', context=WINDOW, registers=0).eval().requires_grad_(False)
+    nets = dict(ours=ours, naive=ours, flat=flat, dino=flat)
+    print(f'\n{N} tokens, {ours.config["layers"]} layers of width {ours.config["width"]}. Parameters: ours '
+          f'{parameters(ours):,}, flat {parameters(flat):,}')
+    attn = [x.attn for net in (ours, flat) for x in net.layers]
     world = [torch.randn(1, Tc, N, D), torch.randn(1, Tc, A), torch.randn(1, N, D)]
-    ours.stats = peer.stats = {'z_std': torch.ones(N, D)}
-    work = {who: flops(who, nets[who], world) for who in ('ours', 'naive', 'dots')}
-    work['sdpa'] = work['dots']         # which the counter does not see on a CPU
-    ours.stats = peer.stats = {'z_std': torch.ones(N, D, device=device)}
+    ours.stats = flat.stats = {'z_std': torch.ones(N, D)}
+    work = {who: flops(who, net, world) for who, net in nets.items()}
+    ours.stats = flat.stats = {'z_std': torch.ones(N, D, device=device)}
     ours.to(device)
-    peer.to(device)
+    flat.to(device)
     world = [x.to(device) for x in world]
     for x in attn:
         x.kernel = 'plain'              # on CUDA the other would be compiled for every shape of this check
-    want, naive, dots, sdpa = (imagined(who, nets[who], world) for who in nets)
-    print(f'Largest errors for the same actions, of costs (in their std) and latents (of the largest), float32: naive '
-          f'to ours {off(naive, want)}; sdpa to dots {off(sdpa, dots)}')
-    for got, right in ((naive, want), (sdpa, dots)):
-        torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-4)
+    for who, net in ('ours', ours), ('flat', flat):
+        want, naive = imagined(who, net, world), imagined('naive', net, world)
+        print(f'Largest errors of naive to {who} for the same actions, of costs (in their std) and latents (of the '
+              f'largest), float32: {off(naive, want)}')
+        torch.testing.assert_close(naive, want, rtol=1e-4, atol=1e-4)
+    want = imagined('ours', ours, world)
     if autocast._enabled:
-        for net in (ours, peer):
+        for net in (ours, flat):
             model.half_weights(net, torch.bfloat16)
         print(f'bfloat16: ours to float32 {off(imagined("ours", ours, world, True), want)}')
-    ours.graphs.clear()
+    for net in (ours, flat):
+        net.graphs.clear()
     for x in attn:
         x.kernel = 'auto'
 
@@ -297,15 +252,13 @@ for N in map(int, tokens.split(',')):
     best = {}
     for who in nets:
         best[who] = min(middle[who, chunk] for chunk in chunks)
-    faster = min(best['dots'], best['sdpa'])
-    totals.append([N, f'{best["ours"] * factor:.4g}', f'{best["naive"] / best["ours"]:.2f}',
-                   f'{faster / best["ours"]:.2f} ({"dots" if faster == best["dots"] else "sdpa"})'])
+    totals.append([N, f'{best["ours"] * factor:.4g}', *(f'{best[who] / best["ours"]:.2f}' for who in [*nets][1:])])
 
     # a small plan, warm: the rest of the last one and of its elites
     options = dict(method='icem', samples=64, elites=8, iterations=3, chunk=chunks[-1])
     old, info = search('ours', ours, world, True, **options)
     warm = dict(mean=torch.cat((old[:, 1:], old[:, -1:]), dim=1), carried=info['elites'][:, :, 1:])
-    for who in ('ours', 'sdpa') if cuda else ['ours']:
+    for who in ('ours', 'dino') if cuda else ['ours']:
         times = [measured(lambda: search(who, nets[who], world, True, **options, **warm))[0] * 1000
                  for _ in range(1 + rounds if cuda else 1)]
         small.append([N, who, spread(times[cuda:])])
@@ -316,7 +269,7 @@ header('tokens', 'who', 'chunk', 'wall seconds measured', f'{"wall" if cuda else
 for row in rows:
     line(*row)
 print('\nEach at its best chunk; the target is 4 times ours at least for naive')
-header('tokens', 'ours, seconds per plan', 'naive / ours', 'the faster peer / ours')
+header('tokens', 'ours, seconds per plan', 'naive / ours', 'flat / ours', 'dino / ours')
 for row in totals:
     line(*row)
 print('\nicem, 64 samples, 3 iterations, warm: wall milliseconds; the target is 100 on a GPU')

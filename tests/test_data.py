@@ -30,7 +30,7 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 import data
-from conftest import ROOT, ends, owner, script, write_lerobot
+from conftest import ROOT, SMALL, ends, owner, script, write_lerobot
 from hub import Hub
 
 A = 2  # action width of the made datasets
@@ -2582,6 +2582,122 @@ def test_no_video(tmp_path):
              f'--videos={tmp_path}/{pattern}', 'no video')
 
 
+# robomimic's demos ----------------------------------------------------------------------------------------------------
+
+def write_demos(path, lengths, env=None, **changes):
+    """A file to robomimic's layout (robomimic.github.io/docs/datasets/overview.html, and what its
+    dataset_states_to_obs.py writes for robosuite), which shows the running sum of its actions.
+    changes: {key of demo_1: rows, or None to leave it out}."""
+    h5py = pytest.importorskip('h5py', reason='h5py is not installed (pip install h5py)')
+    env = env or dict(env_name='PickPlaceCan', type=1, env_kwargs=dict(robots=['Panda'], control_freq=25))
+    with h5py.File(path, 'w') as f:
+        f.create_group('data').attrs.update(total=sum(lengths), env_args=json.dumps(env, indent=4))
+        for i, n in enumerate(lengths):
+            e = episode(n, i)
+            x = e['observation.images.top']
+            place = np.stack([np.arange(n), np.full(n, i), np.arange(n) / 7], axis=1)
+            rows = {'actions': e['action'].astype(np.float64), 'states': np.arange(n * 5.).reshape(n, 5),
+                    'rewards': np.zeros(n), 'dones': np.zeros(n, np.int64), 'obs/agentview_image': x,
+                    'obs/robot0_eye_in_hand_image': 255 - x, 'obs/robot0_eef_pos': place,
+                    'obs/robot0_gripper_qpos': place[:, :2] + 100, 'obs/object': place - 50,
+                    'obs/agentview_depth': np.zeros((n, 32, 48, 1), np.float32), 'obs/lang_emb': np.zeros((n, 9))}
+            if i == 1:
+                rows = {key: x for key, x in (rows | changes).items() if x is not None}
+            for key, x in rows.items():
+                more = dict(compression='gzip') if 'image' in key and i % 2 else {}
+                f.create_dataset(f'data/demo_{i}/{key}', data=x, **more)
+            for key in [key for key in rows if key.startswith('obs/')]:
+                f[f'data/demo_{i}/next_{key}'] = rows[key]
+            f[f'data/demo_{i}'].attrs.update(num_samples=n, model_file='<mujoco/>')
+        f['mask/train'] = np.array([b'demo_10', b'demo_2'][:len(lengths) - 9 or None])
+    return str(path)
+
+
+def test_robomimic_demos_become_a_dataset(tmp_path, capfd):
+    """In the order of their numbers, every row with its frame."""
+    lengths = [3, 4, 5, 3, 4, 5, 3, 4, 5, 3, 70, 6]
+    path = write_demos(tmp_path / 'image.hdf5', lengths)
+    script('data.py', f'--hdf5={path}', f'--out={tmp_path}/can')
+    d = data.LeRobot(tmp_path / 'can', 'agentview,robot0_eye_in_hand', state='observation.state', probe=data.ENVIRONMENT)
+    assert [e.length for e in d.episodes] == lengths and d.fps == 25 and d.episodes[0].tasks == ['PickPlaceCan']
+    assert d.cameras == ['observation.images.agentview', 'observation.images.robot0_eye_in_hand']
+    sensed = [f'robot0_eef_pos_{i}' for i in range(3)] + ['robot0_gripper_qpos_0', 'robot0_gripper_qpos_1']
+    assert d.state_names == sensed and d.action_keys == ['action'] and d.widths == [2]
+    assert read_json(tmp_path / 'can/meta/info.json')['features'][data.ENVIRONMENT]['names'] == [
+        *(f'states_{i}' for i in range(5)), *(f'object_{i}' for i in range(3))]
+    for i in (0, 2, 10, 11):
+        e, n = episode(lengths[i], i), lengths[i]
+        assert np.array_equal(d.rows(i), e['action'])
+        place = np.stack([np.arange(n), np.full(n, i), np.arange(n) / 7], axis=1)
+        assert np.allclose(d.states(i), np.concatenate([place, place[:, :2] + 100], axis=1))
+        assert np.allclose(d.probed(i), np.concatenate([np.arange(n * 5.).reshape(n, 5), place - 50], axis=1))
+        for camera, want in ('agentview', e['observation.images.top']), (
+                'robot0_eye_in_hand', 255 - e['observation.images.top']):
+            got = d.frames(i, range(n), camera=f'observation.images.{camera}').permute(0, 2, 3, 1)
+            assert np.abs(got.numpy().astype(int) - want).max() <= 3
+    out = capfd.readouterr().out
+    assert f'{tmp_path}/can: 12 episodes' in out and 'state 5\n' in out
+    assert 'exists already' in ends('data.py', f'--hdf5={path}', f'--out={tmp_path}/can')
+
+
+def test_robomimic_keys_and_filter_keys_are_chosen(tmp_path):
+    path = write_demos(tmp_path / 'a.hdf5', [3, 4, 5, 3, 3, 3, 3, 3, 3, 3, 6], dict(env_name='Real'))
+    script('data.py', f'--hdf5={path}', f'--out={tmp_path}/o', '--filter_key=train', '--state=lang_emb,robot0_eef_pos')
+    d = data.LeRobot(tmp_path / 'o', state='observation.state')
+    assert [e.length for e in d.episodes] == [5, 6] and d.fps == 20, 'robosuite takes 20 by default'
+    assert d.state_names == [f'lang_emb_{i}' for i in range(9)] + [f'robot0_eef_pos_{i}' for i in range(3)]
+
+
+def test_robomimic_without_a_simulator(tmp_path):
+    """Its states are empty or dummies, and there is no object."""
+    path = write_demos(tmp_path / 'a.hdf5', [3, 4])
+    import h5py
+    with h5py.File(path, 'a') as f:
+        for i, n in enumerate((3, 4)):
+            del f[f'data/demo_{i}/obs/object'], f[f'data/demo_{i}/states']
+            f[f'data/demo_{i}/states'] = np.empty((i * n, 0))
+    data.import_hdf5(tmp_path / 'o', path)
+    assert data.ENVIRONMENT not in read_json(tmp_path / 'o/meta/info.json')['features']
+
+
+@pytest.mark.parametrize('changes, options, words', [
+    (dict.fromkeys(('obs/agentview_image', 'obs/robot0_eye_in_hand_image')), (),
+     ['demo_1 has no images', 'dataset_states_to_obs.py']),
+    ({'obs/agentview_image': None}, (), ['demo_1', 'agentview_image', "'agentview_image': (4, 32, 48, 3)"]),
+    ({'obs/robot0_eef_pos': np.zeros((3, 3))}, (), ['demo_1', "'robot0_eef_pos': (3, 3)", "'robot0_eef_pos': (4, 3)"]),
+    ({'obs/object': np.zeros((4, 7))}, (), ['demo_1', "'object': (4, 7)", "'object': (4, 3)"]),
+    ({'actions': None}, (), ['demo_1 has no actions']), ({'actions': np.empty((0, 2))}, (), ['demo_1 has no actions']),
+    ({}, ('--state=robot0_eef_po',), ['demo_0 has no robot0_eef_po, only', 'robot0_eef_pos']),
+    ({}, ('--filter_key=valid',), ['no demos', 'train'])])
+def test_robomimic_files_that_are_refused(tmp_path, changes, options, words):
+    path = write_demos(tmp_path / 'a.hdf5', [3, 4, 5], **changes)
+    line = ends('data.py', f'--hdf5={path}', f'--out={tmp_path}/out', *options)
+    assert line.startswith(path) and all(w in line for w in words), line
+    assert os.listdir(tmp_path) == ['a.hdf5']
+
+
+def test_robomimic_files_that_are_none(tmp_path, monkeypatch):
+    path, out = write_demos(tmp_path / 'a.hdf5', [3, 4]), f'--out={tmp_path}/out'
+    assert f'{tmp_path}/b.hdf5: no such file' in ends('data.py', f'--hdf5={tmp_path}/b.hdf5', out)
+    for name, content in (('c', b'junk' * 99), ('d', Path(path).read_bytes()[:9000]), ('e', b'')):
+        (tmp_path / name).write_bytes(content)
+        assert f'{tmp_path}/{name}: cannot be read' in ends('data.py', f'--hdf5={tmp_path}/{name}', out)
+    import h5py
+    h5py.File(tmp_path / 'f', 'w').close()
+    assert 'no demos' in ends('data.py', f'--hdf5={tmp_path}/f', out)
+    monkeypatch.setitem(sys.modules, 'h5py', None)
+    assert ends('data.py', f'--hdf5={path}', out) == f'--hdf5={path} needs: pip install h5py'
+    assert not (tmp_path / 'out').exists()
+
+
+def test_robomimic_demos_are_trained_on(tmp_path):
+    path = write_demos(tmp_path / 'a.hdf5', [20, 25, 30, 20])
+    script('data.py', f'--hdf5={path}', f'--out={tmp_path}/can')
+    out = script('train.py', f'--labelled={tmp_path}/can', '--state=observation.state', f'--out_dir={tmp_path}/run',
+                 '--max_steps=4', *SMALL)
+    assert out['step'] == 4 and out['shape']['state_dim'] == 5 and out['shape']['action_dim'] == 4
+
+
 # python data.py -------------------------------------------------------------------------------------------------------
 
 def test_command_line_describes_a_dataset(made, capfd):
@@ -2616,7 +2732,7 @@ def test_command_line_caches_for_training(made, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('options, words', [
     ((), ['--labelled', '--videos']), (('--labelled=a', '--videos=b'), ['--labelled', '--videos']),
-    (('--videos=a',), ['--out']), (('--workers=-1',), ['--workers: wants 0 or more, got -1']),
+    (('--videos=a',), ['--out']), (('--hdf5=a',), ['--out']), (('--hdf5=a', '--videos=b'), ['--hdf5']), (('--workers=-1',), ['--workers: wants 0 or more, got -1']),
     (('--labelled={tmp}/nowhere',), ['nowhere', 'no such folder']),
     (('--labelled=a', '--store=int4'), ['float16, int8']),
     (('--labelled=a', '--rotation=eular'), ['quat_xyzw', 'eular']),

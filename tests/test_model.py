@@ -506,6 +506,13 @@ def gradients(loss, net):
     return torch.cat([(torch.zeros_like(p) if x is None else x).flatten() for x, p in zip(g, net.parameters())])
 
 
+@pytest.fixture(params=['plain', 'flex'])
+def kernel(request):
+    if request.param == 'flex':
+        request.getfixturevalue('eager_flex')
+    return request.param
+
+
 def test_attention_in_float32_is_that_of_float64():
     g = torch.Generator().manual_seed(0)
     q, k, v = (3 * torch.randn(2, heads, 5, 8, generator=g).double() for heads in (4, 2, 2))
@@ -515,20 +522,25 @@ def test_attention_in_float32_is_that_of_float64():
     assert half.dtype == torch.bfloat16 and (half - want).abs().max() < 0.1
 
 
-@pytest.mark.parametrize('context, kv_heads, cap', [(0, 2, 2.0), (3, 2, 2.0), (3, 4, 0.5), (0, 1, 50.0)])
-def test_a_layer_of_attention_written_out(double, context, kv_heads, cap):
-    """Normalised queries and keys, turned as complex numbers, each head with a gain of its own."""
+@pytest.mark.parametrize('context, kv_heads, cap, group', [
+    (0, 2, 2.0, 1), (3, 2, 2.0, 1), (3, 4, 0.5, 1), (0, 1, 50.0, 1), (2, 2, 2.0, 3), (9, 4, 50.0, 2)])
+def test_a_layer_of_attention_written_out(double, kernel, context, kv_heads, cap, group):
+    """Normalised queries and keys, turned as complex numbers, each head with a gain of its own. A token sees its frame
+    and those before it."""
+    S = 4 * group if group > 1 else 5
     torch.manual_seed(0)
-    attn, x, angle = model.Attention(32, 4, kv_heads, cap, context), torch.randn(2, 5, 32), torch.randn(5, 1, 4)
+    attn, x, angle = model.Attention(32, 4, kv_heads, cap, context, group), torch.randn(2, S, 32), torch.randn(S, 1, 4)
+    attn.kernel = kernel
     torch.nn.init.uniform_(attn.qk_gain, 0.5, 3.0)
     heads = (x @ attn.qkv.weight.T).unflatten(2, (4 + 2 * kv_heads, 8))
     unit = heads / heads.square().mean(dim=-1, keepdim=True).sqrt()
     turned = torch.complex(unit[..., :4], unit[..., 4:]) * torch.polar(torch.ones_like(angle), angle)
     qk = torch.cat((turned.real, turned.imag), dim=-1)[:, :, :4 + kv_heads] * attn.qk_gain
-    want = torch.zeros(2, 5, 4, 8)
+    want = torch.zeros(2, S, 4, 8)
     for i in range(4):
-        for s in range(5):
-            seen = slice(max(0, s + 1 - context), s + 1) if context else slice(0, 5)
+        for s in range(S):
+            frame = s // group
+            seen = slice(max(0, frame + 1 - context) * group, (frame + 1) * group) if context else slice(0, S)
             key = 4 + i * kv_heads // 4
             logits = torch.einsum('bd,bjd->bj', qk[:, s, i], qk[:, seen, key]) / 8 ** 0.5
             weights = torch.softmax(cap * torch.tanh(logits / cap), dim=-1)
@@ -554,8 +566,9 @@ def test_rope_of_space_depends_on_the_steps_between_rows_and_columns(double):
         assert torch.equal(at(q)[other], q[0]), 'other tokens have no place'
 
 
-def test_shifting_all_frames_changes_nothing_but_rounding(double):
-    net, x = world(), inputs()
+@pytest.mark.parametrize('attention', ['factored', 'flat'])
+def test_shifting_all_frames_changes_nothing_but_rounding(double, attention):
+    net, x = world(attention=attention), inputs()
     assert torch.allclose(net(*x), net(*x, start=57), rtol=0, atol=1e-10)
 
 
@@ -570,6 +583,37 @@ def path(request):
         net.remat = request.param == 'remat'
         return net
     return made
+
+
+def test_flat_rope_tells_rows_columns_and_frames_apart(double):
+    """As many different logits as there are different steps in space and time; other tokens turn in time alone."""
+    net, angles = world(grid=(3, 4), width=64, registers=2, attention='flat'), []
+    net.layers[0].register_forward_pre_hook(lambda m, given: angles.append(given[1]))
+    net(*inputs(1, 3, N=12))
+    torch.manual_seed(0)
+    q, k = (model.rotate(torch.randn(1, 16).expand(3 * 16, 1, 16), *angles[0])[:, 0] for _ in range(2))
+    logits, steps = q @ k.T, {}
+    for i, j in itertools.product(range(36), repeat=2):
+        (t, n), (u, m) = divmod(i, 12), divmod(j, 12)
+        step = t - u, n // 4 - m // 4, n % 4 - m % 4
+        steps.setdefault(step, []).append(logits[16 * t + 2 + n, 16 * u + 2 + m].item())
+    assert len(steps) == 5 * 5 * 7 and all(np.ptp(v) < 1e-12 for v in steps.values())
+    assert np.diff(sorted(v[0] for v in steps.values())).min() > 1e-6
+    still = [0, 1, 14, 15]
+    assert all(torch.allclose(q[16 * t + still[0]], q[16 * t + i]) for t in range(3) for i in still)
+    assert not torch.allclose(q[0], q[16]) and not torch.allclose(q[0], q[2 + 5])
+
+
+def test_flat_tokens_see_their_frame_and_those_before_it(path):
+    """In one layer, as in DINO-WM's mask: every token of the frame, whatever its place."""
+    net, (z, *rest) = path(layers=2, context=3, attention='flat', registers=0), inputs()
+    torch.nn.init.zeros_(net.layers[1].attn.out.weight)
+    base = net(z, *rest)
+    for t, n in (0, 5), (2, 0), (5, 3):
+        other = z.clone()
+        other[:, t, n] += 1
+        changed = (net(other, *rest) - base).abs().amax(dim=(0, 3)) > 1e-7       # (T, N)
+        assert changed.tolist() == [[t <= i < t + 3] * 6 for i in range(6)]
 
 
 @pytest.mark.parametrize('wide_layers', [0, 1])
@@ -614,8 +658,9 @@ def test_levels_and_step_sizes_are_told_apart():
     assert same == [((1.0, 1 / 8), (7 / 8, 1 / 8))], 'the cleanest level stands for clean frames'
 
 
-def test_frames_alone_see_only_themselves(path):
-    net, (z, *rest) = path(), inputs()
+@pytest.mark.parametrize('attention', ['factored', 'flat'])
+def test_frames_alone_see_only_themselves(path, attention):
+    net, (z, *rest) = path(attention=attention), inputs()
     other = z.clone()
     other[:, 2] += 1
     alone = torch.tensor([True, False])
@@ -632,9 +677,9 @@ def test_hidden_actions_do_not_leak(path, action_on):
     assert not torch.allclose(base, net(z, tau, d, a + 1, a_mask))
 
 
-@pytest.mark.parametrize('with_alone', [False, True])
-def test_flex_attention_and_remat_compute_the_same(eager_flex, with_alone):
-    net, (z, *rest) = world(context=3, soft_cap=2.0), inputs(3, 7)
+@pytest.mark.parametrize('with_alone, attention', [(False, 'factored'), (True, 'factored'), (True, 'flat')])
+def test_flex_attention_and_remat_compute_the_same(eager_flex, with_alone, attention):
+    net, (z, *rest) = world(context=3, soft_cap=2.0, attention=attention), inputs(3, 7)
     alone = torch.tensor([True, False, True]) if with_alone else None
     results = []
     for kernel, remat in (('plain', False), ('flex', False), ('plain', True)):
@@ -657,10 +702,11 @@ def test_remat_keeps_less(monkeypatch):
     assert sum(kept[True]) < 0.3 * sum(kept[False])
 
 
-@pytest.mark.parametrize('Tc', [0, 3, 6])
-def test_a_frame_number_in_a_tensor_is_a_frame_number(Tc):
+@pytest.mark.parametrize('Tc, overrides', [(0, {}), (3, {}), (6, {}), (0, dict(attention='flat')),
+                                           (6, dict(attention='flat'))])
+def test_a_frame_number_in_a_tensor_is_a_frame_number(Tc, overrides):
     """The form of fixed shapes, which a CUDA graph needs, goes round the cache as the other does."""
-    net, (z, tau, d, a, a_mask) = world(context=4), inputs(2, 13)
+    net, (z, tau, d, a, a_mask) = world(context=4, **overrides), inputs(2, 13)
     outs = []
     with torch.no_grad():
         for kind in (int, torch.tensor):
@@ -681,7 +727,8 @@ def counted(f):
 
 
 @pytest.mark.parametrize('overrides', [{}, dict(kv_heads=1), dict(kv_heads=4, layers=6, time_every=2, registers=3),
-                                       dict(wide_layers=2), dict(wide_layers=1, kv_heads=1, context=20)])
+                                       dict(wide_layers=2), dict(wide_layers=1, kv_heads=1, context=20),
+                                       dict(attention='flat', layers=3, kv_heads=4)])
 def test_flops_per_frame_is_what_is_computed(overrides):
     """Frame by frame through the cache, where nothing is masked; a clip also computes the logits that it masks."""
     T, net = 9, world(**dict(dict(context=4, action_dim=5), **overrides))
@@ -694,7 +741,8 @@ def test_flops_per_frame_is_what_is_computed(overrides):
     for n in (1, 3, T):
         assert sum(each[:n]) / n == pytest.approx(model.flops_per_frame(c, n), rel=1e-12)
     times, seen = sum(layer.time for layer in net.layers), sum(min(t + 1, c['context']) for t in range(T)) / T
-    masked = 4 * times * (c['registers'] + 6 + 2) * 32 * (T - seen)
+    S = c['registers'] + 6 + 2
+    masked = 4 * times * S * 32 * (T - seen) * (S if c['attention'] == 'flat' else 1)
     assert clip / T == pytest.approx(model.flops_per_frame(c, T) + masked, rel=1e-12)
 
 
@@ -767,6 +815,7 @@ def test_every_dimension_is_an_override():
 @pytest.mark.parametrize('bad, said', [(dict(heads=3), 'heads'),
                                        (dict(k_max=12), '--k_max=12: wants a power of two'),
                                        (dict(time_every=1), '--time_every=1: wants at least 2'),
+                                       (dict(attention='flat', width=48), '--width=48: wants a multiple of 8 x'),
                                        (dict(layers=1), '--layers=1'), (dict(kv_heads=3), '--heads=4')])
 def test_a_wrong_config_is_one_line(bad, said):
     with pytest.raises(SystemExit) as error:
@@ -1345,7 +1394,10 @@ def slow_rollout(net, z_ctx, a, a_mask, K=4, tau_ctx=0.9, seed=0, cut=torch.Tens
     *[(objective, 2, 3, overrides) for objective in ('shortcut', 'direct') for overrides in (
         dict(wide_layers=2), dict(time_every=2, layers=3), dict(kv_heads=1, context=1),
         dict(registers=0, layers=6, context=30), dict(action_on='token'), dict(state_dim=2),
-        dict(state_dim=3, wide_layers=1))]])
+        dict(state_dim=3, wide_layers=1), dict(attention='flat'),
+        dict(attention='flat', kv_heads=4, context=30, state_dim=2),
+        dict(attention='flat', context=1, registers=0, wide_layers=1))],
+    *[('diffusion', 2, Tc, dict(attention='flat', layers=2)) for Tc in (1, 6)]])
 def test_the_cache_changes_nothing(double, objective, K, Tc, overrides):
     """Rollouts of three windows' length, from contexts shorter and longer than the window."""
     net = world(objective=objective, **overrides)
@@ -1641,13 +1693,14 @@ def test_save_then_load(tmp_path, capsys):
     assert [p.name for p in tmp_path.iterdir()] == ['ckpt.safetensors'] and not capsys.readouterr().out
     (tmp_path / 'any').touch()
     assert path.stat().st_mode == (tmp_path / 'any').stat().st_mode, 'who may read other files may read this one'
-    del net.config['action_on'], net.config['soft_cap']     # a checkpoint from before there were these
+    del net.config['action_on'], net.config['soft_cap'], net.config['attention']    # from before there were these
     model.save(path, net, {k: v for k, v in config.items() if k not in ('pool', 'encoder_hash')})
     old, back = model.load(path)
     said = capsys.readouterr().out
     assert old.config == again.config and back == config
-    assert all(f'{path}: is older than the option {text}' in said and said.count('\n') == 4 for text in (
-        'action_on: takes action_on=all', 'soft_cap:', 'pool: takes pool=1', 'encoder_hash:'))
+    assert all(f'{path}: is older than the option {text}' in said and said.count('\n') == 5 for text in (
+        'action_on: takes action_on=all', 'soft_cap:', 'attention: takes attention=factored', 'pool: takes pool=1',
+        'encoder_hash:'))
     whole = path.read_bytes()
     for content in (whole[:len(whole) // 2], b'', b'nonsense'):
         path.write_bytes(content)
@@ -1783,12 +1836,12 @@ def test_pixels_keep_what_matters():
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
 
 
-def cuda_world(kv_heads=2, T=8, objective='shortcut', wide_layers=0, layers=2):
+def cuda_world(kv_heads=2, T=8, objective='shortcut', wide_layers=0, layers=2, attention='factored'):
     """A small model of 14 x 14 tokens on the GPU, its clips, actions and masks."""
     torch.manual_seed(0)
     with torch.device('cuda'):
         c = model.model_config('tiny', 48, (14, 14), 3, width=128, heads=4, kv_heads=kv_heads, layers=layers, context=4,
-                               objective=objective, wide_layers=wide_layers)
+                               objective=objective, wide_layers=wide_layers, attention=attention)
         net = model.WorldModel(c)
         torch.nn.init.normal_((net.head.out if wide_layers else net.head).weight, std=0.05)
         return net, torch.randn(3, T, 196, 48), torch.randn(3, T, 3), torch.ones(3, T, dtype=torch.bool)
@@ -1810,9 +1863,9 @@ def cuda_answers(net, z, a, known, kernel, dtype):
 
 
 @needs_cuda
-@pytest.mark.parametrize('kv_heads', [2, 4])
-def test_cuda_flex_is_the_plain_kernel(kv_heads):
-    world = cuda_world(kv_heads)
+@pytest.mark.parametrize('kv_heads, attention', [(2, 'factored'), (4, 'factored'), (2, 'flat')])
+def test_cuda_flex_is_the_plain_kernel(kv_heads, attention):
+    world = cuda_world(kv_heads, attention=attention)
     want = cuda_answers(*world, 'plain', torch.float32)
     for dtype, limit in ((torch.float32, 1e-4), (torch.bfloat16, 4e-2)):
         for got, right in zip(cuda_answers(*world, 'flex', dtype), want):
@@ -1833,9 +1886,9 @@ def test_cuda_compiled_training_is_the_plain_one(remat):
 
 
 @needs_cuda
-@pytest.mark.parametrize('objective', ['shortcut', 'direct'])
-def test_cuda_graph_of_a_rollout_is_the_plain_one(objective):
-    net, z, a, known = cuda_world(objective=objective, T=10, layers=3)
+@pytest.mark.parametrize('objective, attention', [('shortcut', 'factored'), ('direct', 'factored'), ('direct', 'flat')])
+def test_cuda_graph_of_a_rollout_is_the_plain_one(objective, attention):
+    net, z, a, known = cuda_world(objective=objective, T=10, layers=3, attention=attention)
     net.eval().requires_grad_(False)
     for start in (z[:, :2], z[:, 2:4]):         # the second replays what the first has captured; more than the window
         want = model.rollout(net, start, a, known, 4, graph=False)

@@ -152,7 +152,8 @@ def test_what_principal_components_of_actions_want(demo, tmp_path):
 def test_resume_is_bitwise(demo, tmp_path, monkeypatch, cache, state):
     """Six steps at once, or three, the file, and three more: the same file, bit for bit, and the same log."""
     options = (*demo, *SMALL, '--max_steps=6', '--save_interval=3', '--log_interval=1', '--eval_interval=3',
-               '--bootstrap_start=0.2', f'--cache={cache}', '--workers=1', f'--state={state}', f'--policy={not cache or bool(state)}', f'--dream={0.7 * bool(state)}', f'--relabel={0.5 * (not cache or bool(state))}')
+               '--bootstrap_start=0.2', f'--cache={cache}', '--workers=1', f'--state={state}', f'--policy={not cache or bool(state)}', f'--dream={0.7 * bool(state)}', f'--relabel={0.5 * (not cache or bool(state))}',
+               f'--attention={"factored" if cache else "flat"}')
     whole, half = tmp_path / 'whole', tmp_path / 'half'
     save = model.save
 
@@ -322,7 +323,9 @@ def test_the_loss_falls(demo, tmp_path):
 
 @pytest.mark.parametrize('options', [
     ['--objective=diffusion'], ['--objective=direct'], ['--tau_schedule=uniform', '--p_image=1.0'], ['--p_null=1.0'],
-    ['--action_on=token', '--registers=0'], ['--unlabelled=', '--labelled_share=0.0'], ['--labelled='],
+    ['--action_on=token', '--registers=0'], ['--attention=flat', '--objective=direct', '--state=observation.state'],
+    ['--attention=flat', '--self_forcing=1.0', '--frames=5', '--remat=True'],
+    ['--unlabelled=', '--labelled_share=0.0'], ['--labelled='],
     ['--frameskip=4'],
     ['--dtype=bfloat16', '--grad_clip=0.0'], ['--k_max=16', '--K=16', '--bootstrap=1.0', '--bootstrap_start=0.0'],
     ['--frame_height=28', '--frame_width=42'], ['--context=2', '--time_every=2', '--frames=9'],
@@ -698,6 +701,20 @@ def test_shuffled_actions_are_of_another_clip(demo, tmp_path, capsys):
         script('train.py', *demo, *SMALL, '--max_steps=1', f'--frameskip={frameskip}', f'--out_dir={tmp_path / "o"}')
         assert set(entries(tmp_path / 'o')[1][0]['val']['labelled']) == kinds
         assert ("without 'shuffled'" in capsys.readouterr().out) == ('shuffled' not in kinds)
+
+
+def test_a_checkpoint_older_than_an_option_is_begun_with_as_it_was_made(trained, demo, tmp_path):
+    """Its weights would fit either kind of attention."""
+    with safetensors.safe_open(trained / 'ckpt.safetensors', 'pt') as f:
+        tensors, metadata = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()
+    for name in ('config', 'model'):
+        known = json.loads(metadata[name])
+        del known['attention']
+        metadata[name] = json.dumps(known)
+    safetensors.torch.save_file(tensors, tmp_path / 'old.safetensors', metadata)
+    line = ends('train.py', *demo, *SMALL, f'--init={tmp_path}/old.safetensors', '--attention=flat',
+                f'--out_dir={tmp_path}/out')
+    assert '--attention=flat: cannot begin with' in line and 'which has factored' in line
 
 
 def test_a_run_begins_with_another_checkpoint(trained, tmp_path, capsys):
