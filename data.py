@@ -76,6 +76,7 @@ for _least, _most, _names in (
                     'relabel_weight hold_latents action_pca'),
         (0, MANY, 'seed warmup micro_batch blind_episodes budget_ms chunk goal_steps budget steps '
                   'skip_nonfinite proposals dream_steps'),
+        (0, 65535, 'port'),
         (1e-6, 100, 'init_std step_size'),
         (1e-6, 1e6, 'temperature'),
         (-1, 1000, 'layer'),
@@ -388,7 +389,7 @@ def video_stream(file, options=SAFE):
     return stream
 
 
-def _picture(content, size):
+def decode_picture(content, size):
     """uint8 (H, W, 3) array of a picture's file, given as bytes."""
     # ffmpeg forgives a JPEG without its end
     if content[:2] == b'\xff\xd8' and b'\xff\xd9' not in content:
@@ -404,7 +405,7 @@ def read_image(path, size=0):
     """uint8 tensor (3, H, W) of any picture ffmpeg knows, resized exactly like a video's frames."""
     try:
         a_file(path)
-        rgb = _picture(Path(path).read_bytes(), size)
+        rgb = decode_picture(Path(path).read_bytes(), size)
     except (OSError, ValueError, av.FFmpegError) as error:
         why = getattr(error, 'strerror', None) or getattr(error, 'why', error)
         sys.exit(f'{path}: not a readable picture of up to 134 megapixels ({why})')
@@ -690,6 +691,26 @@ def ask_hub(what, call, first=False):
                 print(f'{what}: {why}: asked again for {PATIENCE} s', file=sys.stderr, flush=True)
             time.sleep(pause)
             wait = min(2 * wait, 60)
+
+
+def answer_of_hub(what, call, wants, first=True):
+    """As ask_hub, where one line that ends with `wants` ends the program instead."""
+    try:
+        return ask_hub(what, call, first)
+    except (Bad, Away, RuntimeError) as error:      # the last: of an upload
+        sys.exit(f'{" ".join(str(error).split())}: {wants}')
+
+
+def checkpoint(name):
+    """The file of a checkpoint: name itself, or, where there is none, what 'owner/name[@revision]'
+    of the hub has: it comes to a folder here of the same name, with -- for each slash, where what
+    is made of it goes as well."""
+    if os.path.exists(name) or name.endswith('.safetensors') or not HUB_NAME.fullmatch(name):
+        return name
+    repo, _, revision = name.partition('@')
+    return answer_of_hub(name, lambda: huggingface_hub.hf_hub_download(
+        repo, 'ckpt.safetensors', revision=revision or None, local_dir=name.replace('/', '--'),
+        endpoint=os.environ.get('HF_ENDPOINT')), 'nor is there such a file here')
 
 
 OUR_DISK = errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EFBIG
@@ -1456,7 +1477,7 @@ class LeRobot:
                     content = self.read(Path.read_bytes, Path(beside))
                 if not isinstance(content, bytes):
                     raise Bad(f'{camera}, {column.type}, has no picture in row {row}')
-                out.append(_picture(content, size))
+                out.append(decode_picture(content, size))
         return torch.from_numpy(np.stack(out)).permute(0, 3, 1, 2)
 
     def clip(self, episode, start, T, frameskip, size=0, pixels=True, camera=''):

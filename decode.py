@@ -4,31 +4,45 @@ Look at what a world model imagines: truth beside imagination, on held-out episo
     python decode.py                    # out/rollout.mp4 and out/rollout.png
     python decode.py --train=True       # first trains a decoder, out/decoder.safetensors
     python decode.py --films=True       # also steps, denoising and actions (.mp4, .png)
+    python decode.py --report=True      # also out/report.html: all of a run in one page
+    python decode.py --play=True        # a page on which you, or the planner, act in a dream
     python decode.py --ckpt=runs/robot/ckpt.safetensors --steps=30 --rows=2
     python decode.py --actions=False --text='push the disc left'    # from words alone
 
 Pictures come from the decoder where one has been trained, else from the encoder's inverse (`pixels`
 has one), else they are the leading principal components of the latents as colours.
 """
+import base64
+import contextlib
+import copy
 import functools
+import html
+import http.server
+import json
 import math
 import os
+import secrets
 import sys
+import threading
 import time
+import urllib.parse
+from types import SimpleNamespace
 
 import data     # before torch: it sets how threads wait
 
+import av
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import (ViT, add_state, check_steps, components, encode_frames, load, official, one_line,
-                   pictures, read_tensors, restore_encoder, robot_state, robot_stats, rollout,
-                   set_guide, standard, unstandard, write_tensors)
+from model import (ViT, add_state, check_steps, clip_noise, components, encode_frames, load,
+                   official, one_line, pictures, read_tensors, restore_encoder, robot_state,
+                   robot_stats, rollout, set_guide, shortcut_loss, standard, unstandard,
+                   write_tensors)
 
 # --------------------------------------------------------------------------------------------------
-ckpt = 'out/ckpt.safetensors'
+ckpt = 'out/ckpt.safetensors'        # or owner/name, of the hub
 out_dir = ''                # '' = the folder of the checkpoint
 encoder_path = ''           # the encoder's weights; '' = where training found them
 labelled = ''               # datasets to look at; '' = those of training
@@ -41,6 +55,10 @@ films = False               # also of K, of other actions, and of a frame that i
 actions = True              # False: imagined as if nobody knew them
 text = ''                   # what is done, in words, of models with --text; '' = each clip's own
 guide = 1.0                 # above 1: imagination does more of what actions and text say
+report = False              # a page of the run: its options, curves, films and, if there is one, plan
+play = False                # serve the page, and no films
+host = '127.0.0.1'          # where: this machine alone; its address in a network lets others in
+port = 7007                 # 0 = any that is free
 seed = 0
 # the decoder
 decoder = 'conv'            # of --train=True; or rae: RAE's, of DINOv2 with registers
@@ -344,17 +362,630 @@ def bars(a, a_mask, side):
     return (a[:, :, None] / y < 1).float()
 
 
+made = {}       # films of this run: what is side by side in them
+
+
 def film(name, ways, fps):
     """Write pictures {what they are: uint8 (B, T, 3, H, W)} side by side, a clip a row, as a video,
     and below each other, a frame a column, as one picture."""
     tiles = torch.stack([*ways.values()], dim=1)                    # (B, ways, T, 3, H, W)
     tiles = data.enlarge(tiles.flatten(0, 2)).unflatten(0, tiles.shape[:3])
     video = tiles.permute(2, 3, 0, 4, 1, 5).flatten(4).flatten(2, 3)
-    data.write_video(f'{out_dir}/{name}.mp4', video, fps)
+    path = f'{out_dir}/{name}'
+    data.write_video(f'{path}.mp4', video, fps)
     few = tiles[:, :, ::-(-len(video) // 8)]        # eight at most
     sheet = few.permute(3, 0, 1, 4, 2, 5).flatten(4).flatten(1, 3)
-    data.write_image(f'{out_dir}/{name}.png', sheet)
-    print(f'wrote {out_dir}/{name}.mp4 and {name}.png: {" | ".join(ways)}')
+    data.write_image(f'{path}.png', sheet)
+    made[path] = ' | '.join(ways)
+    print(f'wrote {path}.mp4 and {name}.png: {made[path]}')
+
+
+# --------------------------------------------------------------------------------------------------
+# The report: one file that asks for no other and runs no script. Colours can be told from a white
+# ground and from a dark one.
+
+HEAD = '''<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<style>
+:root { color-scheme: light dark }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 80rem; margin: auto; padding: 1rem }
+path { stroke: #8886 }
+section { display: grid; gap: 1rem 2rem;
+          grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)) }
+h2, p, .wide { grid-column: 1 / -1; margin: 0 }
+h1, figure { overflow-wrap: anywhere }
+figure { margin: 0; min-width: 0 }
+h2 { margin-top: 1rem }
+svg { width: 100% }
+video { max-width: 100%; max-height: 30rem }
+svg { fill: currentColor; font-size: 11px }
+polyline { fill: none; stroke-width: 1.8; stroke-linejoin: round }
+.wide { overflow-x: auto }
+.wide img { min-width: 44rem; width: 100% }
+td { padding-right: 1em; vertical-align: top; max-width: 50rem; overflow-wrap: break-word }
+</style>
+'''
+
+def curve(title, lines, x_label):
+    """A figure, as SVG, of lines {name: [(x, y), ..]}, all above 0; a sentence where there are
+    none. The title and the label are HTML."""
+    points = sum(lines.values(), [])
+    if not points:
+        return f'<p>{title}: nothing has been measured.</p>'
+    x, y = zip(*points)
+    left = min(x)
+    wide = max(x) - left or 1
+    high = max(y) or 1
+    svg = f'<figure><b>{title}</b><svg viewBox="0 0 370 225">'
+    for i in range(5):
+        up = 190 - 45 * i
+        svg += (f'<path d="M45 {up}H355"/><text x="40" y="{up + 4}" text-anchor="end">'
+                f'{high * i / 4:.3g}</text><text x="{45 + 77 * i}" y="205" text-anchor="middle">'
+                f'{left + wide * i / 4:g}</text>')
+    names = ''
+    for i, (name, line) in enumerate(lines.items()):
+        line = [f'{45 + 308 * (x - left) / wide:.1f},{190 - 180 * y / high:.1f}' for x, y in line]
+        ink = f'oklch(62% .15 {250 + 100 * i})'         # as light as any other, of another hue
+        svg += f'<polyline points="{" ".join(line)}" stroke="{ink}"/>'
+        names += f'<span style="color:{ink}">&#9632; {html.escape(name)}</span> '
+    return (f'{svg}<text x="200" y="221" text-anchor="middle">{x_label}</text></svg>'
+            f'<figcaption>{names}</figcaption></figure>')
+
+
+def table(rows):
+    out = ''
+    for row in rows:
+        cells = [html.escape(str(v)) for v in row]
+        out += f'<tr><td>{"<td>".join(cells)}'
+    return f'<div class="wide"><table>{out}</table></div>'
+
+
+def shown(make, path):
+    """make(path), which is HTML; a sentence where there is no such file, or a damaged one."""
+    try:
+        return make(path)
+    except data.Bad as error:
+        return f'<p>{html.escape(str(error))}</p>'
+
+
+def embedded(path):
+    """A film or a picture, in the page itself."""
+    with data.reading(path), open(path, 'rb') as f:
+        content = f.read()
+    if len(content) > 8e6:
+        raise data.Bad('has more than 8 MB, too much for this page', path)
+    caption = made.get(path[:-4], 'now beside the goal, of plan.py')
+    content = base64.b64encode(content).decode()
+    show = f'video controls muted loop playsinline src="data:video/mp4;base64,{content}"></video'
+    if path.endswith('.png'):
+        show = f'img alt="" src="data:image/png;base64,{content}"'
+    return f'<figure class="wide"><{show}><figcaption>{caption}</figcaption></figure>'
+
+
+def training_curves(path):
+    """Figures of what train.py has logged."""
+    with data.reading(path), open(path) as f:
+        log = [json.loads(line) for line in f]
+    terms = {}
+    val = {}
+    for entry in log:
+        val = entry.get('val', val)
+        for name in 'flow', 'bootstrap', 'self_forcing', 'policy':
+            if entry.get(name) is not None:
+                terms.setdefault(name, []).append((entry['step'], entry[name]))
+    out = curve('Loss, by term', terms, 'step')
+    for kind, methods in val.items():
+        lines = {}
+        for method, errors in methods.items():
+            lines[method] = [(int(h), e) for h, e in errors.items() if e is not None]
+        out += curve(f'Error on held-out {kind} episodes', lines, 'steps ahead')
+    return out
+
+
+@torch.no_grad()
+def level_curve(z, a, a_mask, z_mask):
+    """A figure of the model's loss of clips z (B, T, N, D), unweighted, with all frames at one level."""
+    options = dict(objective='diffusion', tau_schedule='uniform', p_past=0.0, p_image=0.0,
+                   p_null=0.0, ramp=False, state_dim=clips.S)
+    noise = clip_noise(z, range(len(z)))
+    line = []
+    for i in range(8):
+        noise.tau[:] = i / 8
+        with autocast:
+            _, metrics = shortcut_loss(model, z, a, a_mask, z_mask, options, noise=noise)
+        line.append([metrics[name].item() for name in ('tau', 'flow')])
+    return curve('Error by signal level, held out', {'model': line}, 'tau: 0 is noise, 1 is clean')
+
+
+def action_curves(clips):
+    """A figure for each dataset: how often its actions are so far from their mean, in deviations as
+    training sees them, which cuts them at 5."""
+    out = ''
+    for i, ds in enumerate(clips.labelled):
+        parts = clips.readable(lambda s, e, *_: torch.from_numpy(ds.rows(e)), [i], clips.train, 32,
+                               sys.maxsize)
+        lines = {}
+        for j, rows in enumerate(torch.cat(parts).T if parts else []):
+            mean = ds.stats['mean'][j]
+            std = ds.stats['std'][j]
+            off = (rows[rows.isfinite()] - mean) / max(std, 1e-6)
+            share = torch.histc(off.clamp(-5, 5), 41, -5, 5) / len(off)
+            lines[f'{j}: {mean:.3g} ± {std:.3g}'] = [
+                (k / 4 - 5, n) for k, n in enumerate(share.tolist())]
+        out += curve(f'Actions of {html.escape(ds.name)}', lines, 'deviations from the mean')
+    return out or '<p>These clips have no actions.</p>'
+
+
+def plan_table(path):
+    """What plan.py has left of its closed loop."""
+    with data.reading(path), open(path) as f:
+        plan = json.load(f)
+    keys = 'success_end', 'success_ever', 'distance_end', 'seconds_per_plan', 'episodes'
+    rows = [('', '95 % from', 'to', *keys)]
+    for name, row in plan.pop('methods').items():
+        numbers = row['ci95'] + [row[key] for key in keys]
+        rows.append([name] + [f'{v or 0:.4g}' for v in numbers])
+    return table(rows) + table(plan.items())
+
+
+# --------------------------------------------------------------------------------------------------
+# Play: a page on which a dream goes on by a step for each request. A dream is a visitor's own: the
+# last of its frames, each latents (N, D), what led there (A,) and whether that is known. world: the
+# server; asked: the fields of a request, all text.
+
+DREAMS = 8              # that are kept; the oldest goes
+UNDO = 64               # steps that can be taken back
+MOST = 8 << 20          # bytes of a request
+PATHS = '/show', '/begin', '/reset', '/step', '/drive', '/undo', '/goal'
+
+
+def open_server(clips, which, decode):
+    """Its serve_forever() serves the page at http://host:server_port. It has what all dreams share;
+    they begin from dataset `which`. about: what the page is told, of actions in the dataset's
+    units."""
+    import plan         # here, as it imports this file
+    try:
+        server = http.server.ThreadingHTTPServer((host, port), Visit)
+    except (OSError, UnicodeError) as error:
+        sys.exit(f'--host={host} --port={port}: cannot be served there ({one_line(error)})')
+    server.names = [f'{name}:{server.server_port}' for name in (host, 'localhost')]
+    options = plan.config | config | dict(K=1, budget_ms=1000.0)
+    server.planner = planner = plan.Planner(ckpt, options, tell=False)
+    server.clips = clips
+    server.which = which
+    server.decode = decode
+    server.dreams = {}
+    server.lock = threading.Lock()
+    ds = clips.sets[which]
+    names = []
+    for key in ds.action_keys:
+        names += data.flat_names(ds.features[key].get('names'))
+    c = planner.model.config
+    server.about = dict(
+        names=names, low=planner.a_low[0].tolist(), high=planner.a_high[0].tolist(),
+        episodes=len(ds.episodes), rate=ds.fps / planner.frameskip, size=clips.size, K=K,
+        k_max=c['k_max'], objective=c['objective'])
+    return server
+
+
+def look(world, asked):
+    """Frames to begin with: an uploaded picture at rest, or as many as training gave, from
+    thousandth `at` of an episode."""
+    planner = world.planner
+    clips = world.clips
+    T = planner.trained['eval_context']
+    if 'upload' in asked:
+        x = data.decode_picture(base64.b64decode(asked['upload']), clips.size)
+        z = planner.with_state(planner.latents(x[None].copy()), None)[0]
+        return [(z, z.new_zeros(clips.A), z.new_zeros((), dtype=torch.bool))] * T
+    ds = clips.sets[world.which]
+    e = int(asked.get('episode', 0)) % len(ds.episodes)
+    start = int(asked.get('at', 0)) * ds.episodes[e].length // 1001
+    clip = clips.clip(world.which, e, start, next(iter(ds.chosen)), T)
+    z = planner.latents(clip['x'].permute(0, 2, 3, 1))
+    if clips.S:
+        z = add_state(z, clip['s'].to(z))
+    return [*zip(z, clip['a'].to(z), clip['a_mask'].to(z.device))]
+
+
+def past(dream, T):
+    """Latents (1, T, N, D), actions (1, T, A) and a_mask (1, T) of the last T frames."""
+    z, a, a_mask = (torch.stack(v)[None] for v in zip(*dream.frames[-T:]))
+    a_mask[:, 0] = False        # what led there is out of sight
+    return z, a, a_mask
+
+
+def imagine(world, dream, a, known, K):
+    """One more frame, after the actions a (A,) of a model step. Each time the model's context is
+    computed anew, so that the thousandth costs what the first does."""
+    model = world.planner.model
+    context = model.config['context']
+    z, before, a_mask = past(dream, context)
+    a_mask = F.pad(a_mask, (0, 1), value=known)
+    with world.planner.autocast:
+        z = rollout(model, z, torch.cat((before, a[None, None]), dim=1), a_mask, K,
+                    seed=seed + dream.steps, graph=False)
+    frame = z[0, 0], a, a_mask[0, -1]
+    dream.frames = [*dream.frames, frame][-context - UNDO:]
+    dream.steps += 1
+    dream.left = min(dream.left + 1, UNDO)
+
+
+def act(planner, dream, asked):
+    """Actions (A,) of a model step that repeats a row of the dataset, `action` with commas, and
+    whether there is one."""
+    a = torch.zeros_like(dream.frames[0][1])
+    if 'action' not in asked:
+        return a, False
+    row = torch.tensor([float(x) for x in asked['action'].split(',')])
+    if len(row) != planner.width or not row.isfinite().all():
+        raise ValueError(f'action={row}: wants {planner.width} finite numbers')
+    a[:planner.used] = planner.normalised(row.clamp(planner.a_low, planner.a_high)).flatten()
+    return a, True
+
+
+def drive(dream):
+    """The first actions of a plan towards the goal, as act. It begins from the last plan."""
+    planner = dream.planner
+    if dream.goal is None:
+        raise ValueError('the planner wants a goal')
+    planner.z, planner.a, planner.known = past(dream, planner.trained['eval_context'])
+    planner.z_goal = dream.goal[None]
+    planner.search()
+    return planner.last_plan[0, 0], True
+
+
+def picture(world, dream, z):
+    """That of latents (N, D): red, green and blue of every pixel, in base64."""
+    planner = world.planner
+    z = torch.stack([first for first, *_ in dream.first] + [z])     # components are of all of them
+    z = unstandard(z[:, :math.prod(planner.encoder.grid)], planner.model.stats)
+    x = pictures(z, planner.encoder, world.decode)[-1]
+    return base64.b64encode(x.permute(1, 2, 0).numpy().tobytes()).decode()
+
+
+def answer(world, path, asked):
+    """What the page shows once the visitor's dream has done as asked, or a new one begun."""
+    dream = world.dreams.get(asked.get('dream'))
+    if not dream:
+        path = '/begin'
+        dream = SimpleNamespace(token=secrets.token_urlsafe(), goal=None, goal_picture='',
+                                planner=copy.copy(world.planner))
+    if path != '/drive':
+        dream.planner.restart()
+    if path == '/begin':
+        dream.first = look(world, asked)
+    if path in ('/begin', '/reset'):
+        dream.frames = dream.first
+        dream.steps = dream.left = 0        # left: can be taken back
+    elif path == '/undo' and dream.left:
+        dream.frames = dream.frames[:-1]
+        dream.steps -= 1
+        dream.left -= 1
+    elif path == '/goal':
+        frames = dream.frames if 'here' in asked else look(world, asked)
+        dream.goal = frames[-1][0]
+        dream.goal_picture = picture(world, dream, dream.goal)
+    elif path in ('/step', '/drive'):
+        a, known = drive(dream) if path == '/drive' else act(world.planner, dream, asked)
+        imagine(world, dream, a, known, int(asked.get('K', K)))
+    world.dreams[dream.token] = dream
+    if len(world.dreams) > DREAMS:
+        del world.dreams[next(iter(world.dreams))]
+    z, a, known = dream.frames[-1]
+    action = world.planner.physical(a)[0].tolist() if known else None
+    return world.about | dict(
+        dream=dream.token, picture=picture(world, dream, z), goal=dream.goal_picture,
+        action=action, steps=dream.steps, left=dream.left)
+
+
+class Visit(http.server.BaseHTTPRequestHandler):
+    """One request."""
+    timeout = 60            # of a visitor who sends nothing
+
+    def respond(self):
+        """(status, what is told)."""
+        name = self.headers['Host']
+        page = f'http://{name}'
+        # a name of another site may lead here, too, and its pages may ask
+        if name not in self.server.names or self.headers.get('Origin', page) != page:
+            return 403, 'wants the address that was printed'
+        if self.command + self.path == 'GET/':
+            return 200, PAGE
+        if self.command == 'GET' or self.path not in PATHS:
+            return 404, 'is not there'
+        length = int(self.headers.get('Content-Length', 0))
+        if not 0 <= length <= MOST:
+            return 413, 'is too large: 6 MB at most'
+        asked = dict(urllib.parse.parse_qsl(self.rfile.read(length).decode(), max_num_fields=9))
+        with self.server.lock:
+            return 200, answer(self.server, self.path, asked)
+
+    def do_POST(self):
+        try:
+            status, told = self.respond()
+        except (ValueError, OSError, SystemExit, data.Away, av.FFmpegError) as error:
+            print(one_line(error), flush=True)      # here alone: it may name files
+            status, told = 400, 'cannot be done: see the terminal'
+        kind = 'text/html'
+        if told is not PAGE:
+            kind = 'application/json'
+            told = json.dumps(told if status == 200 else dict(error=told))
+        with contextlib.suppress(ConnectionError):      # who has left
+            self.send_response(status)
+            self.send_header('Content-Type', kind)
+            self.end_headers()
+            self.wfile.write(told.encode())
+
+    do_GET = do_POST
+
+    def log_message(self, *_):
+        pass
+
+
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:;
+  style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,">
+<title>goaldream</title>
+<style>
+:root { color-scheme: light dark; --paper: #faf9f6; --ink: #24231f; --soft: #77746b;
+  --line: #dedbd2; --on: #2e6f63 }
+@media (prefers-color-scheme: dark) {
+  :root { --paper: #161715; --ink: #e6e4dd; --soft: #98958b; --line: #33342f; --on: #7fc4b3 } }
+* { box-sizing: border-box }
+[hidden] { display: none !important }
+body { margin: 0 auto; padding: 2rem; max-width: 66rem; display: grid; gap: 2.5rem;
+  grid-template-columns: minmax(0, 1fr) 16rem; font: 15px/1.5 system-ui, sans-serif;
+  background: var(--paper); color: var(--ink) }
+main { justify-self: center; align-self: start; position: sticky; top: 2rem;
+  width: min(100%, 100vh - 7rem) }
+#picture { display: block; width: 100%; border-radius: 8px; background: var(--line);
+  touch-action: none; cursor: crosshair; user-select: none }
+p { margin: .6rem 0 0; color: var(--soft); font-size: 13px; min-height: 1.5em;
+  font-variant-numeric: tabular-nums }
+aside { display: grid; gap: 1.4rem; align-content: start }
+section { display: grid; gap: .5rem }
+h2 { margin: 0; font-size: 13px; font-weight: 500; color: var(--soft) }
+.row { display: flex; gap: .5rem; align-items: center }
+.row > button { flex: 1 }
+button, select, input[type=number] { font: inherit; color: inherit; background: none;
+  height: 2.2rem; border: 1px solid var(--line); border-radius: 6px; padding: 0 .6rem }
+select option { background: var(--paper) }
+button { cursor: pointer }
+button:hover:enabled { border-color: var(--on) }
+button:disabled { color: var(--soft); opacity: .55; cursor: default }
+button[aria-pressed=true] { background: var(--on); border-color: var(--on); color: var(--paper) }
+:focus-visible { outline: 2px solid var(--on); outline-offset: 1px }
+input[type=range] { flex: 1; min-width: 0; accent-color: var(--on) }
+input[type=checkbox] { accent-color: var(--on); margin: 0 }
+input[type=number] { width: 4.5rem }
+label { display: flex; gap: .5rem; align-items: center }
+#moves label { display: grid; grid-template-columns: 1fr auto; gap: 0 .5rem }
+#moves input { grid-column: 1 / 3; width: 100% }
+output { color: var(--soft); font-variant-numeric: tabular-nums }
+#aim { width: 5rem; border-radius: 6px }
+@media (max-width: 45rem) {
+  body { grid-template-columns: minmax(0, 1fr); padding: 1rem; gap: 1rem }
+  main { position: static; width: min(100%, 60vh) } }
+</style>
+<main>
+<canvas id="picture" role="img" aria-label="what the model imagines"></canvas>
+<p id="said" role="status"></p>
+</main>
+<aside>
+<section id="acts">
+<h2>Arrow keys, or drag on the picture</h2>
+<div id="moves" class="row" style="display: grid"></div>
+<label><input type="checkbox" id="spring"> back to rest when let go</label>
+<label><input type="checkbox" id="known" checked> with actions</label>
+</section>
+<div class="row"><button id="step">Step</button><button id="undo">Undo</button>
+<button id="reset">Reset</button></div>
+<section>
+<h2>From an episode</h2>
+<div class="row"><input type="number" id="episode" min="0" value="0" aria-label="episode">
+<input type="range" id="at" min="0" max="1000" value="0" aria-label="where in the episode"></div>
+<div class="row"><button id="begin">Begin</button><button id="there">Set as goal</button></div>
+</section>
+<section>
+<h2>From a picture of yours</h2>
+<div class="row"><button id="upload">Begin</button><button id="other">Set as goal</button></div>
+</section>
+<section>
+<h2>Goal</h2>
+<div class="row"><canvas id="aim" role="img" aria-label="the goal" hidden></canvas>
+<button id="here">This frame</button></div>
+<button id="drive" aria-pressed="false">Let the planner drive</button>
+</section>
+<label id="finer">Denoising steps <select id="K"></select></label>
+<input type="file" id="file" accept="image/*" hidden>
+</aside>
+<script>
+const $ = id => document.getElementById(id)
+const KEYS = {ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [1, -1], ArrowDown: [1, 1]}
+const ARROWS = [' ← →', ' ↑ ↓']
+const held = new Set(), tapped = new Set()       // tapped: since the last step
+let world, sliders = [], rest = [], last = Promise.resolve()
+let dragging = false, driving = false, once = false, running = false, speed = 0
+
+function ask(path, body = {}) {
+  last = last.then(() => send(path, body))
+  return last
+}
+
+async function send(path, body) {
+  try {
+    const all = {dream: sessionStorage.dream || '', ...world && {K: $('K').value}, ...body}
+    const began = performance.now()
+    const reply = await fetch(path, {method: 'POST', body: new URLSearchParams(all)})
+    const told = await reply.json()
+    if (told.error) throw Error(told.error)
+    const lost = sessionStorage.dream && sessionStorage.dream != told.dream
+    show(told, performance.now() - began)
+    if (lost) throw Error('the dream was gone: this is a new one')
+  } catch (error) {
+    driving = false
+    held.clear()
+    tapped.clear()
+    $('said').textContent = body.upload ? 'this picture cannot be read' : error.message
+  }
+}
+
+function show(told, ms) {
+  if (!world) meet(told)
+  sessionStorage.dream = told.dream
+  draw($('picture'), told.picture)
+  $('aim').hidden = !told.goal
+  if (told.goal) draw($('aim'), told.goal)
+  $('undo').disabled = !told.left
+  $('reset').disabled = !told.steps
+  $('drive').disabled = !told.goal
+  const rate = running && speed ? ` · ${speed.toFixed(1)} frames/s` : ''
+  $('said').textContent = `step ${told.steps} · ${ms.toFixed(0)} ms${rate}`
+  if (told.action && (driving || !running && !$('spring').checked)) set(told.action)
+}
+
+function draw(canvas, rgb) {
+  const [height, width] = world.size
+  const bytes = atob(rgb)
+  const image = new ImageData(width, height)
+  for (let i = 0; i < width * height; i++) {
+    for (let c = 0; c < 3; c++) image.data[4 * i + c] = bytes.charCodeAt(3 * i + c)
+    image.data[4 * i + 3] = 255
+  }
+  Object.assign(canvas, {width, height})
+  canvas.getContext('2d').putImageData(image, 0, 0)
+}
+
+function meet(told) {
+  world = told
+  rest = told.low.map((low, i) => low < 0 && told.high[i] > 0 ? 0 : (low + told.high[i]) / 2)
+  sliders = told.low.map((low, i) => {
+    const label = document.createElement('label')
+    const slider = document.createElement('input')
+    const name = told.names.length == told.low.length ? told.names[i] : 'a' + i
+    label.append(name + (ARROWS[i] ?? ''), document.createElement('output'), slider)
+    Object.assign(slider, {type: 'range', step: 'any', min: low, max: told.high[i]})
+    slider.onpointerdown = () => { dragging = true; run() }
+    slider.oninput = () => { set(action()); once = true; run() }
+    $('moves').append(label)
+    return slider
+  })
+  $('spring').checked = told.low.every((low, i) => low < 0 && told.high[i] > 0)
+  $('finer').hidden = told.objective == 'direct'
+  for (let k = 1; k <= told.k_max; k *= 2) $('K').add(new Option(k, k, k == told.K, k == told.K))
+  $('episode').max = told.episodes - 1
+  set(rest)
+}
+
+function set(values) {
+  sliders.forEach((slider, i) => {
+    slider.value = values[i]
+    slider.previousSibling.value = (+slider.value).toPrecision(2)
+  })
+}
+
+const action = () => sliders.map(slider => +slider.value)
+
+function press() {
+  const keys = new Set([...held, ...tapped])
+  tapped.clear()
+  if (!keys.size) return
+  const values = $('spring').checked ? [...rest] : action()
+  for (const key of keys) {
+    const [i, way] = KEYS[key]
+    if (i >= values.length) continue
+    const end = way < 0 ? world.low[i] : world.high[i]
+    values[i] = $('spring').checked ? end : values[i] + way * (world.high[i] - world.low[i]) / 10
+  }
+  set(values)
+}
+
+async function run() {
+  if (running || !world) return
+  running = true
+  speed = 0
+  while (driving || held.size || dragging || once) {
+    const began = performance.now()
+    once = false
+    press()
+    const acts = $('known').checked
+    await (driving ? ask('/drive') : ask('/step', acts ? {action: action()} : {}))
+    const spare = 1000 / world.rate - (performance.now() - began)
+    await new Promise(go => setTimeout(go, Math.max(0, spare)))
+    speed = 1000 / (performance.now() - began)
+  }
+  running = false
+  $('drive').ariaPressed = false
+  if ($('spring').checked) set(rest)
+}
+
+function letGo() {
+  if (dragging) document.activeElement.blur()
+  dragging = false
+}
+
+onkeydown = e => {
+  if (e.ctrlKey || e.altKey || e.metaKey || e.target.closest?.('input, select')) return
+  if (KEYS[e.key]) { held.add(e.key); tapped.add(e.key) }
+  else if (e.key == ' ' && e.target == document.body) once = true
+  else return
+  e.preventDefault()
+  once = true
+  driving = false
+  run()
+}
+onkeyup = e => {
+  held.delete(e.key)
+  if (!held.size && !dragging && $('spring').checked) set(rest)
+}
+onblur = () => held.clear()
+onpointerup = onpointercancel = letGo
+$('picture').onpointerdown = $('picture').onpointermove = e => {
+  if (e.type == 'pointerdown') { dragging = once = true; driving = false }
+  if (!dragging || !e.buttons) return
+  const box = $('picture').getBoundingClientRect()
+  const at = [(e.clientX - box.x) / box.width, (e.clientY - box.y) / box.height]
+  const values = action()
+  at.slice(0, values.length).forEach((x, i) => {
+    values[i] = world.low[i] + Math.min(1, Math.max(0, x)) * (world.high[i] - world.low[i])
+  })
+  set(values)
+  run()
+}
+$('step').onclick = () => { once = true; run() }
+$('undo').onclick = () => { driving = false; ask('/undo') }
+$('reset').onclick = () => { driving = false; ask('/reset') }
+$('here').onclick = () => ask('/goal', {here: 1})
+const place = () => {
+  const episode = Math.min(Math.max(0, Math.round(+$('episode').value)), world.episodes - 1)
+  $('episode').value = episode
+  return {episode, at: $('at').value}
+}
+$('there').onclick = () => ask('/goal', place())
+$('begin').onclick = () => { driving = false; ask('/begin', place()) }
+$('drive').onclick = () => { driving = !driving; $('drive').ariaPressed = driving; run() }
+let uploads
+$('other').onclick = () => { uploads = '/goal'; $('file').click() }
+$('upload').onclick = () => { driving = false; uploads = '/begin'; $('file').click() }
+$('file').onchange = async () => {
+  const [file] = $('file').files
+  $('file').value = ''
+  if (file.size > 6e6) { $('said').textContent = 'the picture is too large: 6 MB at most'; return }
+  const url = await new Promise(go => {
+    const reader = new FileReader()
+    reader.onload = () => go(reader.result)
+    reader.readAsDataURL(file)
+  })
+  ask(uploads, {upload: url.split(',')[1]})
+}
+ask('/show')
+</script>
+"""
 
 
 if __name__ == '__main__':
@@ -364,16 +995,19 @@ if __name__ == '__main__':
         sys.exit('--decoder=rae: wants --decoder_path, which comes without --train')
     device = data.pick_device(device)
     autocast = data.autocast(device, dtype)
+    ckpt = data.checkpoint(ckpt)
     model, trained = load(ckpt, device)
     check_steps(K, model.config['k_max'])
     set_guide(model, guide, text, trained)
     encode = restore_encoder(trained, model.stats, encoder_path, model.config['grid']).to(device)
-    out_dir = out_dir or os.path.dirname(ckpt) or '.'
+    folder = os.path.dirname(ckpt) or '.'
+    out_dir = out_dir or folder
     clips, kind = open_clips(model, trained, encode)
     weights = None
     if lpips and (train or lpips_path) and min(encode.size, encode.width) >= 16:    # VGG16's least
         weights = load_perceptual(device)
-    data.own(out_dir, '.decode.lock')
+    if train or not play:
+        data.own(out_dir, '.decode.lock')
     if train:
         x = clips.sample(-(-train_frames // 16), 16)
         parts = tqdm(x.split(64), 'encoding', disable=None)
@@ -382,6 +1016,13 @@ if __name__ == '__main__':
         write_tensors(path, train_decoder(encode, x, z, autocast, weights).state_dict())
         print('wrote', path)
     decode = load_decoder(out_dir, encode, device, decoder_path, decoder)
+    if play:
+        which = robot if kind == 'labelled' and not labelled else 0     # not another robot's
+        server = open_server(clips, which, decode)
+        print(f'http://{host}:{server.server_port} until Ctrl-C', flush=True)
+        with server, contextlib.suppress(KeyboardInterrupt):
+            server.serve_forever()
+        sys.exit()
 
     context = trained['eval_context']
     batch = clips.held_out(context + steps, rows)[kind]
@@ -392,9 +1033,10 @@ if __name__ == '__main__':
     words = words.to(device)
     B, T = x.shape[:2]
     z_raw = encode_frames(encode, x, autocast)
-    z = standard(z_raw, model.stats)[:, :context]
+    z_true = standard(z_raw, model.stats)
     if clips.S:
-        z = add_state(z, batch['s'][:, :context].to(device))
+        z_true = add_state(z_true, batch['s'].to(device))
+    z = z_true[:, :context]
 
     def raw(*parts):
         """The encoder's latents (B, T, N, D) of parts of a clip, without the state."""
@@ -414,6 +1056,7 @@ if __name__ == '__main__':
 
     imagined = dream(a, a_mask, K)
     ways = {'camera': x} | show({'latents of the camera': z_raw, 'imagined': imagined})
+    note = ''
     if decode or encode.decode:
         still = x[:, context - 1:context].expand_as(x)
         real = batch['z_mask'] & (torch.arange(T) >= context)
@@ -424,8 +1067,9 @@ if __name__ == '__main__':
         print(f'decoding a frame of {encode.size} x {encode.width} takes {1000 * one:.3g} ms, '
               f'imagining it {1000 * two:.3g} ms')
     else:
-        print('no decoder has been trained (--train=True): pictures are principal components of '
-              'the latents')
+        note = ('no decoder has been trained (--train=True): pictures are principal components of '
+                'the latents')
+        print(note)
 
     off = standard(imagined, model.stats) - standard(z_raw, model.stats)
     error = off.square().mean(dim=3).clamp(max=1)           # white: the data's variance, or more
@@ -450,3 +1094,23 @@ if __name__ == '__main__':
             ways = {'imagined': imagined, 'without actions': dream(a, a_mask & False, K),
                     'with those of another clip': dream(other, a_mask, K)}
             film('actions', {'camera': x} | show(ways), fps)
+    if report:
+        encode.decode = decode = None       # from here on pictures are principal components
+        film('pca', {'camera': x} | show({'latents': z_raw, 'imagined': imagined}), fps)
+        training = shown(training_curves, f'{folder}/log.jsonl')
+        if model.config['objective'] != 'direct':       # which knows no levels
+            training += level_curve(z_true, a, a_mask, batch['z_mask'].to(device))
+        films = [shown(embedded, f'{path}.mp4') for path in made]
+        with data.writing(out_dir), open(f'{out_dir}/report.html', 'w', encoding='utf8') as f:
+            f.write(f'''{HEAD}
+<title>{html.escape(ckpt)}</title>
+<h1>{html.escape(ckpt)}, step {model.step}</h1>
+<section><h2>Training</h2>{training}</section>
+<section><h2>Latents as colours</h2>{shown(embedded, f'{out_dir}/pca.png')}</section>
+<section><h2>Films</h2><p>{note}</p>{''.join(films)}</section>
+<section><h2>Planning</h2>{shown(plan_table, f'{folder}/plan.json')}
+{shown(embedded, f'{folder}/plan.mp4')}</section>
+<section><h2>Actions</h2>{action_curves(clips)}</section>
+<section><h2>Configuration</h2>{table(trained.items())}</section>
+''')
+        print(f'wrote {out_dir}/report.html')

@@ -45,7 +45,7 @@ from model import (WorldModel, add_state, channel_weights, check_steps, compile_
                    standard, unstandard)
 
 # --------------------------------------------------------------------------------------------------
-ckpt = 'out/ckpt.safetensors'
+ckpt = 'out/ckpt.safetensors'        # or owner/name, of the hub
 out_dir = ''            # '' = the folder of the checkpoint
 encoder_path = ''       # the encoder's weights; '' = where training found them
 robot = 0               # whose actions: number of the labelled dataset, from 0
@@ -1739,6 +1739,8 @@ if __name__ == '__main__':
                  'not end')
     if coarse and start:
         sys.exit('--coarse: comes with --env, --goal or --watch, a single plan has no sub-goals')
+    o.ckpt = data.checkpoint(o.ckpt)
+    o.coarse = o.coarse and data.checkpoint(o.coarse)
     if record:
         record_dataset(o)
     elif start:

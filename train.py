@@ -3,6 +3,7 @@ Train a world model on LeRobot datasets.
 
     python train.py                     # the demo world: minutes on a laptop, no download
     python train.py --preset=robot --labelled=path/to/dataset
+    python train.py --resume=True --push=me/robot       # puts it on the hub
     torchrun --nproc_per_node=8 train.py --batch_size=64 ...    # the total of all processes
     python train.py --resume=True ...   # goes on where out_dir stopped, bit for bit
     python train.py --init=ckpt.safetensors --labelled=...      # fine-tunes on another robot
@@ -12,6 +13,7 @@ not depend on the number of processes: a run may go on with another, but for the
 sums. torchrun --max-restarts goes on by itself.
 """
 import copy
+import importlib
 import itertools
 import json
 import math
@@ -23,12 +25,14 @@ import socket
 import sys
 import threading
 import time
+import uuid
 
 import data     # before torch: it sets how threads wait
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from huggingface_hub import HfApi
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -140,7 +144,11 @@ seed = 0
 # evaluation and files
 out_dir = 'out'
 resume = False
-init = ''                       # a checkpoint to begin with: its weights, and its encoder and shape
+init = ''                       # a checkpoint to begin with: its weights, and its encoder and
+                                # shape; a file, or owner/name of the hub
+push = ''                       # owner/name on the hub that gets the checkpoint and a card of it
+license = ''                    # that its card names, such as mit; '' = unknown
+wandb = ''                      # a project of Weights & Biases that gets what log.jsonl does
 eval_interval = 600             # steps
 eval_clips = 64                 # of each kind, from held-out episodes
 eval_context = 2                # frames that are given before the imagined ones
@@ -209,6 +217,11 @@ if fsdp:
     # all forward passes of a step share the weights that autocast keeps: sharded layers then get no
     # gradient
     autocast = torch.autocast(device.type, autocast.fast_dtype, autocast._enabled, False)
+if wandb:
+    try:
+        tracker = importlib.import_module('wandb')
+    except ImportError:
+        sys.exit(f'--wandb={wandb}: wants: pip install wandb')
 
 
 def say(text):
@@ -221,6 +234,8 @@ ckpt = f'{out_dir}/ckpt.safetensors'
 optim = f'{out_dir}/optim.pt'
 log = f'{out_dir}/log.jsonl'
 LATENTS = 'encoder layer frame_height frame_width pool channels whiten'.split()
+GRANT = ('--push wants owner/name and a token that may write there (hf auth login); a run that has '
+         'ended is pushed with --resume=True as well')
 SHAPE = [*'size width layers heads kv_heads'.split(),
          *({*MODEL_DEFAULTS} - {'state_dim', 'policy', 'text'})]
 config |= dict(command=' '.join(sys.argv[1:]), processes=world)
@@ -253,8 +268,11 @@ if resume:
         if now == then:
             config[kind] = old[kind]
 elif init:
+    init = data.checkpoint(init)
     saved, old = load(init, device)
     old = config | saved.config | old       # may be older than some options
+if wandb:       # a run that goes on goes on there, too
+    config['wandb_id'] = resume and old.get('wandb_id') or uuid.uuid4().hex
 if init:        # what its weights depend on comes with them
     for name in LATENTS + SHAPE:
         if name in given and config[name] != old[name]:
@@ -351,6 +369,9 @@ if action_pca and (len(widths) != 1 or action_pca > clips.A):
     sys.exit(f'--action_pca={action_pca}: wants labelled datasets whose actions are of one width, '
              f'and at most the {clips.A} numbers of a model step; has widths {widths}')
 
+if push and rank == 0:      # a run of hours does not end in a typo
+    api = HfApi(os.environ.get('HF_ENDPOINT'))
+    push = data.answer_of_hub(push, lambda: api.create_repo(push, exist_ok=True), GRANT).repo_id
 if resume:
     # datasets by their content: they may have moved
     fixed = ('relabel augment datasets camera action action_pca state action_mode rotation fps '
@@ -570,6 +591,9 @@ if rank == 0:
     journal = open(log, 'a', buffering=1)
     if resume:      # what was written after the last save comes again
         journal.truncate(int(min(left['log'], journal.tell())))
+    if wandb:
+        tracker = tracker.init(project=wandb, id=config['wandb_id'], resume='allow', dir=out_dir,
+                               config=config)
 peak = data.peak_flops(device)
 tokens_per_frame = sum(frame_tokens(shape).values())
 for name, value in config.items():
@@ -798,6 +822,48 @@ def averaged(values):
 def note(entry):
     with data.writing(log):
         print(json.dumps(entry), file=journal)
+    if wandb:
+        tracker.log(entry, step=entry['step'])
+
+
+def card():
+    """README.md of the hub: what this is, and how far off it is on held-out episodes."""
+    val = {}
+    with open(log) as f:
+        for line in f:
+            val = json.loads(line).get('val', val)
+    rows = ''
+    for kind, methods in val.items():
+        for method, errors in methods.items():
+            errors = ['-' if e is None else f'{e:.3f}' for e in errors.values()]
+            rows += f'| {kind} | {method} | {" | ".join(errors)} |\n'
+    return f'''---
+license: {license or 'unknown'}
+pipeline_tag: robotics
+tags: [world-model, lerobot]
+---
+# {push}
+
+A world model: what the features of {encode.name} will be in the next frames of a robot's camera.
+Size {size}, objective {objective}, {step} steps of {batch_size} clips.
+
+- with actions: {config['labelled']}
+- without: {config['unlabelled']}
+
+Mean squared error on held-out episodes, so many steps ahead (1.0: the variance of the features),
+of the model, and of a repeated last frame, hidden actions and those of another clip:
+
+| | | 1 | 5 | 10 | 20 |
+|---|---|---|---|---|---|
+{rows}
+With goaldream:
+
+    python plan.py --ckpt={push} --start=now.png --goal=goal.png
+    python decode.py --ckpt={push} --labelled=a/dataset
+
+`ckpt.safetensors` has weights, statistics and options: no code. The encoder's weights are its
+makers'.
+'''
 
 
 def save_all():
@@ -1051,3 +1117,10 @@ signal.set_wakeup_fd(-1)
 if ddp:
     dist.barrier()      # one that leaves earlier ends connections that another still uses
     dist.destroy_process_group()
+if push and rank == 0 and step == max_steps:      # nobody waits for it
+    with data.writing(out_dir), open(f'{out_dir}/README.md', 'w') as f:
+        f.write(card())
+    data.answer_of_hub(push, lambda: api.upload_folder(     # all at once, what is there of these
+        repo_id=push, folder_path=out_dir, commit_message=f'step {step}',
+        allow_patterns=['README.md', 'ckpt.safetensors', 'rollout.png']), GRANT, False)
+    say(f'pushed to {push}')

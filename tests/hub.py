@@ -1,5 +1,5 @@
 """
-A stand-in for the Hugging Face hub: dataset repositories in a folder, served on loopback, with faults on order.
+A stand-in for the Hugging Face hub: repositories in a folder, served on loopback, with faults on order.
 
     with Hub(folder) as hub:                        # folder/owner/name/meta/info.json, ..
         hub.fail('.mp4', 'cut', times=2)        # the next two downloads of a video break off
@@ -7,10 +7,11 @@ A stand-in for the Hugging Face hub: dataset repositories in a folder, served on
         hf_hub_download('owner/name', 'meta/info.json', repo_type='dataset', endpoint=hub.url)
     assert [r.status for r in hub.log if r.method == 'GET'] == [429, 200]
 
-It speaks what huggingface_hub asks for when it reads a dataset: repo_info, list_repo_tree (always
-recursive) and hf_hub_download. A revision is main or the commit. Every file comes from here and by
+It speaks what huggingface_hub asks for when it reads a dataset or a model: repo_info, list_repo_tree (always
+recursive) and hf_hub_download; and when the token TOKEN, of the user `me`, writes: create_repo and commits. A revision is main or the commit. Every file comes from here and by
 plain HTTP, where the real hub sends on to other hosts and to Xet.
 """
+import base64
 import collections
 import hashlib
 import http.server
@@ -21,7 +22,9 @@ import time
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
-ROUTE = re.compile(r'(?:/api)?/datasets/([^/]+/[^/]+)(?:/(revision|tree|resolve)/([^/]+)/?(.*))?')
+ROUTE = re.compile(r'(?:(?:/api)?/datasets|/api/models|(?!/api))/([^/]+/[^/]+)(?:/(revision|tree|resolve)/([^/]+)/?(.*))?')
+TOKEN = 'hf_may_write'
+LARGE = '.mp4', '.parquet', '.safetensors', '.png'
 # range: '' or as asked for; time: of its start
 Request = collections.namedtuple('Request', 'method path range status time')
 Fault = collections.namedtuple('Fault', 'part kind seconds keep method headers')
@@ -37,6 +40,7 @@ class Hub:
         self.commits = {}       # {repo: sha} to stand in for the hash of a repository's files
         self.log = []           # a Request for each answer about a dataset
         self.faults = []        # those not used up yet
+        self.blobs = {}         # {hash: content} of large files that have come
         self.over = threading.Event()
         self.lock = threading.Lock()
         answer = type('Answers', (Answer,), {'hub': self})
@@ -74,7 +78,7 @@ class Hub:
         for path in sorted((self.root / repo).rglob('*')):
             if path.is_file():
                 body = path.read_bytes()
-                large = path.suffix in ('.mp4', '.parquet')  # what the hub keeps in LFS by default
+                large = path.suffix in LARGE  # what the hub keeps in LFS by default
                 oid = hashlib.sha1(b'blob %d\0' % len(body) + body)
                 oid = hashlib.sha256(body) if large else oid
                 files[path.relative_to(self.root / repo).as_posix()] = body, oid.hexdigest()
@@ -120,6 +124,65 @@ class Answer(http.server.BaseHTTPRequestHandler):
             self.answer(404, headers={'X-Error-Code': 'EntryNotFound', 'X-Repo-Commit': sha})
 
     do_HEAD = do_GET
+
+    def do_POST(self):
+        self.began = time.monotonic()
+        self.where = unquote(urlsplit(self.path).path)
+        if 'Content-Length' in self.headers:
+            body = self.rfile.read(int(self.headers['Content-Length']))
+        else:       # in chunks
+            body = b''
+            while size := int(self.rfile.readline(), 16):
+                body += self.rfile.read(size)
+                self.rfile.readline()
+            self.rfile.readline()
+        self.fault = Fault('', '', 0, None, '', {})
+        with self.hub.lock:
+            hits = [f for f in self.hub.faults if f.part in self.where and f.method == self.command]
+            for fault in hits[:1]:
+                self.hub.faults.remove(fault)
+        if hits:
+            return self.answer(hits[0].kind, b'{"error": "a fault on order"}', hits[0].headers)
+        if self.where.startswith('/lfs/'):          # where a large file goes; the address is the permission
+            self.hub.blobs[self.where[5:]] = body
+            return self.json({})
+        if self.headers.get('Authorization') != f'Bearer {TOKEN}':
+            return self.answer(401, b'{"error": "Invalid username or password."}')
+        if self.where.endswith('/validate-yaml'):
+            return self.json({'warnings': [], 'errors': []})
+        if '/commit/' in self.where:
+            return self.commit([json.loads(line) for line in body.splitlines()])
+        asked = json.loads(body)
+        if self.where == '/api/repos/create':
+            owner = asked['organization'] or 'me'
+            folder = self.hub.root / owner / asked['name']
+            if owner != 'me':
+                return self.answer(403, b'{"error": "no rights"}')
+            if folder.exists():
+                return self.answer(409, json.dumps({'url': f'{self.hub.url}/{owner}/{asked["name"]}'}).encode())
+            folder.mkdir(parents=True)
+            self.json({'url': f'{self.hub.url}/{owner}/{asked["name"]}'})
+        elif '/preupload/' in self.where:
+            self.json({'files': [{'path': f['path'], 'shouldIgnore': False,
+                                  'uploadMode': 'lfs' if f['path'].endswith(LARGE) else 'regular'} for f in asked['files']]})
+        else:       # git LFS: what has come already is not asked for
+            objects = [{'oid': o['oid'], 'size': o['size']} for o in asked['objects']]
+            for o in objects:
+                if o['oid'] not in self.hub.blobs:
+                    o['actions'] = {'upload': {'href': f'{self.hub.url}/lfs/{o["oid"]}'}}
+            self.json({'objects': objects})
+
+    do_PUT = do_POST
+
+    def commit(self, entries):
+        repo = re.fullmatch('/api/models/(.*)/commit/main', self.where)[1]
+        for entry in entries:
+            value = entry['value']
+            if entry['key'] == 'file':
+                (self.hub.root / repo / value['path']).write_bytes(base64.b64decode(value['content']))
+            elif entry['key'] == 'lfsFile':
+                (self.hub.root / repo / value['path']).write_bytes(self.hub.blobs[value['oid']])
+        self.json({'commitUrl': f'{self.hub.url}/{repo}/commit/0', 'commitOid': self.hub.commit(repo)})
 
     def tree(self, files, folder):
         """All files and folders under `folder` ('' or with a slash), in pages that name the next one."""
@@ -172,12 +235,12 @@ class Answer(http.server.BaseHTTPRequestHandler):
             return
         try:
             self.send_response(status)
-            if self.command == 'GET' or not self.hub.bare:
+            if self.command != 'HEAD' or not self.hub.bare:
                 headers = {'Content-Length': len(body), **dict(headers)}
             for header in dict(headers).items():
                 self.send_header(*header)
             self.end_headers()
-            if self.command == 'GET':
+            if self.command != 'HEAD':
                 self.wfile.write(body[:keep])
                 if kind == 'stall' and not self.hub.over.wait(seconds):
                     self.wfile.write(body[keep:])

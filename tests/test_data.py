@@ -208,7 +208,7 @@ def test_override_refuses(arg, words):
 def test_every_number_has_limits(name, capsys):
     with pytest.raises(SystemExit):
         script(name, '--help')
-    numbers = re.findall(r'^  --(\w+)=(-?\d\S*)$', capsys.readouterr().out, re.M)
+    numbers = re.findall(r'^  --(\w+)=(-?\d+\.?\d*(?:e[-+]?\d+)?)$', capsys.readouterr().out, re.M)
     assert len(numbers) > 6
     for option, text in numbers:
         least, most = data.LIMITS[option]

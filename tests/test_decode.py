@@ -1,6 +1,16 @@
+import base64
+import contextlib
+import html.parser
+import http.client
+import http.server
 import json
 import os
+import re
 import shutil
+import subprocess
+import threading
+import time
+import urllib.parse
 
 import av
 import numpy as np
@@ -11,6 +21,7 @@ import torch
 import data
 import decode
 import model
+import plan
 from conftest import SMALL, ends, script
 from record_decoders import STEP
 from record_encoders import made_up
@@ -288,3 +299,497 @@ def test_each_mistake_is_one_line(trained, tmp_path):
     assert '--rows: wants 1 or more, got 0' in ends('decode.py', ckpt, '--rows=0')
     assert '--K=3' in ends('decode.py', ckpt, '--K=3')
     assert 'no such folder' in ends('decode.py', ckpt, '--labelled=nowhere')
+
+
+class Page(html.parser.HTMLParser):
+    """What a page asks for (src, href), its sections' text by heading, and the points of its lines."""
+    def __init__(self, text):
+        super().__init__()
+        self.asked, self.tags, self.sections, self.lines = [], [], {}, []
+        self.heading = ''
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        attributes = dict(attributes)
+        self.asked += [attributes[name] for name in ('src', 'href', 'poster') if name in attributes]
+        if tag == 'polyline':
+            points = [[float(v) for v in point.split(',')] for point in attributes['points'].split()]
+            self.lines.append((self.heading, points))
+
+    def handle_data(self, text):
+        if self.tags and self.tags[-1] == 'h2' and text.strip() and text not in self.sections:
+            self.heading = text
+            self.sections[text] = ''
+        elif self.heading:
+            self.sections[self.heading] += text
+
+
+def report(folder, *options):
+    script('decode.py', f'--ckpt={folder}/ckpt.safetensors', '--rows=2', '--steps=3', '--K=1', '--report=True', *options)
+    return Page((folder / 'report.html').read_text())
+
+
+def test_a_report_of_a_run(trained, tmp_path):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    for name in ('plan.json', 'plan.mp4', 'report.html'):
+        (tmp_path / name).unlink(missing_ok=True)
+    row = dict(success_end=0.25, success_ever=0.5, distance_end=0.125, seconds_per_plan=None, episodes=4, ci95=[0.04, 0.7])
+    plan = dict(env='a<b>', goals='expert', budget_steps=20, methods={'model': row})
+    (tmp_path / 'plan.json').write_text(json.dumps(plan, indent=1))
+    page = report(tmp_path, '--films')
+    assert all(re.match('data:(image/png|video/mp4);base64,', address) for address in page.asked), 'nothing else is asked for'
+    assert not {'script', 'link', 'iframe', 'b>'} & {*page.tags} and page.tags.count('video') == 5
+    film = (tmp_path / 'actions.mp4').read_bytes()
+    assert base64.b64encode(film).decode() in ''.join(page.asked)
+    steps = [json.loads(line) for line in (tmp_path / 'log.jsonl').read_text().splitlines()]
+    val = [e for e in steps if 'val' in e][-1]['val']
+    (_, line), = [x for x in page.lines if len(x[1]) == sum('flow' in e for e in steps)][:1]
+    assert 'flow' in page.sections['Training'] and line
+    curves = [points for heading, points in page.lines if heading == 'Training' and len(points) == 4]
+    errors = [[*e.values()] for kind in val.values() for e in kind.values()]
+    assert len(curves) == len(errors), 'a line for every method'
+    labelled = errors[:len(val['labelled'])]
+    high = max(max(e) for e in labelled)
+    for points, values in zip(curves, labelled):
+        assert [y for _, y in points] == pytest.approx([190 - 180 * v / high for v in values], abs=0.06)
+    assert 'Error by signal level' in page.sections['Training'] and [len(p) for _, p in page.lines].count(8) == 1
+    assert len([p for heading, p in page.lines if heading == 'Actions']) == 2
+    assert 'a<b>' in page.sections['Planning'] and '0.25' in page.sections['Planning'] and '0.04' in page.sections['Planning']
+    assert 'plan.mp4: no such file' in page.sections['Planning']
+    assert 'max_steps' in page.sections['Configuration']
+
+
+def test_a_report_leaves_out_what_is_not_there(demo, tmp_path):
+    script('train.py', '--labelled=', demo[1], *SMALL, '--max_steps=1', '--objective=direct', f'--out_dir={tmp_path}/o')
+    os.remove(tmp_path / 'o/log.jsonl')
+    page = report(tmp_path / 'o')
+    assert 'log.jsonl: no such file' in page.sections['Training'] and not page.lines
+    assert 'plan.json: no such file' in page.sections['Planning']
+    assert page.sections['Actions'].strip() == 'These clips have no actions.'
+    (tmp_path / 'o/log.jsonl').write_text('{"step": 1')
+    assert 'log.jsonl: cannot be read' in report(tmp_path / 'o').sections['Training']
+
+
+def test_error_by_signal_level(trained, tmp_path, monkeypatch):
+    """Against the average over frames of what the model answers at each level, written out."""
+    g = script('decode.py', f'--ckpt={trained}/ckpt.safetensors', f'--out_dir={tmp_path}', '--rows=2', '--steps=3', '--K=1')
+    z, a, a_mask, z_mask = g['z_true'], g['a'], g['a_mask'], g['batch']['z_mask'].clone()
+    z_mask[1, -1] = False
+    seen = []
+    g['level_curve'].__wrapped__.__globals__['curve'] = lambda title, lines, label: seen.append(lines['model'])
+    g['level_curve'](z, a, a_mask, z_mask)
+    eps = model.clip_noise(z, range(len(z))).eps
+    assert len(seen[0]) == 8 and g['model'].config['k_max'] == 8
+    for tau, error in seen[0]:
+        with torch.no_grad():
+            z_hat = g['model']((1 - tau) * eps + tau * z, torch.full(z.shape[:2], tau), torch.full(z.shape[:2], 1 / 8), a,
+                               a_mask)
+        wanted = (z_hat - z).square().mean(dim=(2, 3))[z_mask].mean().item()
+        assert error == pytest.approx(wanted, rel=0.02), tau
+
+
+def test_a_curve():
+    svg = decode.curve('t', {'a&b': [(0, 1.0), (10, 0.0)], 'c': [(5, 2.0)]}, 'x')
+    assert re.findall('points="(.*?)"', svg) == ['45.0,100.0 353.0,190.0', '199.0,10.0'] and 'a&amp;b' in svg
+    assert 'nothing has been measured' in decode.curve('t', {'a': []}, 'x')
+    assert 'nan' not in decode.curve('t', {'a': [(3, 0.0)]}, 'x')
+
+
+def test_a_film_that_is_too_large_is_named(tmp_path):
+    (tmp_path / 'a.mp4').write_bytes(bytes(8_000_001))
+    assert 'a.mp4: has more than 8 MB' in decode.shown(decode.embedded, str(tmp_path / 'a.mp4'))
+
+
+@contextlib.contextmanager
+def played(ckpt, **options):
+    """A server of decode.py's page, in this process, that is stopped at the end."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (dict(ckpt=ckpt, port=0, dtype='float32', device='cpu') | options).items():
+            patch.setattr(decode, name, value)
+            patch.setitem(decode.config, name, value)
+        net, config = model.load(ckpt)
+        clips, _ = decode.open_clips(net, config, model.restore_encoder(config, net.stats))
+        with decode.open_server(clips, 0, None) as server:
+            vars(server.planner.o).update(samples=8, elites=4, iterations=2, horizon=2, budget_ms=0.0)
+            thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+            thread.start()
+            try:
+                yield server
+            finally:
+                server.shutdown()
+                thread.join()
+
+
+@pytest.fixture(scope='module')
+def server(trained):
+    with played(f'{trained}/ckpt.safetensors') as server:
+        yield server
+
+
+def send(server, method, path, body=None, **headers):
+    """Status, headers and text of the answer to a request that is just so; Host is the page's unless it is given."""
+    line = http.client.HTTPConnection('127.0.0.1', server.server_port, timeout=60)
+    headers = {'Host': server.names[0], 'Content-Length': str(len(body or ''))} | {k.replace('_', '-'): v for k, v in headers.items()}
+    line.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
+    for name, value in headers.items():
+        line.putheader(name, value)
+    line.endheaders(None if body is None else body.encode())
+    reply = line.getresponse()
+    text = reply.read().decode()
+    line.close()
+    return reply.status, dict(reply.headers), text
+
+
+def ask(server, path, wanted=200, **fields):
+    status, _, text = send(server, 'POST', path, urllib.parse.urlencode(fields))
+    assert status == wanted, text
+    return json.loads(text)
+
+
+def test_the_page_and_nothing_else(server):
+    status, headers, page = send(server, 'GET', '/')
+    assert status == 200 and headers['Content-Type'].startswith('text/html') and page == decode.PAGE
+    assert server.server_address[0] == '127.0.0.1', 'this machine alone'
+    for path in ('/decode.py', '/../decode.py', '/?', '/show', '/step', 'http://127.0.0.1/', '/%2e%2e/etc/passwd'):
+        assert send(server, 'GET', path)[0] == 404, path
+    for path in ('/', '/nothing', '/answer', '/show/', '/../show'):
+        assert send(server, 'POST', path, '')[0] == 404, path
+    assert send(server, 'PUT', '/show', '')[0] == 501
+
+
+def test_requests_of_other_sites_are_refused(server):
+    here = f'http://{server.names[0]}'
+    known = len(server.dreams)
+    for method, path in ('GET', '/'), ('POST', '/show'):
+        for name in ('evil.example', f'evil.example:{server.server_port}', '127.0.0.1', '127.0.0.1:1', ''):
+            assert send(server, method, path, '', Host=name)[0] == 403, name
+        for origin in ('http://evil.example', 'null', 'https://' + server.names[0], here + '.evil.example', ''):
+            assert send(server, method, path, '', Origin=origin)[0] == 403, origin
+    assert len(server.dreams) == known
+    assert send(server, 'POST', '/show', '', Origin=here)[0] == 200
+    name = f'localhost:{server.server_port}'
+    assert send(server, 'POST', '/show', '', Host=name, Origin=f'http://{name}')[0] == 200
+
+
+def test_what_cannot_be_done_changes_nothing(server, trained, tmp_path, capsys):
+    dream = ask(server, '/show')['dream']
+    before = ask(server, '/step', dream=dream, action='0.05,0')
+    for length in (str(decode.MOST + 1), '9' * 18, '-1'):
+        status, _, text = send(server, 'POST', '/begin', Content_Length=length)
+        assert status == 413 and 'too large' in json.loads(text)['error']
+    assert send(server, 'POST', '/begin', Content_Length='x')[0] == 400
+    text = base64.b64encode(b'#EXTM3U\nfile:///etc/passwd').decode()
+    data.write_image(tmp_path / 'a.png', torch.zeros(3, 64, 64, dtype=torch.uint8))
+    cut = base64.b64encode((tmp_path / 'a.png').read_bytes()[:60]).decode()
+    wrong = [('/begin', dict(upload=upload)) for upload in ('AAAA', 'A', 'é', text, cut)]
+    wrong += [('/goal', dict(upload='AAAA')), ('/begin', dict(episode='x')), ('/begin', dict(at='-5')), ('/begin', dict(at='2000')),
+              ('/drive', {}), *(('/step', dict(K=K)) for K in ('3', '0', '-4', '64', 'x', '4.0'))]
+    wrong += [('/step', dict(action=a)) for a in ('1', '0,0,0', 'nan,0', '0,inf', '1e999,0', 'x,0')]
+    for path, fields in wrong:
+        told = ask(server, path, 400, dream=dream, **fields)
+        assert [*told] == ['error'] and '/' not in told['error'], (path, fields, told)
+    assert ask(server, '/show', dream=dream) == before
+    assert 'wants 2 finite numbers' in capsys.readouterr().out, 'the terminal says why'
+
+
+def test_a_step_is_the_models(server):
+    """Against rollout, by a row of the dataset that is repeated; undone, redone, without actions, of other K; from the first frame."""
+    told = ask(server, '/begin')
+    dream = told['dream']
+    assert (told['names'], told['steps'], told['left'], told['rate'], told['size']) == (['dx', 'dy'], 0, 0, 5, [28, 28])
+    clips = server.clips
+    clip = clips.clip(0, 0, 0, 'observation.images.top', 2)
+    net, stats = server.planner.model, server.planner.model.stats
+    z = model.standard(model.encode_frames(server.planner.encoder, clip['x'], server.planner.autocast), stats)[None]
+    row = torch.tensor([0.03, -0.02])
+
+    def expected(row, known, K):
+        a = torch.zeros(1, 3, 4)
+        a[0, 1] = clip['a'][1]
+        if known:
+            a[0, 2] = (torch.cat((row, row)) - stats['a_mean'][0]) / stats['a_std'][0]
+        z_next = model.rollout(net, z, a, torch.tensor([[False, True, known]]), K, seed=0)
+        x = model.pictures(model.unstandard(z_next[0], stats), server.planner.encoder)[0]
+        return base64.b64encode(x.permute(1, 2, 0).numpy().tobytes()).decode()
+
+    one = ask(server, '/step', dream=dream, action='0.03,-0.02', K=2)
+    assert one['picture'] == expected(row, True, 2) and (one['steps'], one['left']) == (1, 1)
+    assert np.allclose(one['action'], row, atol=1e-6) and one['dream'] == dream
+    two = ask(server, '/step', dream=dream, action='0.05,0.05', K=2)
+    assert two['picture'] != one['picture']
+    assert ask(server, '/undo', dream=dream) == one
+    assert ask(server, '/step', dream=dream, action='0.05,0.05', K=2) == two, 'bit for bit'
+    again = ask(server, '/reset', dream=dream)
+    assert again == told and ask(server, '/undo', dream=dream) == told, 'nothing is left to undo'
+    wide = ask(server, '/step', dream=dream, action='9,-9', K=2)
+    assert np.allclose(wide['action'], [told['high'][0], told['low'][1]], atol=1e-6), 'within its range'
+    ask(server, '/reset', dream=dream)
+    unknown = ask(server, '/step', dream=dream, K=1)
+    assert unknown['picture'] == expected(row, False, 1) and unknown['action'] is None
+    assert len({wide['picture'], one['picture'], unknown['picture']}) == 3
+
+
+def test_dreams_begin_anywhere(server, tmp_path):
+    first = ask(server, '/show')
+    ds = server.clips.sets[0]
+    for e, at in (0, 0), (3, 500), (5, 1000):
+        told = ask(server, '/begin', dream=first['dream'], episode=e, at=at)
+        start = at * ds.episodes[e].length // 1001
+        last = min(start + 2, ds.episodes[e].length - 1)
+        x = ds.frames(e, [last], (28, 28))[0]
+        data.write_image(tmp_path / 'frame.png', x)
+        upload = base64.b64encode((tmp_path / 'frame.png').read_bytes()).decode()
+        other = ask(server, '/begin', upload=upload, dream=first['dream'])
+        assert other['picture'] == told['picture'] and other['action'] is None, 'the same frame, of which no action is known'
+        goal = ask(server, '/goal', upload=upload, dream=first['dream'])
+        assert goal['goal'] == told['picture'] and goal['picture'] == told['picture']
+    assert told['picture'] != first['picture']
+
+
+def test_the_planner_drives_to_the_goal(server):
+    """As plan.plan has it, from the last plan; a step by hand ends that."""
+    dream = ask(server, '/begin', episode=2)['dream']
+    told = ask(server, '/goal', dream=dream, episode=2, at=300)
+    assert told['goal'] != told['picture'] and told['steps'] == 0
+    it = server.dreams[dream]
+    z, a, known = (torch.stack(v)[None] for v in zip(*it.frames))
+    planner = server.planner
+    low, high = planner.normalised(planner.a_low), planner.normalised(planner.a_high)
+    best, _ = plan.plan(planner.model, z, a, it.goal[None], planner.o, 0, low, high, known)
+    one = ask(server, '/drive', dream=dream, K=1)
+    assert np.allclose(one['action'], planner.physical(best[0, 0])[0], atol=1e-6) and one['steps'] == 1
+    ask(server, '/reset', dream=ask(server, '/show')['dream'])        # of another visitor
+    assert torch.equal(it.planner.last_plan, best)
+    z, a, known = (torch.stack(v)[None] for v in zip(*it.frames[-2:]))
+    mean = torch.nn.functional.pad(best[:, 1:], (0, 0, 0, 1))
+    best, _ = plan.plan(planner.model, z, a, it.goal[None], planner.o, 1000, low, high, known & torch.tensor([False, True]), mean)
+    two = ask(server, '/drive', dream=dream, K=1)
+    assert two['steps'] == 2 and two['picture'] != one['picture'] and torch.equal(it.planner.last_plan, best)
+    assert (np.array(two['action']) <= np.array(two['high']) + 1e-6).all()
+    here = ask(server, '/goal', dream=dream, here=1)
+    assert here['goal'] == here['picture'] == two['picture'] and it.planner.last_plan is None
+    assert ask(server, '/reset', dream=dream)['goal'] == here['goal'], 'the goal stays'
+
+
+def test_visitors_have_dreams_of_their_own(server):
+    a, b = ask(server, '/show'), ask(server, '/show', dream='x')
+    assert a['dream'] != b['dream'] and len(a['dream']) > 40
+    threads = [threading.Thread(target=ask, args=(server, '/step'), kwargs=dict(dream=a['dream'], action='0.05,0')) for _ in range(6)]
+    with server.lock:       # the model has one
+        for thread in threads:
+            thread.start()
+        threads[0].join(0.2)
+        assert all(thread.is_alive() for thread in threads)
+    for thread in threads:
+        thread.join()
+    assert ask(server, '/show', dream=b['dream']) == b
+    assert ask(server, '/show', dream=a['dream'])['steps'] == 6, 'one after the other'
+    ask(server, '/goal', dream=b['dream'], here=1)
+    assert not ask(server, '/show', dream=a['dream'])['goal']
+    for _ in range(decode.DREAMS):
+        ask(server, '/show')
+    assert len(server.dreams) == decode.DREAMS and b['dream'] not in server.dreams
+    new = ask(server, '/step', dream=b['dream'], action='0,0')
+    assert new['dream'] != b['dream'] and new['steps'] == 0, 'one that is gone begins anew'
+
+
+def test_a_long_dream_costs_what_a_short_one_does(server):
+    dream = ask(server, '/begin')['dream']
+    pictures, size = [], []
+    for _ in range(200):
+        pictures.append(ask(server, '/step', dream=dream, action='0.05,0.01', K=1)['picture'])
+        storages = {v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for frame in server.dreams[dream].frames for v in frame}
+        size.append((len(server.dreams[dream].frames), sum(storages.values())))
+    most = server.planner.model.config['context'] + decode.UNDO
+    assert size[-1] == size[100] and size[-1][0] == most
+    z, a, known = (torch.stack(v)[None] for v in zip(*server.dreams[dream].frames[-5:]))
+    known[:, 0] = False     # what led to the first frame of the window
+    imagined = model.rollout(server.planner.model, z[:, :4], a, known, 1, seed=199)
+    assert torch.equal(imagined[0, 0], z[0, 4]) and known[0, 1:].all()
+    for i in range(decode.UNDO + 2):
+        told = ask(server, '/undo', dream=dream)
+        assert told['picture'] == pictures[-2 - min(i, decode.UNDO - 1)]
+    assert told['left'] == 0 and told['steps'] == 200 - decode.UNDO
+    assert ask(server, '/step', dream=dream, action='0.05,0.01', K=1)['picture'] == pictures[-decode.UNDO], 'its whole context is kept'
+
+
+def test_play_with_a_state_and_without_denoising(demo, tmp_path):
+    script('train.py', *demo, *SMALL, '--max_steps=2', '--state=observation.state', '--objective=direct', '--K=1', f'--out_dir={tmp_path}/state')
+    with played(f'{tmp_path}/state/ckpt.safetensors', K=1) as server:
+        dream = ask(server, '/show')['dream']
+        z = server.dreams[dream].frames[-1][0]
+        assert z.shape[0] == 17 and z.isfinite().all(), 'the state of the dataset'
+        told = ask(server, '/step', dream=dream, action='0.05,0')
+        assert told['objective'] == 'direct' and told['steps'] == 1
+        ask(server, '/goal', dream=dream, here=1)
+        assert ask(server, '/drive', dream=dream)['steps'] == 2
+        data.write_image(tmp_path / 'a.png', torch.full((3, 80, 40), 99, dtype=torch.uint8))
+        upload = base64.b64encode((tmp_path / 'a.png').read_bytes()).decode()
+        ask(server, '/begin', dream=dream, upload=upload)
+        ask(server, '/step', dream=dream, action='0.05,0')
+        z = server.dreams[dream].frames[-1][0]
+        assert z[:16].isfinite().all() and z[16, :2].isnan().all(), 'the state of a picture is not known'
+        ask(server, '/goal', dream=dream, upload=upload)
+        assert ask(server, '/drive', dream=dream)['steps'] == 2
+
+
+def test_play_from_the_command_line(trained, tmp_path, monkeypatch, capsys, server):
+    shutil.copy(trained / 'ckpt.safetensors', tmp_path)
+    seen = []
+
+    def serve(self):
+        seen.append(self)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(http.server.ThreadingHTTPServer, 'serve_forever', serve)
+    options = f'--ckpt={tmp_path}/ckpt.safetensors', '--play=True', '--K=1', '--train', '--train_steps=2', '--train_frames=16', '--channels=16'
+    with pytest.raises(SystemExit) as end:
+        script('decode.py', *options, '--batch_size=2', '--lpips=0', '--port=0', '--dtype=float32')
+    assert end.value.code is None
+    assert re.search(r'^http://127\.0\.0\.1:\d+ until Ctrl-C$', capsys.readouterr().out, re.M)
+    assert type(seen[0].decode).__name__ == 'Decoder' and seen[0].about['K'] == 1 and seen[0].fileno() == -1
+    assert {path.name for path in tmp_path.iterdir()} == {'ckpt.safetensors', 'decoder.safetensors', '.decode.lock'}, 'no films'
+    for wrong in (f'--port={server.server_port}', '--host=..'):
+        assert 'cannot be served there' in ends('decode.py', *options[:3], wrong)
+
+
+class Chromium:
+    """A headless one, told what to do by its developer tools' protocol through pipes."""
+    def __init__(self, path, folder):
+        theirs, self.to = os.pipe()
+        self.back, ours = os.pipe()
+
+        def pipes():        # it reads from 3 and writes to 4
+            kept = os.dup(theirs), os.dup(ours)
+            for i, fd in enumerate(kept):
+                os.dup2(fd, 3 + i)
+
+        options = '--headless', '--no-sandbox', '--disable-gpu', '--remote-debugging-pipe', f'--user-data-dir={folder}'
+        self.process = subprocess.Popen([path, *options], preexec_fn=pipes, close_fds=False, stdout=subprocess.DEVNULL,
+                                        stderr=subprocess.DEVNULL)
+        os.close(theirs)
+        os.close(ours)
+        self.session = {}
+        self.number, self.read = 0, b''
+        target = self('Target.createTarget', url='about:blank')['targetId']
+        self.session = {'sessionId': self('Target.attachToTarget', targetId=target, flatten=True)['sessionId']}
+
+    def __call__(self, method, **params):
+        self.number += 1
+        os.write(self.to, json.dumps(dict(id=self.number, method=method, params=params) | self.session).encode() + b'\0')
+        while True:
+            while b'\0' not in self.read:
+                part = os.read(self.back, 1 << 20)
+                assert part, 'it has ended'
+                self.read += part
+            message, _, self.read = self.read.partition(b'\0')
+            message = json.loads(message)
+            if message.get('id') == self.number:
+                assert 'error' not in message, message
+                return message['result']
+
+    def js(self, text):
+        result = self('Runtime.evaluate', expression=text, awaitPromise=True, returnByValue=True)
+        assert 'exceptionDetails' not in result, result
+        return result['result'].get('value')
+
+    def until(self, text):
+        end = time.time() + 30
+        while not self.js(text):
+            assert time.time() < end, (text, self.js('document.body.innerText'))
+            time.sleep(0.02)
+
+    def close(self):
+        with contextlib.suppress(AssertionError, OSError):
+            self('Browser.close')
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(10)
+        self.process.kill()
+        self.process.wait()
+        os.close(self.to)
+        os.close(self.back)
+
+
+@pytest.fixture
+def chromium(tmp_path):
+    path = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
+    if not path or os.name == 'nt':
+        pytest.skip('no chromium here')
+    browser = Chromium(path, tmp_path / 'profile')
+    yield browser
+    browser.close()
+
+
+PIXELS = "$('picture').toDataURL()"
+STEPS = "+$('said').textContent.split(' ')[1]"
+
+
+def test_the_page_in_a_browser(server, chromium):
+    """Loads, steps on keys, whose picture changes, lets the planner drive, survives a reload, fits a phone, follows dark."""
+    def load():
+        chromium('Page.navigate', url=f'http://{server.names[0]}/')
+        chromium.until("document.readyState == 'complete' && typeof world == 'object' && world && $('said').textContent != ''")
+
+    def press(key):
+        for kind in ('keyDown', 'keyUp'):
+            chromium('Input.dispatchKeyEvent', type=kind, key=key, code=key)
+
+    load()
+    first = chromium.js(PIXELS)
+    assert chromium.js(STEPS) == 0 and len(first) > 500 and chromium.js("$('undo').disabled && $('drive').disabled")
+    assert chromium.js("$('moves').innerText").split() == ['dx', '←', '→', '0.0', 'dy', '↑', '↓', '0.0']
+    dream = server.dreams[chromium.js('sessionStorage.dream')]
+    for i, (key, number, side) in enumerate((('ArrowRight', 0, 'high'), ('ArrowUp', 1, 'low'))):
+        before = chromium.js(PIXELS)
+        press(key)
+        chromium.until(f"{STEPS} == {i + 1} && !running")
+        assert chromium.js(PIXELS) != before
+        a = server.planner.physical(dream.frames[-1][1])[0]
+        assert np.isclose(a[number], server.about[side][number]) and abs(a[1 - number]) < 1e-6, 'the other one rests'
+    chromium('Input.dispatchKeyEvent', type='keyDown', key='ArrowRight', code='ArrowRight')
+    chromium.until(f"{STEPS} >= 4")
+    press('ArrowDown')
+    chromium.until(f"{STEPS} >= 6")
+    chromium('Input.dispatchKeyEvent', type='keyUp', key='ArrowRight', code='ArrowRight')
+    chromium.until('!running')
+    held = torch.stack([server.planner.physical(a)[0] for _, a, _ in dream.frames[4:]])
+    assert (held[:, 0] > 0.049).all() and ((held[:, 1] > 0.049).sum(), (held[:, 1].abs() < 1e-6).sum()) == (1, len(held) - 1), held
+    chromium.js("$('spring').click()")
+    for _ in range(2):
+        press('ArrowLeft')
+    chromium.until('!running')
+    a = server.planner.physical(dream.frames[-1][1])[0]
+    assert np.allclose(a, [-0.02, 0], atol=1e-6), 'a tenth of the range each time'
+    chromium.js("$('spring').click(); $('reset').click(); last")
+    for key in 'ArrowRight', 'ArrowUp':
+        press(key)
+    chromium.until(f"{STEPS} == 2 && !running")
+    for button, steps in ('undo', 1), ('step', 2), ('reset', 0):
+        chromium.js(f"$('{button}').click()")
+        chromium.until(f"{STEPS} == {steps} && !running")
+    assert chromium.js(PIXELS) == first
+    chromium.js("$('known').click(); $('step').click()")
+    chromium.until(f"{STEPS} == 1 && !running")
+    assert not dream.frames[-1][2], 'without actions'
+    chromium.js("$('known').click(); $('at').value = 500; $('there').click(); last")
+    chromium.until("!$('drive').disabled && !$('aim').hidden")
+    chromium.js("$('drive').click()")
+    chromium.until(f"{STEPS} >= 3 && driving")
+    chromium.js("$('drive').click()")
+    chromium.until("!running && $('drive').ariaPressed == 'false'")
+    steps, picture, goal = chromium.js(STEPS), chromium.js(PIXELS), chromium.js("$('aim').toDataURL()")
+    load()
+    assert [chromium.js(text) for text in (STEPS, PIXELS, "$('aim').toDataURL()")] == [steps, picture, goal]
+    box = chromium.js("(({x, y, width, height}) => [x, y, width, height])($('picture').getBoundingClientRect())")
+    for kind in ('mousePressed', 'mouseReleased'):
+        chromium('Input.dispatchMouseEvent', type=kind, x=box[0] + box[2] - 2, y=box[1] + box[3] / 2, button='left', buttons=1, clickCount=1)
+    chromium.until(f"{STEPS} == {steps + 1} && !running")
+    assert server.planner.physical(dream.frames[-1][1])[0, 0] > 0.9 * server.about['high'][0], 'by the mouse'
+    colours = []
+    for width, mode in (1280, 'light'), (390, 'dark'):
+        chromium('Emulation.setDeviceMetricsOverride', width=width, height=800, deviceScaleFactor=1, mobile=width < 500)
+        chromium('Emulation.setEmulatedMedia', features=[dict(name='prefers-color-scheme', value=mode)])
+        assert chromium.js('document.documentElement.scrollWidth') <= width
+        colours.append(chromium.js('getComputedStyle(document.body).backgroundColor'))
+    assert colours == ['rgb(250, 249, 246)', 'rgb(22, 23, 21)']

@@ -21,7 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 import data
 import model
 from conftest import ROOT, SMALL, ends, script, write_lerobot
-from hub import Hub
+from hub import TOKEN, Hub
 
 
 def entries(out):
@@ -1143,3 +1143,109 @@ def test_a_text_can_come_and_go_in_fine_tuning(worded, trained, tmp_path, demo, 
     write_lerobot(tmp_path / 'long', [{'observation.images.top': frames + np.arange(64, dtype=np.uint8)[:, None], 'action': np.eye(4, 2), 'task': 150 * 'l'}] * 4, 10)
     script('train.py', f'--labelled={tmp_path}/long', *short[1:], '--unlabelled=', '--val_share=0.5', '--text=True', f'--out_dir={tmp_path}/s')
     assert capfd.readouterr().err.count('--text: tasks of more than 128 bytes are cut there') == 1
+
+
+@pytest.fixture
+def away(tmp_path, monkeypatch):
+    """A hub that may be written to, from a folder of one's own."""
+    constants = data.huggingface_hub.constants
+    monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', True)      # the real hub's way for large files
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
+    monkeypatch.setenv('HF_TOKEN', TOKEN)
+    monkeypatch.chdir(tmp_path)
+    with Hub(tmp_path / 'hub') as hub:
+        monkeypatch.setenv('HF_ENDPOINT', hub.url)
+        yield hub
+
+
+def test_a_checkpoint_goes_to_the_hub_and_comes_back(away, demo, tmp_path, monkeypatch, capsys):
+    options = *demo, *SMALL, '--max_steps=2', '--out_dir=o', '--push=me/robot'
+    away.fail('/lfs/', 403, method='PUT', times=1)
+    line = ends('train.py', *options)
+    assert 'ckpt.safetensors' in line and '--push wants' in line and '--resume=True' in line
+    assert not (away.root / 'me/robot/ckpt.safetensors').exists()
+    data.write_image('o/rollout.png', torch.zeros(3, 8, 8, dtype=torch.uint8))
+    away.fail('/commit/', 503, method='POST')       # is asked again
+    monkeypatch.setattr(data.time, 'sleep', lambda seconds: None)
+    g = script('train.py', *options, '--resume=True', '--license=mit')
+    assert 'pushed to me/robot' in capsys.readouterr().out
+    there = away.root / 'me/robot'
+    assert {p.name for p in there.iterdir()} == {'ckpt.safetensors', 'README.md', 'rollout.png'}, 'no log, no optimizer'
+    mine = (tmp_path / 'o/ckpt.safetensors').read_bytes()
+    assert (there / 'ckpt.safetensors').read_bytes() == mine
+    card = (there / 'README.md').read_text()
+    assert card.startswith('---\nlicense: mit\n') and '--ckpt=me/robot' in card
+    error = entries(tmp_path / 'o')[1][-1]['val']['labelled']['model']
+    assert f'| labelled | model | {error["1"]:.3f} | {error["5"]:.3f} |' in card and g['step'] == 2
+    shutil.rmtree('o')
+
+    monkeypatch.delenv('HF_TOKEN')
+    script('decode.py', '--ckpt=me/robot', '--rows=1', '--steps=2', '--K=1')
+    assert (tmp_path / 'me--robot/rollout.png').is_file()
+    assert (tmp_path / 'me--robot/ckpt.safetensors').read_bytes() == mine
+    revision = f'me/robot@{away.commit("me/robot")}'
+    script('plan.py', f'--ckpt={revision}', '--episodes=2', '--blind_episodes=1', '--budget=2', '--samples=4', '--elites=2',
+           '--iterations=1', '--horizon=2')
+    assert (tmp_path / revision.replace('/', '--') / 'plan.json').is_file()
+    g = script('train.py', *demo, *SMALL, '--max_steps=1', '--init=me/robot', '--out_dir=fine', '--learning_rate=0',
+               '--min_lr=0')
+    known = model.load('me--robot/ckpt.safetensors')[0].state_dict()
+    assert all(torch.equal(v, g['model'].state_dict()[k]) for k, v in known.items())
+
+    os.makedirs('me')           # a file here is not asked for elsewhere
+    shutil.copy('me--robot/ckpt.safetensors', 'me/robot')
+    away.log.clear()
+    assert data.checkpoint('me/robot') == 'me/robot' and not away.log
+
+
+def test_mistakes_with_the_hub(away, demo, tmp_path, monkeypatch):
+    """Each is one line, before anything is trained or written."""
+    options = *demo, *SMALL, '--max_steps=2', '--out_dir=o'
+    for push in ('you/robot', 'me/ro bot', 'me/a--b', 'me/robot@v1'):
+        line = ends('train.py', *options, f'--push={push}')
+        assert line.startswith(f'{push}: ') and '--push wants owner/name and a token' in line, line
+    monkeypatch.setenv('HF_TOKEN', 'hf_wrong')
+    assert '401' in ends('train.py', *options, '--push=me/robot')
+    assert not os.path.exists('o')
+    for name, words in (('me/none', '404'), ('me/none@v1', '404'), ('a--b/c', 'a--b/c: not to be had')):
+        for command in (('decode.py', f'--ckpt={name}'), ('plan.py', f'--ckpt={name}'),
+                        ('train.py', *options, f'--init={name}')):
+            line = ends(*command)
+            assert words in line and line.endswith('nor is there such a file here'), line
+    assert 'not a readable checkpoint' in ends('decode.py', '--ckpt=out/ckpt.safetensors')
+    away.__exit__()
+    assert 'not to be had from the hub' in ends('decode.py', '--ckpt=me/robot')
+
+
+WANDB = '''
+runs = []
+class Run:
+    def __init__(self, **options):
+        self.options, self.lines = options, []
+    def log(self, entry, step):
+        self.lines.append((step, entry))
+def init(**options):
+    runs.append(Run(**options))
+    return runs[-1]
+'''
+
+
+def test_wandb_gets_what_the_log_does(demo, tmp_path, monkeypatch):
+    options = *demo, *SMALL, '--log_interval=1', f'--out_dir={tmp_path}/o', '--wandb=project'
+    monkeypatch.setitem(sys.modules, 'wandb', None)         # as where it is not installed
+    assert '--wandb=project: wants: pip install wandb' in ends('train.py', *options, '--max_steps=2')
+    assert not (tmp_path / 'o').exists()
+    monkeypatch.delitem(sys.modules, 'wandb')
+    (tmp_path / 'wandb.py').write_text(WANDB)
+    monkeypatch.syspath_prepend(tmp_path)
+    script('train.py', *options, '--max_steps=2')
+    script('train.py', *options, '--max_steps=4', '--resume=True')
+    script('train.py', *options, '--max_steps=1')           # another run
+    first, again, other = (run.options for run in sys.modules['wandb'].runs)
+    assert first['project'] == 'project' and first['resume'] == 'allow' and first['config']['max_steps'] == 2
+    assert first['id'] == again['id'] != other['id']
+    logged = [entry for run in sys.modules['wandb'].runs[:2] for _, entry in run.lines]
+    written = [json.loads(line) for line in (tmp_path / 'o.1/log.jsonl').read_text().splitlines()]
+    assert logged == written and {'val', 'loss'} <= {key for entry in logged for key in entry}
+    assert all(step == entry['step'] for run in sys.modules['wandb'].runs for step, entry in run.lines)
+    monkeypatch.delitem(sys.modules, 'wandb')
