@@ -406,6 +406,7 @@ td { padding-right: 1em; vertical-align: top; max-width: 50rem; overflow-wrap: b
 </style>
 '''
 
+
 def curve(title, lines, x_label):
     """A figure, as SVG, of lines {name: [(x, y), ..]}, all above 0; a sentence where there are
     none. The title and the label are HTML."""
@@ -483,7 +484,7 @@ def training_curves(path):
 
 
 @torch.no_grad()
-def level_curve(z, a, a_mask, z_mask):
+def level_curve(z, a, a_mask, z_mask, words):
     """A figure of the model's loss of clips z (B, T, N, D), unweighted, with all frames at one level."""
     options = dict(objective='diffusion', tau_schedule='uniform', p_past=0.0, p_image=0.0,
                    p_null=0.0, ramp=False, state_dim=clips.S)
@@ -492,7 +493,8 @@ def level_curve(z, a, a_mask, z_mask):
     for i in range(8):
         noise.tau[:] = i / 8
         with autocast:
-            _, metrics = shortcut_loss(model, z, a, a_mask, z_mask, options, noise=noise)
+            _, metrics = shortcut_loss(model, z, a, a_mask, z_mask, options, noise=noise,
+                                       text=words)
         line.append([metrics[name].item() for name in ('tau', 'flow')])
     return curve('Error by signal level, held out', {'model': line}, 'tau: 0 is noise, 1 is clean')
 
@@ -557,14 +559,11 @@ def open_server(clips, which, decode):
     server.dreams = {}
     server.lock = threading.Lock()
     ds = clips.sets[which]
-    names = []
-    for key in ds.action_keys:
-        names += data.flat_names(ds.features[key].get('names'))
     c = planner.model.config
     server.about = dict(
-        names=names, low=planner.a_low[0].tolist(), high=planner.a_high[0].tolist(),
+        names=planner.action_names, low=planner.a_low[0].tolist(), high=planner.a_high[0].tolist(),
         episodes=len(ds.episodes), rate=ds.fps / planner.frameskip, size=clips.size, K=K,
-        k_max=c['k_max'], objective=c['objective'])
+        k_max=c['k_max'], objective=c['objective'], text=text if c['text'] else None)
     return server
 
 
@@ -604,7 +603,8 @@ def imagine(world, dream, a, known, K):
     a_mask = F.pad(a_mask, (0, 1), value=known)
     with world.planner.autocast:
         z = rollout(model, z, torch.cat((before, a[None, None]), dim=1), a_mask, K,
-                    seed=seed + dream.steps, graph=False)
+                    seed=seed + dream.steps, graph=False,
+                    text=data.text_bytes(dream.planner.o.text)[None].to(a.device))
     frame = z[0, 0], a, a_mask[0, -1]
     dream.frames = [*dream.frames, frame][-context - UNDO:]
     dream.steps += 1
@@ -653,6 +653,7 @@ def answer(world, path, asked):
                                 planner=copy.copy(world.planner))
     if path != '/drive':
         dream.planner.restart()
+    dream.planner.o = SimpleNamespace(**vars(world.planner.o) | dict(text=asked.get('text', text)))
     if path == '/begin':
         dream.first = look(world, asked)
     if path in ('/begin', '/reset'):
@@ -752,7 +753,7 @@ section { display: grid; gap: .5rem }
 h2 { margin: 0; font-size: 13px; font-weight: 500; color: var(--soft) }
 .row { display: flex; gap: .5rem; align-items: center }
 .row > button { flex: 1 }
-button, select, input[type=number] { font: inherit; color: inherit; background: none;
+button, select, #text, input[type=number] { font: inherit; color: inherit; background: none;
   height: 2.2rem; border: 1px solid var(--line); border-radius: 6px; padding: 0 .6rem }
 select option { background: var(--paper) }
 button { cursor: pointer }
@@ -763,6 +764,7 @@ button[aria-pressed=true] { background: var(--on); border-color: var(--on); colo
 input[type=range] { flex: 1; min-width: 0; accent-color: var(--on) }
 input[type=checkbox] { accent-color: var(--on); margin: 0 }
 input[type=number] { width: 4.5rem }
+#text { min-width: 0; flex: 1 }
 label { display: flex; gap: .5rem; align-items: center }
 #moves label { display: grid; grid-template-columns: 1fr auto; gap: 0 .5rem }
 #moves input { grid-column: 1 / 3; width: 100% }
@@ -801,6 +803,7 @@ output { color: var(--soft); font-variant-numeric: tabular-nums }
 <button id="here">This frame</button></div>
 <button id="drive" aria-pressed="false">Let the planner drive</button>
 </section>
+<label id="words">What is done <input id="text"></label>
 <label id="finer">Denoising steps <select id="K"></select></label>
 <input type="file" id="file" accept="image/*" hidden>
 </aside>
@@ -819,7 +822,8 @@ function ask(path, body = {}) {
 
 async function send(path, body) {
   try {
-    const all = {dream: sessionStorage.dream || '', ...world && {K: $('K').value}, ...body}
+    const all = {dream: sessionStorage.dream || '', ...body,
+      ...world && {K: $('K').value, text: $('text').value}}
     const began = performance.now()
     const reply = await fetch(path, {method: 'POST', body: new URLSearchParams(all)})
     const told = await reply.json()
@@ -877,6 +881,8 @@ function meet(told) {
   })
   $('spring').checked = told.low.every((low, i) => low < 0 && told.high[i] > 0)
   $('finer').hidden = told.objective == 'direct'
+  $('words').hidden = told.text == null
+  $('text').value = told.text ?? ''
   for (let k = 1; k <= told.k_max; k *= 2) $('K').add(new Option(k, k, k == told.K, k == told.K))
   $('episode').max = told.episodes - 1
   set(rest)
@@ -1099,7 +1105,7 @@ if __name__ == '__main__':
         film('pca', {'camera': x} | show({'latents': z_raw, 'imagined': imagined}), fps)
         training = shown(training_curves, f'{folder}/log.jsonl')
         if model.config['objective'] != 'direct':       # which knows no levels
-            training += level_curve(z_true, a, a_mask, batch['z_mask'].to(device))
+            training += level_curve(z_true, a, a_mask, batch['z_mask'].to(device), words)
         films = [shown(embedded, f'{path}.mp4') for path in made]
         with data.writing(out_dir), open(f'{out_dir}/report.html', 'w', encoding='utf8') as f:
             f.write(f'''{HEAD}

@@ -978,9 +978,15 @@ class WorldModel(nn.Module):
         x = x[:, :, 0].masked_fill(text[:, :, None] == 0, 0.0)
         return rms_norm(x.sum(dim=1))
 
-    def turns(self, t):
+    def turns(self, t, space=None):
+        """What a layer of time turns tokens by at times t (T,); a flat one, half of the pairs by
+        that and half by the place in space."""
         angles = (t[:, None] * self.time_freq)[:, None]     # (T, 1, d/2)
-        return angles.cos(), angles.sin()
+        time = angles.cos(), angles.sin()
+        if not space or self.config['attention'] != 'flat':
+            return time
+        odd = torch.arange(len(self.time_freq), device=t.device) % 2 > 0
+        return [torch.where(odd, t[:, None], s).flatten(0, 1) for t, s in zip(time, space)]
 
     def embed(self, z, tau, d, a, a_mask, text, guided):
         """The tokens of frames (B, T, S, C), float32: [registers | latents | state | shortcut |
@@ -1029,14 +1035,10 @@ class WorldModel(nn.Module):
         fits = fits and a.shape == (B, T, c['action_dim'])
         assert fits, f'latents {tuple(z.shape)} and actions {tuple(a.shape)} do not fit {c}'
         x = self.embed(z, tau, d, a, a_mask, text, guided)
-        time = self.turns(torch.arange(T, device=z.device) + start)
         space = self.space_cos, self.space_sin
-        group = group_size(c)
-        if c['attention'] == 'flat':        # half of the pairs turn with the place, half with time
-            odd = torch.arange(len(self.time_freq), device=z.device) % 2 > 0
-            time = [torch.where(odd, t[:, None], s).flatten(0, 1) for t, s in zip(time, space)]
+        time = self.turns(torch.arange(T, device=z.device) + start, space)
         if alone is not None:
-            alone = alone.repeat_interleave(x.shape[2] // group)        # (B S / G,)
+            alone = alone.repeat_interleave(x.shape[2] // group_size(c))        # (B S / G,)
         again = self.remat and torch.is_grad_enabled() and cache is None    # it would have moved on
 
         def run(layer, *inputs):

@@ -378,7 +378,7 @@ def test_error_by_signal_level(trained, tmp_path, monkeypatch):
     z_mask[1, -1] = False
     seen = []
     g['level_curve'].__wrapped__.__globals__['curve'] = lambda title, lines, label: seen.append(lines['model'])
-    g['level_curve'](z, a, a_mask, z_mask)
+    g['level_curve'](z, a, a_mask, z_mask, g['words'])
     eps = model.clip_noise(z, range(len(z))).eps
     assert len(seen[0]) == 8 and g['model'].config['k_max'] == 8
     for tau, error in seen[0]:
@@ -632,6 +632,22 @@ def test_play_with_a_state_and_without_denoising(demo, tmp_path):
         assert z[:16].isfinite().all() and z[16, :2].isnan().all(), 'the state of a picture is not known'
         ask(server, '/goal', dream=dream, upload=upload)
         assert ask(server, '/drive', dream=dream)['steps'] == 2
+
+
+def test_play_with_words(demo, tmp_path):
+    script('train.py', *demo, *SMALL, '--max_steps=3', '--text=True', f'--out_dir={tmp_path}/text')
+    with played(f'{tmp_path}/text/ckpt.safetensors', text='left') as server:
+        told = ask(server, '/show')
+        dream, pictures = told['dream'], []
+        for words in {}, dict(text='left'), dict(text='reach'), dict(text=''):
+            ask(server, '/reset', dream=dream)
+            ask(server, '/step', dream=dream, action='0.05,0', **words)
+            pictures.append(server.dreams[dream].frames[-1][0])
+        assert told['text'] == 'left' and torch.equal(pictures[0], pictures[1])
+        assert not torch.equal(pictures[1], pictures[2]) and not torch.equal(pictures[2], pictures[3])
+        ask(server, '/goal', dream=dream, here=1)
+        ask(server, '/drive', dream=dream, text='reach')
+        assert server.dreams[dream].planner.o.text == 'reach' and server.planner.o.text == 'left'
 
 
 def test_play_from_the_command_line(trained, tmp_path, monkeypatch, capsys, server):
