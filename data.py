@@ -96,6 +96,8 @@ CHOICES = {
     'preset': ('robot', 'thesis', ''),
     'size': ('nano', 'tiny', 'small', 'base', 'large'),
     'action_on': ('all', 'token'),
+    'project': ('pca', 'learned'),
+    'align': ('', 'infonce', 'regress'),
     'attention': ('factored', 'flat'),
     'objective': ('shortcut', 'diffusion', 'direct'),
     'tau_schedule': ('uniform', 'shift', 'logit-normal'),
@@ -2013,6 +2015,7 @@ class Clips:
     world: int = 1
     augment: float = 0.0    # share of the clips of batches that are seen_otherwise
     goal_steps: int = 0     # clips of batches have a goal, up to so many model steps after them
+    probed: bool = False    # clips of batches have p, see clip_and_probe
     tokens: dict = None
 
     def __post_init__(self):
@@ -2127,8 +2130,9 @@ class Clips:
         return np.minimum(start + np.arange(T) * self.frameskip, last)
 
     def clip_and_probe(self, s, e, start, camera, T):
-        """A clip with p (T, P) as well: what a probe is to read, as the dataset has it, or NaN."""
-        clip = self.clip(s, e, start, camera, T)
+        """A clip with p (T, P) as well: what a probe is to read, as the dataset has it, or NaN; and
+        `at` (3,): dataset, episode, first frame."""
+        clip = self.clip(s, e, start, camera, T) | dict(at=torch.tensor([s, e, start]))
         if self.P:
             clip['p'] = torch.full((T, self.P), torch.nan)
             if s in self.kinds['labelled'] and self.sets[s].probe_dim:
@@ -2198,7 +2202,8 @@ class Clips:
         ds = self.sets[s]
         for attempt in range(100):
             try:
-                clip = self.clip(s, e, start, camera, self.T)
+                read = self.clip_and_probe if self.probed else self.clip
+                clip = read(s, e, start, camera, self.T)
                 rng = np.random.default_rng((self.seed, step, i, 100))
                 otherwise = rng.random() < self.augment
                 if self.goal_steps:

@@ -1571,24 +1571,30 @@ class Probe(nn.Module):
     """P numbers, as the dataset has them, of frames of latents (.., N, D): learned queries attend
     to the tokens, which know their places, and a layer tells what they found (attentive probing, as
     in V-JEPA, arXiv:2404.08471). mean, std (P,) of the numbers; turn (P,): 2 pi or 360 where a
-    number is an angle that may go round, which is learned as sine and cosine, else 0."""
-    def __init__(self, N, D, mean, std, turn, width=64, queries=8):
+    number is an angle that may go round, which is learned as sine and cosine, else 0. linear: what
+    they found is told as it is, so that the latents themselves have to hold the numbers."""
+    def __init__(self, N, D, mean, std, turn, width=64, queries=8, linear=False):
         super().__init__()
+        self.linear = linear
         for name, value in ('mean', mean), ('std', std), ('turn', turn):
             self.register_buffer(name, value)
         self.token = nn.Linear(D, width)
         self.place = nn.Parameter(0.5 * torch.randn(N, width))
         self.query = nn.Parameter(torch.randn(queries, width))
         self.key = nn.Linear(width, width, bias=False)
-        self.hidden = nn.Linear(queries * width, 2 * width)
-        self.out = nn.Linear(2 * width, 2 * len(mean))
+        if not linear:
+            self.hidden = nn.Linear(queries * width, 2 * width)
+        self.out = nn.Linear(queries * width if linear else 2 * width, 2 * len(mean))
 
     def forward(self, z):
         """(.., P, 2): of an angle its sine and cosine, else the normalised number and 0."""
-        x = F.gelu(self.token(z) + self.place)                      # (.., N, C)
+        x = self.token(z) + self.place                              # (.., N, C)
+        if not self.linear:
+            x = F.gelu(x)
         weight = self.query @ self.key(x).mT / x.shape[-1] ** 0.5   # (.., queries, N)
-        found = weight.softmax(dim=-1) @ x                          # (.., queries, C)
-        y = F.gelu(self.hidden(found.flatten(-2)))
+        y = (weight.softmax(dim=-1) @ x).flatten(-2)                # (.., queries x C)
+        if not self.linear:
+            y = F.gelu(self.hidden(y))
         first, second = self.out(y).chunk(2, dim=-1)                # (.., P)
         second = torch.where(self.turn > 0, second, 0.0)
         return torch.stack((first, second), dim=-1)
@@ -1621,16 +1627,28 @@ def full_turn(name):
     return {'rad': 2 * math.pi, 'deg': 360.0}.get(unit, 0.0)
 
 
-def restore_probe(stats):
+def contrast(found, code, near, temperature=0.1):
+    """Symmetric InfoNCE (arXiv:1807.03748) of what a Probe found (n, P, 2) and the codes of the
+    true numbers: each is to be told from those of all other frames, but for the near ones (n, n).
+    By squared distance, as a cosine would forget how large numbers are."""
+    away = torch.cdist(found.flatten(1), code.flatten(1)).square()          # (n, n)
+    own = torch.eye(len(near), dtype=torch.bool, device=near.device)
+    logits = (-away / temperature).masked_fill(near & ~own, -torch.inf)
+    target = torch.arange(len(near), device=near.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def restore_probe(stats, prefix='probe.'):
     """The Probe of a checkpoint's stats; None where there is none."""
-    stored = take_prefix(dict(stats), 'probe.')
+    stored = take_prefix(dict(stats), prefix)
     if not stored:
         return None
     N, width = stored['place'].shape
     D = stored['token.weight'].shape[1]
     queries = len(stored['query'])
     mean = stored['mean']
-    probe = Probe(N, D, mean, stored['std'], stored['turn'], width, queries)
+    probe = Probe(N, D, mean, stored['std'], stored['turn'], width, queries,
+                  'hidden.weight' not in stored)
     probe.load_state_dict(stored)
     return probe.requires_grad_(False).to(mean.device)
 
@@ -1775,7 +1793,8 @@ def cost_weights(model, tokens=None, state_weight=1.0, robot=0):
 
 def standard(z, stats):
     """Normalise an encoder's tokens (.., width) to latents (.., D), what world models see: less
-    their mean, perhaps only the leading principal components, over a deviation per channel."""
+    their mean, perhaps only the leading principal components or by --project=learned a linear map
+    of them, over a deviation per channel."""
     z = z - stats['z_mean']
     if 'z_basis' in stats:
         z = z @ stats['z_basis']
@@ -1786,7 +1805,7 @@ def unstandard(z, stats):
     """The inverse of standard, up to the components that it left out."""
     z = z * stats['z_std']
     if 'z_basis' in stats:
-        z = z @ stats['z_basis'].T
+        z = z @ stats.get('z_back', stats['z_basis'].T)
     return z + stats['z_mean']
 
 

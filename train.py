@@ -37,10 +37,10 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from model import (MODEL_DEFAULTS, OBJECTIVE, Probe, WorldModel, add_state, check_steps, clip_noise,
-                   compile_layers, components, cost_weights, dream_errors, encode_frames,
+                   compile_layers, components, contrast, cost_weights, dream_errors, encode_frames,
                    flops_per_frame, frame_errors, frame_tokens, full_turn, half_weights, load,
-                   load_encoder, model_config, one_line, policy_errors, restore_encoder, rollout,
-                   save, shortcut_loss, standard, term_scale, which_rows)
+                   load_encoder, model_config, one_line, policy_errors, restore_encoder,
+                   restore_probe, rollout, save, shortcut_loss, standard, term_scale, which_rows)
 
 if 'RANK' in os.environ:    # torchrun's: the others wait until the first has checked all
     meeting = next(dist.rendezvous('env://'))[0]
@@ -86,7 +86,13 @@ layer = -1                      # the block whose tokens are used, -1 = the last
 frame_height = 0                # pixels that the encoder sees, 0 = its own
 frame_width = 0                 # 0 = square
 pool = 1                        # 2 averages 2x2 patches
-channels = 0                    # principal components of the tokens that are kept; 0 = all
+channels = 0                    # numbers of a token that are kept; 0 = all
+project = 'pca'                 # which: principal components, or learned: linear maps there and
+                                # back, fitted to the latents before all else
+align = ''                      # infonce or regress: such that, pooled, they tell what --probe names
+align_weight = 1.0              # beside what comes back
+align_dynamics = 0.1            # weight of that in training, where imagined frames are to tell it,
+                                # too (--self_forcing); 0 = none
 whiten = 0.3                    # latents are divided by std^whiten per channel: 0 = one scale
 # model (0 = as in the preset)
 size = 'nano'                   # nano, tiny, small, base or large
@@ -233,7 +239,8 @@ def say(text):
 ckpt = f'{out_dir}/ckpt.safetensors'
 optim = f'{out_dir}/optim.pt'
 log = f'{out_dir}/log.jsonl'
-LATENTS = 'encoder layer frame_height frame_width pool channels whiten'.split()
+LATENTS = ('encoder layer frame_height frame_width pool channels whiten project '
+           'align align_weight').split()
 GRANT = ('--push wants owner/name and a token that may write there (hf auth login); a run that has '
          'ended is pushed with --resume=True as well')
 SHAPE = [*'size width layers heads kv_heads'.split(),
@@ -354,6 +361,13 @@ if probe and len(probed) != 1:
     sys.exit(f'--probe={probe}: wants the same numbers in all labelled datasets that have them, '
              f'and others than velocities; got {[*probed] or "none"}, where there are {have}')
 probe_names = next(iter(probed), ())
+if project == 'learned' and not channels:
+    sys.exit('--project=learned: wants --channels, how many numbers of a token it keeps')
+if align and not (project == 'learned' and probe):
+    sys.exit(f'--align={align}: wants --project=learned, and --probe=.., what it is to tell')
+if align and align_dynamics and not self_forcing:
+    sys.exit(f'--align_dynamics={align_dynamics}: wants --self_forcing above 0, which imagines the '
+             'frames, or is to be 0')
 config['probe_names'] = ''      # of those that it reads, at the end
 if clips.S and saved and 'z_pair' not in saved.stats:
     sys.exit(f'{init or ckpt}: was made before there was --state, and cannot go on with it')
@@ -402,12 +416,15 @@ if ddp:
     dist.init_process_group(backend, store=meeting, rank=rank, world_size=world)
 
 
+def raw_latents(batch, T=None):
+    if 'z' in batch:
+        return batch['z'][:, :T].to(device, non_blocking=True).float()
+    return encode_frames(encode, batch['x'][:, :T], autocast)
+
+
 def normalised(batch, T=None):
     """z, a, a_mask, z_mask of the first T frames of a batch (None: of all), on the device."""
-    if 'z' in batch:
-        z = batch['z'][:, :T].to(device, non_blocking=True).float()
-    else:
-        z = encode_frames(encode, batch['x'][:, :T], autocast)
+    z = raw_latents(batch, T)
     a, a_mask, z_mask = (batch[name][:, :T].to(device, non_blocking=True)
                          for name in ('a', 'a_mask', 'z_mask'))
     z = standard(z, stats)
@@ -423,6 +440,57 @@ def text_of(batch):
     return batch['text'][:, :longest + 1].to(device, non_blocking=True)
 
 
+def fit_projection(z, z_mean, z_basis):
+    """Linear maps of tokens less their mean, down z_basis (width, D) and back z_back (D, width),
+    that keep what latents z (frames, N, width) are and, with --align, what --probe names: align.*
+    is the Probe of the projected tokens that tells it. Nothing can collapse, as all comes back."""
+    torch.manual_seed(seed)
+    learned = [z_basis.clone(), z_basis.T.clone()]
+    if align:
+        most = min(2048, 2 ** 28 // (N * encode.dim))       # frames: a GB
+        batch = clips.some(1, most, 'labelled', clips.train)
+        numbers = batch['p'][:, 0].to(device)                       # (frames, P)
+        known = numbers.isfinite().all(dim=1)
+        numbers = numbers[known]
+        at = batch['at'].to(device)[known]
+        near = (at[:, None, :2] == at[:, :2]).all(dim=2)            # of one episode
+        near &= (at[:, None, 2] - at[:, 2]).abs() <= 8 * frameskip
+        z = raw_latents(batch)[known, 0] - z_mean
+        std = numbers.std(dim=0)
+        turn = torch.tensor([full_turn(name) for name in probe_names], device=device)
+        reader = Probe(N, channels, numbers.mean(dim=0), torch.where(std > 1e-6, std, 1.0), turn,
+                       linear=True).to(device)
+        code = reader.code(numbers)
+        learned += reader.parameters()
+    size = z.square().mean().sqrt()
+    down, back = (p.requires_grad_() for p in learned[:2])
+    steps = 1000
+    descent = torch.optim.Adam(learned)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(descent, 3e-3, steps)
+    for _ in tqdm(range(steps), 'fitting the projection', disable=None):
+        rows = torch.randint(len(z), (128,), device=device)
+        x = z[rows] / size
+        y = x @ down
+        lost = (y @ back - x).square().mean()
+        told = 0.0
+        if align == 'regress':
+            told = (reader(y) - code[rows]).square().mean()
+        elif align:
+            told = contrast(reader(y), code[rows], near[rows][:, rows])
+        (lost + align_weight * told).backward()
+        descent.step()
+        descent.zero_grad()
+        schedule.step()
+    # contiguous, as a checkpoint's are: sums in another order would have other last bits
+    down = (down.detach() / size).contiguous()
+    back = (back.detach() * size).contiguous()
+    out = dict(z_basis=down, z_back=back)
+    say(f'the learned projection holds {1 - lost:.1%} of the variance')
+    if align:
+        out |= {f'align.{name}': v for name, v in reader.state_dict().items()}
+    return out
+
+
 def measure(x):
     """What a checkpoint keeps beside the weights: the statistics of latents, from uint8 frames x,
     or from their raw latents where there is a cache, and the encoder's own tensors."""
@@ -435,16 +503,19 @@ def measure(x):
         z = z - stats['z_mean']
         basis = torch.linalg.eigh((z.T @ z).cpu().double())[1][:, -channels:].flip(1)
         stats['z_basis'] = basis.float().to(device)
-        variance = z.square().sum()
-        z = z @ stats['z_basis']                                                # (frames x N, D)
-        share = z.square().sum() / variance
+        share = (z @ stats['z_basis']).square().sum() / z.square().sum()
         say(f'{channels} principal components hold {share:.1%} of the variance')
+        if project == 'learned':
+            stats |= fit_projection(z.unflatten(0, (-1, N)), **stats)
+        z = z @ stats['z_basis']                                                # (frames x N, D)
     std = z.std(dim=0).clamp(min=1e-6)
     # of two random frames, in units of plan.py's distance
     stats['z_pair'] = 2 * z.unflatten(0, (-1, N)).var(dim=0).mean()
     std = std ** whiten * std.square().mean().sqrt() ** (1 - whiten)
     std *= (z.std(dim=0) / std).square().mean().sqrt()      # 1.0: the variance of the data
     stats['z_std'] = std
+    if align:
+        stats['align.token.weight'] *= std
     stats['z_pair'] /= std.square().mean()
     return stats | {f'encoder.{name}': v for name, v in encode.stored().items()}
 
@@ -478,6 +549,8 @@ if not resume:
     stats |= {f'a_{name}': v for name, v in clips.action_stats().items()}
     if clips.S:
         stats |= {f's_{name}': v for name, v in clips.state_stats().items()}
+aligned = restore_probe(stats, 'align.')
+clips.probed = long_clips.probed = bool(aligned and align_dynamics)
 if cache and encode.fit:
     encode_all()
 if action_pca and not resume:       # makes a model for plan.py --coarse
@@ -969,6 +1042,9 @@ while step < max_steps and not stop:
     counted = {name: mask * clip_weight for name, mask in counted.items()}
     counted['self_forcing'] = z_mask[:, forced:]
     counted['policy'] = known[:, 1:]
+    if clips.probed:
+        p = batch['p'].to(device, non_blocking=True)            # (B, T, P)
+        counted['align'] = z_mask[:, forced:] & p[:, forced:].isfinite().all(dim=2)
     if dreaming and dream_steps:
         counted['dream'] = known.any(dim=1) & z_mask[:, eval_context]       # (B,)
     count = averaged({name: mask.sum() for name, mask in counted.items()})
@@ -1007,6 +1083,12 @@ while step < max_steps and not stop:
                 terms['self_forcing'] = error.detach() / count['self_forcing']
                 error = error / count['self_forcing'].clamp(min=1e-6)
                 loss = loss + error / term_scale(rms, 'flow', 'self_forcing')
+                if clips.probed:
+                    off = aligned(imagined[:, :, :N]) - aligned.code(p[i:i + few, forced:])
+                    error = off.nan_to_num().square().mean(dim=(2, 3))
+                    error = (error * counted['align'][i:i + few]).sum()
+                    terms['align'] = error.detach() / count['align']
+                    loss = loss + align_dynamics * error / count['align'].clamp(min=1e-6)
             if policy:
                 error = policy_errors(model, z, a, z_mask, z_goal[i:i + few],
                                       steps_left[i:i + few], clips.S, first + i)

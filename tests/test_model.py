@@ -1953,6 +1953,37 @@ def test_a_probe_reads_numbers_and_angles():
     assert probe.code(torch.tensor([[math.nan, 0, 0]])).isnan().any(dim=2).tolist() == [[True, False, False]]
 
 
+def test_contrast():
+    """Against sums over the frames one by one, in float64."""
+    rng = np.random.default_rng(0)
+    n = 7
+    found, code = rng.normal(0, 1, (2, n, 3, 2))
+    near = np.eye(n, dtype=bool)
+    near[1, 2] = near[2, 1] = near[5, 6] = near[6, 5] = True
+    loss = 0.0
+    for i in range(n):
+        others = [j for j in range(n) if j == i or not near[i, j]]
+        rows = [math.exp(-np.square(found[i] - code[j]).sum() / 0.1) for j in others]
+        columns = [math.exp(-np.square(found[j] - code[i]).sum() / 0.1) for j in others]
+        loss -= (math.log(rows[others.index(i)] / sum(rows)) + math.log(columns[others.index(i)] / sum(columns))) / 2 / n
+    got = model.contrast(torch.from_numpy(found), torch.from_numpy(code), torch.from_numpy(near))
+    assert got.item() == pytest.approx(loss, rel=1e-9)
+
+
+def test_a_linear_probe():
+    torch.manual_seed(2)
+    probe = model.Probe(6, 4, torch.zeros(3), torch.ones(3), torch.tensor([0, 0, 360.]), 8, 2, linear=True)
+    z = torch.randn(5, 6, 4)
+    w = {name: v.double().numpy() for name, v in probe.state_dict().items()}
+    x = z[3].double().numpy() @ w['token.weight'].T + w['token.bias'] + w['place']
+    logits = w['query'] @ (x @ w['key.weight'].T).T / math.sqrt(8)
+    weight = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    y = w['out.weight'] @ (weight @ x).ravel() + w['out.bias']
+    np.testing.assert_allclose(probe(z)[3].detach().numpy(), np.stack((y[:3], [0, 0, y[5]]), axis=1), atol=1e-5)
+    again = model.restore_probe({f'align.{name}': v for name, v in probe.state_dict().items()}, 'align.')
+    assert again.linear and torch.allclose(again(z), probe(z))
+
+
 def test_a_probe_attends_and_comes_back_from_a_checkpoint():
     torch.manual_seed(1)
     probe = model.Probe(6, 4, torch.zeros(3), torch.ones(3), torch.tensor([0, 0, 360.]), 8, 2)

@@ -89,6 +89,90 @@ def test_channels_are_the_leading_principal_components(demo, tmp_path, capsys):
     assert '--channels=999: pixels has' in ends('train.py', *demo, *SMALL, '--channels=999', f'--out_dir={tmp_path}/o')
 
 
+def test_a_learned_projection_keeps_what_the_components_do(demo, tmp_path, capsys):
+    given = *demo, *SMALL, '--channels=5', '--project=learned', '--max_steps=2', f'--out_dir={tmp_path}'
+    g = script('train.py', *given)
+    stats = g['stats']
+    components, mine = (float(text.split('%')[0]) for text in capsys.readouterr().out.split(' hold')[1:3] for text in [text.lstrip('s ')])
+    assert components - 3 < mine <= components + 1 and mine > 50
+    tokens = torch.from_numpy(np.concatenate([z['z'] for z in g['clips'].tokens.values()])).float()   # (n, N, width)
+    z = model.standard(tokens, stats)
+    lost = (model.unstandard(z, stats) - tokens).square().mean() / (tokens - tokens.mean(dim=(0, 1))).square().mean()
+    assert 100 * (1 - lost.item()) == pytest.approx(mine, abs=4) and abs(z.flatten(0, 1).var(0).mean() - 1) < 0.1
+    ckpt = f'--ckpt={tmp_path}/ckpt.safetensors'
+    script('decode.py', ckpt, '--rows=1', '--steps=2', '--K=1')
+    script('plan.py', ckpt, '--episodes=2', '--budget=2', '--samples=4', '--elites=2', '--iterations=1')
+    again = script('train.py', *given, '--max_steps=3', '--resume=True')
+    assert all(torch.equal(again['stats'][name], stats[name]) for name in ('z_basis', 'z_back'))
+    assert "--project: 'pca' cannot go on" in ends('train.py', *given, '--project=pca', '--max_steps=4', '--resume=True')
+
+
+@pytest.mark.parametrize('how', ['infonce', 'regress'])
+def test_aligned_latents_tell_the_state(how, demo, tmp_path, monkeypatch):
+    """Better than components do; imagined ones are asked too, of what follows; the same bits after a restart."""
+    options = (*demo, *SMALL, '--channels=2', '--project=learned', f'--probe={data.ENVIRONMENT}', '--self_forcing=1', '--seed=3',
+               '--val_share=0.5', f'--align={how}')
+    save = model.save
+
+    def keep(path, *rest):
+        if os.path.isfile(tmp_path / 'b/optim.pt') and not (tmp_path / 'a').exists():
+            shutil.copytree(tmp_path / 'b', tmp_path / 'a')
+        save(path, *rest)
+    monkeypatch.setattr(model, 'save', keep)
+    options += '--max_steps=4', '--save_interval=2'
+    g = script('train.py', *options, f'--out_dir={tmp_path}/b')
+    monkeypatch.setattr(model, 'save', save)
+    net, _ = model.load(tmp_path / 'b/ckpt.safetensors')
+    reader = model.restore_probe(net.stats, 'align.')
+    assert reader.linear and not any(p.requires_grad for p in reader.parameters())
+    batch = g['clips'].some(1, 200, 'labelled', g['clips'].val)
+    z = model.standard(g['raw_latents'](batch), net.stats)[:, 0]
+    code = reader.code(batch['p'][:, 0])
+    off = (reader(z) - code).square().mean()
+    assert off < 0.5 * code.square().mean(), 'held out'
+    terms = [json.loads(line) for line in (tmp_path / 'b/log.jsonl').read_text().splitlines()]
+    told = [e['align'] for e in terms if 'align' in e]
+    assert told and min(told) > 0 and abs(told[0] - off) > 0.01 * off, 'of imagined frames'
+    again = script('train.py', *options, '--resume=True', f'--out_dir={tmp_path}/a')
+    others = script('train.py', *options, '--align_dynamics=0', f'--out_dir={tmp_path}/c')
+    weights = [safetensors.torch.load_file(tmp_path / name / 'ckpt.safetensors') for name in 'abc']
+    assert [k for k in weights[1] if not torch.equal(weights[0][k], weights[1][k])] == []
+    assert torch.equal(weights[2]['stats.z_basis'], weights[1]['stats.z_basis']) and 'align.token.weight' in net.stats
+    assert not torch.equal(weights[2]['layers.0.attn.qkv.weight'], weights[1]['layers.0.attn.qkv.weight'])
+    assert again['clips'].probed and not others['clips'].probed
+
+
+def test_the_term_of_imagined_frames_is_that_of_what_follows(demo, tmp_path, monkeypatch):
+    """Against the mean over the frames of both halves of a batch, by hand."""
+    options = (*demo, *SMALL, '--channels=3', '--project=learned', f'--probe={data.ENVIRONMENT}', '--self_forcing=1', '--max_steps=1',
+               '--align=regress', '--log_interval=1')
+    seen = []
+    real = model.rollout
+    monkeypatch.setattr(model, 'rollout', lambda *args, **given: seen.append(real(*args, **given)) or seen[-1])
+    g = script('train.py', *options, '--micro_batch=2', f'--out_dir={tmp_path}/a')
+    imagined = torch.cat([x for x in seen if x.requires_grad]).detach()
+    batch = g['clips'][0]
+    T = batch['p'].shape[1]
+    known = batch['z_mask'] & ~batch['p'].isnan().any(dim=2)
+    off = [], []
+    for b, t in itertools.product(range(len(imagined)), range(T // 2, T)):
+        if known[b, t]:
+            reader = g['aligned']
+            off[0].append((reader(imagined[b, t - T // 2]) - reader.code(batch['p'][b, t])).square().mean().item())
+            off[1].append((reader(g['normalised'](batch)[0][b, t]) - reader.code(batch['p'][b, t])).square().mean().item())
+    told = json.loads((tmp_path / 'a/log.jsonl').read_text().splitlines()[0])['align']
+    assert 0 < len(off[0]) < known[:, T // 2:].numel() and told == pytest.approx(np.mean(off[0]), rel=1e-3)
+    assert told != pytest.approx(np.mean(off[1]), rel=0.05), 'not of the real ones'
+
+
+def test_mistakes_with_projections(demo, tmp_path):
+    for given, said in ((['--project=learned'], '--project=learned: wants --channels'), (['--align=regress'], '--align=regress: wants --project=learned'),
+                        (['--align=regress', '--project=learned', '--channels=3'], 'and --probe='),
+                        (['--align=infonce', '--project=learned', '--channels=3', '--probe=observation.state'], '--self_forcing above 0')):
+        assert said in ends('train.py', *demo, *SMALL, *given, '--max_steps=1', f'--out_dir={tmp_path}/o')
+    assert not (tmp_path / 'o').exists()
+
+
 def test_actions_are_their_leading_principal_components(demo, tmp_path):
     """Of all model steps of training episodes, against numpy's SVD in float64; resumed bitwise, seen by decode.py, and
     forgotten where a run begins with such a checkpoint and takes all actions."""
