@@ -476,7 +476,7 @@ def training_curves(path):
                 terms.setdefault(name, []).append((entry['step'], entry[name]))
     out = curve('Loss, by term', terms, 'step')
     for kind, methods in val.items():
-        lines = {}
+        lines = dict.fromkeys(('model', 'repeat'))      # in every figure of the same colours
         for method, errors in methods.items():
             lines[method] = [(int(h), e) for h, e in errors.items() if e is not None]
         out += curve(f'Error on held-out {kind} episodes', lines, 'steps ahead')

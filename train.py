@@ -488,6 +488,9 @@ def fit_projection(z, z_mean, z_basis):
     say(f'the learned projection holds {1 - lost:.1%} of the variance')
     if align:
         out |= {f'align.{name}': v for name, v in reader.state_dict().items()}
+    if ddp:         # steps by the thousand need not end alike on other devices
+        for v in out.values():
+            dist.broadcast(v, 0)
     return out
 
 
