@@ -766,6 +766,7 @@ input[type=checkbox] { accent-color: var(--on); margin: 0 }
 input[type=number] { width: 4.5rem }
 #text { min-width: 0; flex: 1 }
 label { display: flex; gap: .5rem; align-items: center }
+#moves { max-height: 17rem; overflow: hidden auto; padding-right: 4px }
 #moves label { display: grid; grid-template-columns: 1fr auto; gap: 0 .5rem }
 #moves input { grid-column: 1 / 3; width: 100% }
 output { color: var(--soft); font-variant-numeric: tabular-nums }
