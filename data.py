@@ -71,7 +71,7 @@ for _least, _most, _names in (
         (0, 10, 'beta proposal_std explore noise lpips'),
         (0, 100, 'frameskip warm_std min_std workers guide'),
         (0, 100000, 'fps long_frames frame_height frame_width channels width layers heads kv_heads '
-                    'registers context time_every wide_layers k_max robot cache_gb soft_cap '
+                    'registers context memory time_every wide_layers k_max robot cache_gb soft_cap '
                     'tau_shift weight_decay grad_clip smooth state_weight hold support '
                     'relabel_weight hold_latents action_pca'),
         (0, MANY, 'seed warmup micro_batch blind_episodes budget_ms chunk goal_steps budget steps '
@@ -81,7 +81,7 @@ for _least, _most, _names in (
         (1e-6, 1e6, 'temperature'),
         (-1, 1000, 'layer'),
         (1, 10000, 'pool eval_context K horizon iterations seeds replan draw_every rows '
-                   'coarse_horizon'),
+                   'coarse_horizon memory_frames'),
         (1, MANY, 'batch_size max_steps eval_interval save_interval log_interval samples episodes '
                   'train_frames train_steps policy_steps'),
         (2, MANY, 'frames eval_clips elites')):
@@ -2015,6 +2015,7 @@ class Clips:
     world: int = 1
     augment: float = 0.0    # share of the clips of batches that are seen_otherwise
     goal_steps: int = 0     # clips of batches have a goal, up to so many model steps after them
+    memories: range = range(0)      # so many model steps before a batch's clips are more frames
     probed: bool = False    # clips of batches have p, see clip_and_probe
     tokens: dict = None
 
@@ -2140,6 +2141,17 @@ class Clips:
                 clip['p'] = torch.from_numpy(self.sets[s].probed(e)[f])
         return clip
 
+    def with_memories(self, clip, s, e, start, camera, rng):
+        """Put its memories in front of a clip. z_mask hides those before the episode, and as many
+        of the first as chance says, so that models learn to do with any number."""
+        most = min(start // self.frameskip, rng.integers(self.memories.stop))
+        for steps in self.memories:
+            at = max(0, start - steps * self.frameskip)
+            old = self.clip(s, e, at, camera, 1)
+            old['z_mask'][:] = bool(steps <= most)
+            for name in {*old} - {'text'}:
+                clip[name] = torch.cat((old[name], clip[name]))
+
     def goal_of(self, clip, s, e, start, camera, seed):
         """A later frame of a clip's episode, or its last, as a clip of one step; and `left`, model
         steps from the clip's first frame. Of a clip without actions, from which no policy learns,
@@ -2208,9 +2220,11 @@ class Clips:
                 otherwise = rng.random() < self.augment
                 if self.goal_steps:
                     clip['goal'] = self.goal_of(clip, s, e, start, camera, (self.seed, step, i))
+                if self.memories:
+                    self.with_memories(clip, s, e, start, camera, rng)
                 if otherwise and self.goal_steps:
                     x = seen_otherwise(torch.cat((clip['x'], clip['goal']['x'])), rng)
-                    clip['x'], clip['goal']['x'] = x.split((self.T, 1))
+                    clip['x'], clip['goal']['x'] = x[:-1], x[-1:]
                 elif otherwise:
                     clip['x'] = seen_otherwise(clip['x'], rng)
                 return clip

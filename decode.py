@@ -588,10 +588,11 @@ def look(world, asked):
 
 
 def past(dream, T):
-    """Latents (1, T, N, D), actions (1, T, A) and a_mask (1, T) of the last T frames."""
+    """Latents (1, T, N, D), actions (1, T, A) and a_mask (1, T) of the last T frames; latents (1,
+    N, D) of those before."""
     z, a, a_mask = (torch.stack(v)[None] for v in zip(*dream.frames[-T:]))
     a_mask[:, 0] = False        # what led there is out of sight
-    return z, a, a_mask
+    return z, a, a_mask, [frame[0][None] for frame in dream.frames[:-T]]
 
 
 def imagine(world, dream, a, known, K):
@@ -599,14 +600,14 @@ def imagine(world, dream, a, known, K):
     computed anew, so that the thousandth costs what the first does."""
     model = world.planner.model
     context = model.config['context']
-    z, before, a_mask = past(dream, context)
+    z, before, a_mask, gone = past(dream, context)
     a_mask = F.pad(a_mask, (0, 1), value=known)
     with world.planner.autocast:
         z = rollout(model, z, torch.cat((before, a[None, None]), dim=1), a_mask, K,
-                    seed=seed + dream.steps, graph=False,
+                    seed=seed + dream.steps, graph=False, gone=gone,
                     text=data.text_bytes(dream.planner.o.text)[None].to(a.device))
     frame = z[0, 0], a, a_mask[0, -1]
-    dream.frames = [*dream.frames, frame][-context - UNDO:]
+    dream.frames = [*dream.frames, frame][-context - model.reach - UNDO:]
     dream.steps += 1
     dream.left = min(dream.left + 1, UNDO)
 
@@ -629,7 +630,8 @@ def drive(dream):
     planner = dream.planner
     if dream.goal is None:
         raise ValueError('the planner wants a goal')
-    planner.z, planner.a, planner.known = past(dream, planner.trained['eval_context'])
+    planner.z, planner.a, planner.known, planner.gone = past(
+        dream, planner.trained['eval_context'])
     planner.z_goal = dream.goal[None]
     planner.search()
     return planner.last_plan[0, 0], True

@@ -585,6 +585,8 @@ TEXT_HIDDEN = 0.1       # share of the clips whose text is hidden in training
 MODEL_DEFAULTS = dict(      # what a checkpoint gets that was made before there was such an entry
     registers=4,            # learned tokens of each frame that belong to no patch
     context=32,             # frames that a time layer sees, the current one included
+    memory=0,               # beyond them it sees every so-manyth frame, 0 = none ...
+    memory_frames=4,        # ... and so many of these at most
     attention='factored',   # layers of space and of time, or 'flat': all of both
     time_every=4,           # one layer of so many is a time layer, the second of each group
     wide_layers=0,          # layers of a head twice as wide (WideHead), 0 = one linear map
@@ -650,7 +652,7 @@ def frame_tokens(c):
 def flops_per_frame(c, T):
     """Forward FLOPs of one frame in a clip of T, for model_config's c; training takes three times
     as many. A weight is 2 per token, S queries over L keys 4 S L C; what is masked, recomputed, or
-    no matrix product is not counted, nor is the text."""
+    no matrix product is not counted, nor are the text and memory."""
     C = c['width']
     N = math.prod(c['grid'])
     S = sum(frame_tokens(c).values())
@@ -701,28 +703,38 @@ def attend(q, k, v, cap, mask=None):
     return (logits.softmax(dim=-1).type_as(v) @ v).view(B, h, S, d)
 
 
-def causal_window(S, context, alone, device, group=1):
-    """mask (1 or B, 1, S, S): a frame, of group tokens, sees itself and the context - 1 before it;
-    where alone (B,), itself."""
-    t = torch.arange(S, device=device) // group
-    ago = t[:, None] - t
-    mask = ((ago >= 0) & (ago < context))[None, None]
+def in_sight(t, then, context, memory):
+    """Whether a frame at time t sees that of time `then`: one of the last `context`, or one of
+    memory: (of every how many, of the last how many, when the first of all is)."""
+    ago = t - then
+    seen = (ago >= 0) & (ago < context)
+    if not memory:
+        return seen
+    every, reach, first = memory
+    return seen | (ago >= 0) & (ago < reach) & ((then - first) % every == 0)
+
+
+def causal_window(t, context, alone, group=1, memory=None):
+    """mask (1 or B, 1, S, S): what frames of times t (T,), of group tokens, see, as in_sight says;
+    of those that are alone (B, T), only themselves."""
+    t = t.repeat_interleave(group)
+    mask = in_sight(t[:, None], t, context, memory)[None, None]
     if alone is None:
         return mask
-    return mask & (~alone[:, None, None, None] | (ago == 0))
+    return mask & (~alone.repeat_interleave(group, dim=1)[:, None, None] | (t[:, None] == t))
 
 
-def attend_flex(q, k, v, cap, context=0, alone=None, group=1):
-    """attend(q, k, v, cap, causal_window(..)) in one kernel that never writes the logits; context
-    0: no mask."""
+def attend_flex(q, k, v, cap, context=0, alone=None, group=1, memory=None, t=None):
+    """attend(q, k, v, cap, causal_window(t, ..)) in one kernel that never writes the logits;
+    context 0: no mask."""
     def score(logit, b, head, i, j):
         logit = cap * torch.tanh(logit / cap)
         if not context:
             return logit
-        ago = i // group - j // group
-        seen = (ago >= 0) & (ago < context)
+        i, j = i // group, j // group
+        seen = in_sight(t[i], t[j], context, memory) if memory else in_sight(i, j, context, None)
         if alone is not None:
-            seen = seen & (~alone[b] | (ago == 0))
+            seen = seen & (~alone[b, j] | (i == j))
         return torch.where(seen, logit, -torch.inf)
     # one kernel for all lengths: the one that flex takes for short ones stacks the heads of a group
     # until it spills
@@ -736,21 +748,19 @@ def compiled_flex():
     return torch.compile(attend_flex, dynamic=False)
 
 
-def write_cache(cache, k, v, start):
-    """Put k and v (B, kv_heads, T G, d), of the frames from start on, into cache: [keys, values]
-    (B, kv_heads, L, G d) of the last L frames of G tokens, each frame at its index modulo L."""
+def write_cache(cache, k, v, t):
+    """Put k and v (B, kv_heads, T G, d), of frames at times t (T,), into cache: [keys, values] (B,
+    kv_heads, L, G d) of the last L frames of G tokens, each frame at its time modulo L."""
     k, v = (x.reshape(*x.shape[:2], -1, cache[0].shape[3]) for x in (k, v))     # (.., T, G d)
-    T = k.shape[2]
     L = cache[0].shape[2]
-    slots = (start + torch.arange(max(0, T - L), T, device=k.device)) % L
     for i, new in enumerate((k, v)):
         if torch.is_grad_enabled() or cache[i].requires_grad:
             cache[i] = cache[i].clone()     # autograd keeps the past that the frames before saw
-        cache[i].index_copy_(2, slots, new[:, :, -L:])
+        cache[i].index_copy_(2, t[-L:] % L, new[:, :, -L:])
 
 
 class Attention(nn.Module):
-    def __init__(self, width, heads, kv_heads, cap, context, group=1):
+    def __init__(self, width, heads, kv_heads, cap, context, group=1, memory=None):
         super().__init__()
         self.heads = heads
         self.kv_heads = kv_heads
@@ -758,17 +768,18 @@ class Attention(nn.Module):
         self.cap = cap
         self.context = context      # frames that one sees of the past and itself; 0: all see all
         self.group = group          # tokens of a frame
+        self.memory = memory        # see in_sight
         self.kernel = 'auto'        # 'flex' on CUDA, 'plain' elsewhere
         self.qkv = nn.Linear(width, (heads + 2 * kv_heads) * self.head_dim, bias=False)
         self.qk_gain = nn.Parameter(torch.ones(heads + kv_heads, 1))
         self.out = nn.Linear(width, width, bias=False)
 
-    def forward(self, x, rope, alone=None, cache=None, start=0, fill=False):
-        """x (B, S, C); rope: cos and sin (S, 1, d/2); alone (B,): see causal_window. cache: see
-        write_cache; one frame then sees the frames before it, several begin it. Keys carry their
-        positions: the order of its slots is no matter. start as a tensor: the same in fixed shapes,
-        as CUDA graphs and compiled layers want it. fill: only the cache is wanted, None comes
-        back."""
+    def forward(self, x, rope, alone=None, cache=None, start=0, fill=False, t=None):
+        """x (B, S, C); rope: cos and sin (S, 1, d/2); alone (B, T), t (T,): see causal_window.
+        cache: see write_cache; one frame then sees the frames before it, several begin it. Keys
+        carry their positions: the order of its slots is no matter. start as a tensor: the same in
+        fixed shapes, as CUDA graphs and compiled layers want it. fill: only the cache is wanted,
+        None comes back."""
         B, S, C = x.shape
         qk, v = self.qkv(x).view(B, S, -1, self.head_dim).split(
             (self.heads + self.kv_heads, self.kv_heads), dim=2)
@@ -778,24 +789,30 @@ class Attention(nn.Module):
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))        # (B, heads, S, d)
         mask = None
         if cache is not None:
-            write_cache(cache, k, v, start)
+            write_cache(cache, k, v, t)
             if fill:
                 return None
             if S > self.group:
                 assert type(start) is int and start == 0, f'several frames cannot follow {start}'
             else:
-                past = cache if torch.is_tensor(start) else [y[:, :, :start + 1] for y in cache]
+                fixed = torch.is_tensor(start) or self.memory
+                past = cache if fixed else [y[:, :, :start + 1] for y in cache]
                 k, v = (y.unflatten(3, (self.group, -1)).flatten(2, 3) for y in past)
-                if torch.is_tensor(start):
-                    mask = torch.arange(k.shape[2], device=x.device) // self.group <= start
+                if fixed:
+                    slots = torch.arange(k.shape[2], device=x.device) // self.group
+                    mask = slots <= start
+                if self.memory:     # holds more than is seen
+                    then = t - (t - slots) % cache[0].shape[2]
+                    mask = in_sight(t, then, self.context, self.memory)
+                    mask &= k[0, 0].any(dim=1)      # no key is 0, but in an empty slot
         fast = x.is_cuda and self.head_dim >= 16
         flex = S > self.group and (self.kernel == 'flex' or self.kernel == 'auto' and fast)
         if flex:
             kernel = attend_flex if torch.compiler.is_compiling() else compiled_flex()
-            y = kernel(q, k, v, self.cap, self.context, alone, self.group)
+            y = kernel(q, k, v, self.cap, self.context, alone, self.group, self.memory, t)
         else:
             if S > self.group and self.context:
-                mask = causal_window(S, self.context, alone, x.device, self.group)
+                mask = causal_window(t, self.context, alone, self.group, self.memory)
             y = attend(q, k, v, self.cap, mask)
         return self.out(y.transpose(1, 2).reshape(B, S, C))
 
@@ -803,19 +820,21 @@ class Attention(nn.Module):
 class Layer(nn.Module):
     """Attention over space (all tokens of a frame) or over time (a group of token positions), then
     an MLP."""
-    def __init__(self, width, heads, kv_heads, cap, context=0, group=1):
+    def __init__(self, width, heads, kv_heads, cap, context=0, group=1, memory=None):
         super().__init__()
         self.time = context > 0
         self.group = group
-        self.attn = Attention(width, heads, kv_heads, cap, context, group)
+        self.attn = Attention(width, heads, kv_heads, cap, context, group, memory)
         self.mlp = SwiGLU(width, hidden(width))
 
-    def forward(self, x, rope, alone=None, cache=None, start=0, fill=False):
+    def forward(self, x, rope, alone=None, cache=None, start=0, fill=False, t=None):
         y = rms_norm(x)         # (B, T, S, C)
         if self.time:
             y = y.unflatten(2, (-1, self.group)).transpose(1, 2)        # (B, S / G, T, G, C)
             shape = y.shape
-            y = self.attn(y.flatten(2, 3).flatten(0, 1), rope, alone, cache, start, fill)
+            if alone is not None:
+                alone = alone.view(len(x), 1, -1).expand(shape[:3]).flatten(0, 1)   # (B S / G, T)
+            y = self.attn(y.flatten(2, 3).flatten(0, 1), rope, alone, cache, start, fill, t)
             if fill:
                 return None
             y = y.view(shape).transpose(1, 2).flatten(2, 3)
@@ -908,10 +927,13 @@ class WorldModel(nn.Module):
             self.s_out = nn.Linear(C, c['state_dim'])
             self.s_base = nn.Parameter(torch.empty(C))      # stands in where no state is known
         sizes = C, c['heads'], c['kv_heads'], c['soft_cap']
+        self.reach = c['memory'] * c['memory_frames']       # how far back memory goes, 0: there is none
+        self.first = int(c['objective'] == 'direct')        # which sees the first frame at time 1
+        memory = (c['memory'], self.reach, self.first) if self.reach else None
         self.layers = nn.ModuleList()
         for i in range(c['layers']):
             context = c['context'] if is_time(c, i) else 0
-            self.layers.append(Layer(*sizes, context, group_size(c)))
+            self.layers.append(Layer(*sizes, context, group_size(c), memory))
         self.head = WideHead(c) if c['wide_layers'] else nn.Linear(C, c['dim'])
         self.latents = slice(c['registers'], c['registers'] + math.prod(c['grid']))
         with torch.random.fork_rng(devices=[]):     # the others begin alike with and without it
@@ -974,9 +996,16 @@ class WorldModel(nn.Module):
         t = torch.arange(text.shape[1], device=text.device)
         x = self.byte(text.int())[:, :, None]           # (B, L, 1, C)
         for layer in self.readers:
-            x = layer(x, self.turns(t))
+            x = layer(x, self.turns(t), t=t)
         x = x[:, :, 0].masked_fill(text[:, :, None] == 0, 0.0)
         return rms_norm(x.sum(dim=1))
+
+    def times(self, T, start, memories):
+        """Of frames (T,): of memories, which end before 0, then one by one from start on."""
+        t = torch.arange(T, device=self.time_freq.device) + start - memories
+        if not memories:
+            return t
+        return torch.where(t < 0, t * self.config['memory'] + self.first, t)
 
     def turns(self, t, space=None):
         """What a layer of time turns tokens by at times t (T,); a flat one, half of the pairs by
@@ -1019,10 +1048,11 @@ class WorldModel(nn.Module):
         return torch.cat(tokens, dim=2).float()
 
     def forward(self, z, tau, d, a, a_mask, alone=None, text=None, cache=None, start=0,
-                commit=False):
+                commit=False, memories=0):
         """z (B, T, N, D) noised latents, tau and d (B, T), a (B, T, A), a_mask (B, T) bool -> z_hat
         (B, T, N, D), with a state as add_state makes it (B, T, N + 1, D). alone (B,) bool: clips
-        whose frames do not see each other (images). text (B, L): see read; candidates may share it.
+        whose frames do not see each other (images); (B, T): frames that no other sees. text (B, L):
+        see read; candidates may share it. memories: so many of the first frames are of memory.
         cache: what new_cache makes, start: index of the first frame, commit=True only fills it.
         There guide w makes z + w (z_c - z), z of no conditions and own rows (arXiv:2207.12598)."""
         c = self.config
@@ -1036,9 +1066,8 @@ class WorldModel(nn.Module):
         assert fits, f'latents {tuple(z.shape)} and actions {tuple(a.shape)} do not fit {c}'
         x = self.embed(z, tau, d, a, a_mask, text, guided)
         space = self.space_cos, self.space_sin
-        time = self.turns(torch.arange(T, device=z.device) + start, space)
-        if alone is not None:
-            alone = alone.repeat_interleave(x.shape[2] // group_size(c))        # (B S / G,)
+        t = self.times(T, start, memories)
+        time = self.turns(t, space)
         again = self.remat and torch.is_grad_enabled() and cache is None    # it would have moved on
 
         def run(layer, *inputs):
@@ -1051,7 +1080,7 @@ class WorldModel(nn.Module):
             if layer.time:
                 past = pasts.pop(0) if pasts else None
                 fill = commit and not pasts         # nothing above can reach a later frame
-                x = run(layer, x, time, alone, past, start, fill)
+                x = run(layer, x, time, alone, past, start, fill, t)
                 if fill:
                     return None
             else:
@@ -1081,9 +1110,9 @@ class WorldModel(nn.Module):
 
     def new_cache(self, B, T, dtype=torch.float32):
         """An empty cache for B clips of T frames: of every time layer [keys, values] of the last
-        `context` frames, see write_cache."""
+        `context` frames, see write_cache, or of all that memory reaches to."""
         c = self.config
-        L = min(T, c['context'])
+        L = self.reach or min(T, c['context'])
         group = group_size(c)
         rows = B * len(self.space_cos) // group
         if self.guide != 1:
@@ -1144,6 +1173,7 @@ OBJECTIVE = dict(               # options of shortcut_loss: train.py has constan
     ramp=True,                  # weights of eq. 8
     space='x',                  # v: the error of velocities, which is divided by (1 - tau)^2
     state_dim=0,                # numbers of the state, in the last token of a frame
+    memories=0,                 # see WorldModel.forward; they count in no term
 )
 
 
@@ -1191,7 +1221,7 @@ def signal_levels(u, schedule, shift):
     return torch.sigmoid(x - math.log(shift))
 
 
-def which_rows(z_mask, objective, bootstrap, first=0):
+def which_rows(z_mask, objective, bootstrap, first=0, memories=0):
     """boot (B,) bool: the clips that learn large steps; how many they are, on the host; and the
     frames (B, T) that count in each term of the loss, {'flow': .., 'bootstrap': ..}. Of all clips,
     counted from `first`, the share is exact."""
@@ -1201,14 +1231,16 @@ def which_rows(z_mask, objective, bootstrap, first=0):
     boot = (i + 1) * share // 1000 > i * share // 1000
     n = (first + B) * share // 1000 - first * share // 1000
     if objective == 'direct':       # nothing comes before the first frame
-        z_mask = z_mask & (torch.arange(T, device=z_mask.device) > 0)
+        memories += 1
+    z_mask = z_mask & (torch.arange(T, device=z_mask.device) >= memories)
     return boot, n, {'flow': z_mask & ~boot[:, None], 'bootstrap': z_mask & boot[:, None]}
 
 
 def noised_clips(z, boot, noise, o):
     """z_tau (eq. 6), tau and d (B, T) of clips z, on the grid of d."""
     B, T, N, D = z.shape
-    now = 1 + (noise.now * (T - 1)).floor()
+    first = 1 + o.memories
+    now = first + (noise.now * (T - first)).floor()
     past = (noise.past < o.p_past) & (torch.arange(T, device=z.device) < now)       # (B, T)
     e = 1 + (noise.d * int(math.log2(o.k_max))).floor()     # d = 2^e d_min <= 1
     e = torch.where(past, 1, e)
@@ -1238,12 +1270,15 @@ def bootstrap_target(model, z_tau, tau, d, *conditions):
     return z_tau + (1 - tau[..., None, None]) * (first + second) / 2
 
 
-def forcing_task(model, z, a, a_mask, text, rows, noise, o):
+def forcing_task(model, z, a, a_mask, z_mask, text, rows, noise, o):
     """Shortcut forcing, and diffusion forcing where no clip is of `rows`, which_rows' first two:
     the inputs of the model, its target (B, T, N, D) and the weight of every frame (B, T)."""
     boot, n = rows
     alone = noise.image[:, 0] < o.p_image
-    inputs = *noised_clips(z, boot, noise, o), a, a_mask & ~alone[:, None], alone, text
+    a_mask = a_mask & ~alone[:, None]
+    if o.memories:
+        alone = alone[:, None] | ~z_mask
+    inputs = *noised_clips(z, boot, noise, o), a, a_mask, alone, text
     target = z
     if n:
         # nonzero() would wait for the device
@@ -1255,6 +1290,13 @@ def forcing_task(model, z, a, a_mask, text, rows, noise, o):
     if o.space == 'v':
         weight = weight / (1 - tau) ** 2
     return inputs, target, weight
+
+
+def direct_task(z, a, a_mask, z_mask, text, o):
+    """One deterministic step, z_hat[t] = f(z[t-1], a[t]): as forcing_task."""
+    alone = ~z_mask if o.memories else None
+    inputs = *previous_frames(z, o.memories), a, a_mask, alone, text
+    return inputs, z, torch.ones_like(inputs[1])
 
 
 def frame_errors(z_hat, z, state_dim=0):
@@ -1269,12 +1311,14 @@ def frame_errors(z_hat, z, state_dim=0):
     return error + off.square().sum(dim=2) / known.sum(dim=2).clamp(min=1)
 
 
-def previous_frames(z):
-    """What 'direct' sees, z, tau, d: frame t-1 in the place of frame t. Clean everywhere but before
-    the first frame, always one step."""
+def previous_frames(z, memories=0):
+    """What 'direct' sees, z, tau, d: frame t-1 in the place of frame t, but memories as they are.
+    Clean everywhere but before the first frame, always one step."""
     tau = torch.ones(z.shape[:2], device=z.device)
-    tau[:, 0] = 0
-    return F.pad(z, (0, 0, 0, 0, 1, -1)), tau, torch.ones_like(tau)
+    tau[:, memories] = 0
+    old, z = z.tensor_split([memories], dim=1)
+    z = torch.cat((old, F.pad(z, (0, 0, 0, 0, 1, -1))), dim=1)
+    return z, tau, torch.ones_like(tau)
 
 
 def shortcut_loss(model, z, a, a_mask, z_mask, options={}, rms=None, first=0, noise=None,
@@ -1292,7 +1336,9 @@ def shortcut_loss(model, z, a, a_mask, z_mask, options={}, rms=None, first=0, no
     assert vars(o).keys() == OBJECTIVE.keys(), f'not all are options: {options}'
     o.k_max = o.k_max or model.config['k_max']
     noise = noise or clip_noise(z)
-    *rows, counted = which_rows(z_mask, o.objective, o.bootstrap, first)
+    if o.memories:
+        model = functools.partial(model, memories=o.memories)
+    *rows, counted = which_rows(z_mask, o.objective, o.bootstrap, first, o.memories)
     counted = {name: mask * clip_weight for name, mask in counted.items()}
     count = count or {name: mask.sum() for name, mask in counted.items()}
     if text is None:
@@ -1305,12 +1351,10 @@ def shortcut_loss(model, z, a, a_mask, z_mask, options={}, rms=None, first=0, no
         hidden = (noise.null >= o.p_null) & (noise.null < 2 * o.p_null)         # (B, 1)
         s = z[:, :, -1, :o.state_dim].masked_fill(hidden[:, :, None], torch.nan)
         z = add_state(z[:, :, :-1], s)
-    if o.objective == 'direct':     # one deterministic step, z_hat[t] = f(z[t-1], a[t])
-        inputs = *previous_frames(z), a, a_mask, None, text
-        target = z
-        weight = torch.ones_like(inputs[1])
+    if o.objective == 'direct':
+        inputs, target, weight = direct_task(z, a, a_mask, z_mask, text, o)
     else:
-        inputs, target, weight = forcing_task(model, z, a, a_mask, text, rows, noise, o)
+        inputs, target, weight = forcing_task(model, z, a, a_mask, z_mask, text, rows, noise, o)
     error = frame_errors(model(*inputs), target, o.state_dim) * weight     # (B, T)
 
     terms = {}
@@ -1409,13 +1453,19 @@ def context_levels(c, tau_ctx):
 
 
 @torch.no_grad()
-def remember(model, z_ctx, a, a_mask, T, tau_ctx=0.9, seed=0, text=None):
+def remember(model, z_ctx, a, a_mask, T, tau_ctx=0.9, seed=0, text=None, gone=()):
     """The cache after the context z_ctx (B, Tc, N, D), a and a_mask (B, Tc, ..), for clips of T
     frames in all. rollout(.., cache=) takes it for any number of candidates, and leaves it as it
-    is."""
+    is. gone: frames (B, N, D) before the context, the latest last: some are remembered."""
     device = z_ctx.device
+    every = model.config['memory'] or 1
+    out_of_sight = max(0, model.reach - z_ctx.shape[1]) + 1     # after the context
+    old = gone[-every:-out_of_sight:-every][::-1]
+    z_ctx = torch.cat((*(z[:, None] for z in old), z_ctx), dim=1)
+    a = F.pad(a, (0, 0, len(old), 0))
+    a_mask = F.pad(a_mask, (len(old), 0))
     if model.config['objective'] == 'direct':
-        seen = previous_frames(z_ctx)
+        seen = previous_frames(z_ctx, len(old))
     else:
         level, d = context_levels(model.config, tau_ctx)
         # not the noise of the future
@@ -1427,7 +1477,7 @@ def remember(model, z_ctx, a, a_mask, T, tau_ctx=0.9, seed=0, text=None):
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
     cache = model.new_cache(len(z_ctx), T, dtype)
-    model(*seen, a, a_mask, text=text, cache=cache, commit=True)
+    model(*seen, a, a_mask, text=text, cache=cache, commit=True, memories=len(old))
     return cache
 
 
@@ -1471,7 +1521,7 @@ def predict_frame(model, s, cache, z, noise, a, a_mask, text, t, last):
 
 @torch.no_grad()
 def rollout(model, z_ctx, a, a_mask, K=4, tau_ctx=0.9, seed=0, grad=False, graph=None, cache=None,
-            act=None, text=None):
+            act=None, text=None, gone=()):
     """Imagines the frames after z_ctx (B, Tc, N, D), one after the other, each in K steps -> (B M,
     T - Tc, N, D). a (B M, T, A) and a_mask (B M, T) cover context and future. With M > 1 each
     context has M candidates in a row, which share its actions, computation and noise, which depends
@@ -1480,11 +1530,11 @@ def rollout(model, z_ctx, a, a_mask, K=4, tau_ctx=0.9, seed=0, grad=False, graph
     grad: True: gradients flow through the last step of each frame, and through nothing else
     (self-forcing); 'all': through everything, back to the actions. cache: what remember() made of
     this context. graph: a frame is one CUDA graph; None: where it can be. act(frame before, of now
-    (B M, N, D), h) -> (B M, A), h = 0, 1, .., chooses the future's actions. text (B or 1, L)."""
+    (B M, N, D), h) -> (B M, A), h = 0, 1, .., chooses the future's actions. text (B or 1, L), gone:
+    see remember."""
     c = model.config
     B, Tc, N, D = z_ctx.shape
-    M = a.shape[0] // B
-    T = a.shape[1]
+    M, T = len(a) // B, a.shape[1]
     device = z_ctx.device
     check_steps(K, c['k_max'])
     assert len(a) == B * M and 1 <= Tc < T, f'context {z_ctx.shape} and actions {a.shape} disagree'
@@ -1492,10 +1542,10 @@ def rollout(model, z_ctx, a, a_mask, K=4, tau_ctx=0.9, seed=0, grad=False, graph
     d = 1 / K if c['objective'] == 'shortcut' else d_ctx
     s = SimpleNamespace(K=K, grad=grad, tau_ctx=level, d_ctx=d_ctx, d=d)
     frame = predict_frame if c['objective'] == 'direct' else denoise_frame
-
     if text is None:
         text = a_mask[:1, :1] & False
-    cache = cache or remember(model, z_ctx, a[::M, :Tc], a_mask[::M, :Tc], T, tau_ctx, seed, text)
+    a_ctx, known = a[::M, :Tc], a_mask[::M, :Tc]
+    cache = cache or remember(model, z_ctx, a_ctx, known, T, tau_ctx, seed, text, gone)
     cache = cache_of_candidates(cache, B, M)
     graph = not grad and (device.type == 'cuda' if graph is None else graph)
     if graph:

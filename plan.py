@@ -351,14 +351,14 @@ def propose(model, imagine, z_goal, low, high, rows, A, o, seed):
 
 
 def plan(model, z_ctx, a_ctx, z_goal, o, seed=0, low=-5.0, high=5.0, a_mask=None, mean=None,
-         carried=None, tokens=None):
+         carried=None, tokens=None, gone=()):
     """Normalised actions (E, horizon, A) that lead the model from its context to the goal; info.
 
     z_ctx (E, Tc, N, D), z_goal (E, N, D): normalised latents. a_ctx (E, Tc, A): a_ctx[:, t] is what
     led to z_ctx[:, t], where a_mask (E, Tc) says that it is known (by default all but the first).
     low, high: bounds, numbers or (rows, width): an action is so many rows of so many numbers, and
     zeros up to A. mean (E, horizon, A) and carried (E, n, up to horizon, A): where to begin, the
-    last plan and its elites, shifted. tokens (N,): their weights.
+    last plan and its elites, shifted. tokens (N,): their weights. gone: see remember.
     info: 'cost' (iterations, E), 'elites', 'imagine': actions (E, M, H, A) -> (E, M, H, N, D)."""
     deadline = time.perf_counter() + o.budget_ms / 1000 if o.budget_ms else math.inf
     E, Tc, A = a_ctx.shape
@@ -370,7 +370,8 @@ def plan(model, z_ctx, a_ctx, z_goal, o, seed=0, low=-5.0, high=5.0, a_mask=None
     z_goal = torch.where(z_ctx[:, -1].isnan(), torch.nan, z_goal)       # nor is what follows known
     with torch.no_grad():
         text = data.text_bytes(o.text)[None].to(z_ctx.device)
-        cache = remember(model, z_ctx, a_ctx, a_mask, Tc + o.horizon, seed=seed, text=text)
+        cache = remember(model, z_ctx, a_ctx, a_mask, Tc + o.horizon, seed=seed, text=text,
+                         gone=gone)
 
     def imagine(actions, seed=seed, act=None):
         M = actions.shape[1]
@@ -534,6 +535,7 @@ class Planner:
     def reset(self):
         """Forget what was seen and planned: a new episode."""
         self.z = None           # latents of the context (E, Tc, N, D); self.a, self.known: actions
+        self.gone = []          # latents of the frames before it
         self.goal = None
         self.last_plan = None
         self.last_elites = None
@@ -617,6 +619,7 @@ class Planner:
             self.recent = [*self.recent[-self.frameskip:], z[:, 0]]
         if not over:
             return
+        self.gone = [*self.gone, self.z[:, 0]][-self.model.reach - 1:]
         self.z = torch.cat((self.z[:, 1:], z), dim=1)
         self.a = self.a.roll(-1, dims=1)
         self.a[:, -1, :self.used] = self.normalised(np.stack(self.done, axis=1)).flatten(1)
@@ -682,7 +685,7 @@ class Planner:
         with self.autocast:
             self.last_plan, info = plan(self.model, self.z, self.a, z_goal, o, seed,
                                         self.normalised(self.a_low), self.normalised(self.a_high),
-                                        self.known, mean, carried, self.tokens)
+                                        self.known, mean, carried, self.tokens, self.gone)
         self.check_cost(info)
         self.last_elites = info['elites']
         if o.controller:

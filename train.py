@@ -102,6 +102,8 @@ heads = 0
 kv_heads = 0
 registers = 2
 context = 4                     # frames that the model sees, the current one included
+memory = 0                      # beyond them it sees every so-manyth frame, 0 = none ...
+memory_frames = 4               # ... and so many of these at most
 attention = 'factored'          # flat: every layer attends over all tokens of the frames it sees
 time_every = 4                  # else, one layer of so many attends over time
 wide_layers = 0                 # layers of an output head twice as wide; 0 = one linear map
@@ -301,6 +303,12 @@ if not 0 <= channels <= encode.dim:
 shape = model_config(size, channels or encode.dim, encode.grid, 0,
                      **{name: config[name] for name in SHAPE[1:]})
 check_steps(K, shape['k_max'])
+longest = max(frames, long_frames)
+if memory and not (1 < memory < longest and memory * memory_frames > shape['context']):
+    sys.exit(f'--memory={memory}: wants 2 to {longest - 1}, less than a clip has --frames, and with '
+             f'--memory_frames={memory_frames} to go back beyond --context={shape["context"]}')
+memories = range(memory, memory * memory_frames, memory or 1)
+P = len(memories)               # frames before those of a clip
 if os.path.abspath(out_dir) == os.getcwd():
     sys.exit(f'--out_dir={out_dir}: wants a folder of its own')
 
@@ -332,7 +340,7 @@ if not frameskip:
 clips, long_clips = (
     data.Clips(sets['labelled'], sets['unlabelled'], T, frameskip, (encode.size, encode.width),
                batch_size * frames // T // world, labelled_share, val_share, seed, rank, world,
-               augment, policy_steps if policy else 0)
+               augment, policy_steps if policy else 0, memories)
     for T in (frames, long_frames))
 clips.count_faults({}, max_bad)
 batches = data.Lengths(clips, long_clips, long_share)
@@ -440,6 +448,19 @@ def text_of(batch):
     return batch['text'][:, :longest + 1].to(device, non_blocking=True)
 
 
+def frames_with_numbers():
+    """Raw latents (n, N, width) of training frames, what --probe names (n, P), all known, and which
+    are near each other (n, n): of one episode and at most 8 model steps apart."""
+    most = min(2048, 2 ** 28 // (N * encode.dim))       # a GB
+    batch = clips.some(1, most, 'labelled', clips.train)
+    numbers = batch['p'][:, 0].to(device)
+    known = numbers.isfinite().all(dim=1)
+    at = batch['at'].to(device)[known]
+    near = (at[:, None, :2] == at[:, :2]).all(dim=2)
+    near &= (at[:, None, 2] - at[:, 2]).abs() <= 8 * frameskip
+    return raw_latents(batch)[known, 0], numbers[known], near
+
+
 def fit_projection(z, z_mean, z_basis):
     """Linear maps of tokens less their mean, down z_basis (width, D) and back z_back (D, width),
     that keep what latents z (frames, N, width) are and, with --align, what --probe names: align.*
@@ -447,15 +468,8 @@ def fit_projection(z, z_mean, z_basis):
     torch.manual_seed(seed)
     learned = [z_basis.clone(), z_basis.T.clone()]
     if align:
-        most = min(2048, 2 ** 28 // (N * encode.dim))       # frames: a GB
-        batch = clips.some(1, most, 'labelled', clips.train)
-        numbers = batch['p'][:, 0].to(device)                       # (frames, P)
-        known = numbers.isfinite().all(dim=1)
-        numbers = numbers[known]
-        at = batch['at'].to(device)[known]
-        near = (at[:, None, :2] == at[:, :2]).all(dim=2)            # of one episode
-        near &= (at[:, None, 2] - at[:, 2]).abs() <= 8 * frameskip
-        z = raw_latents(batch)[known, 0] - z_mean
+        z, numbers, near = frames_with_numbers()
+        z = z - z_mean
         std = numbers.std(dim=0)
         turn = torch.tensor([full_turn(name) for name in probe_names], device=device)
         reader = Probe(N, channels, numbers.mean(dim=0), torch.where(std > 1e-6, std, 1.0), turn,
@@ -996,8 +1010,8 @@ loader = iter(DataLoader(
     pin_memory=device.type == 'cuda', multiprocessing_context='fork' if decoders else None,
     worker_init_fn=lambda _: os.setpgrp()))     # a signal to the group would end them first
 bar = tqdm(total=max_steps, initial=step, disable=rank > 0 or None, dynamic_ncols=True)
-options = {name: config[name] for name in {*OBJECTIVE} - {'state_dim'}}
-options |= dict(k_max=shape['k_max'], state_dim=clips.S)
+options = {name: config[name] for name in {*OBJECTIVE} - {'state_dim', 'memories'}}
+options |= dict(k_max=shape['k_max'], state_dim=clips.S, memories=P)
 ema_model.stats = stats
 if dream:       # of several robots the mean
     weights = [cost_weights(ema_model, robot=i) for i in range(len(clips.labelled))]
@@ -1015,14 +1029,15 @@ while step < max_steps and not stop:
     batch = next(loader)
     clips.count_faults(batch, max_bad)
     source, number = batches.which(step)
-    z, a, a_mask, z_mask = normalised(batch, clip_length(source.T))
-    B, T = z.shape[:2]
+    T = clip_length(source.T)
+    z, a, a_mask, z_mask = normalised(batch, P + T)
+    B = len(z)
     for group in optimizer.param_groups:
         group['lr'] = get_lr(step, group['rate'], group['end'])
     if policy:
         z_goal = normalised(batch['goal'])[0][:, 0]         # (B, N, D)
         steps_left = batch['goal']['left'].to(device, non_blocking=True)
-    known = a_mask      # without what follows
+    known = a_mask[:, P:].clone()       # without what follows
     dreaming = step >= awake
     if step == max(start, awake):       # the world model is finished
         for p in apart[0]:
@@ -1030,8 +1045,8 @@ while step < max_steps and not stop:
         learning = apart[1]
         averages = [e for e, p in zip(ema_shards, params) if p in acting]
     if relabel and 2 * step >= max_steps:
-        a, a_mask = relabelled(z, a, a_mask, z_mask)
-    guessed = (a_mask & ~known).any(dim=1, keepdim=True)        # (B, 1)
+        a[:, P:], a_mask[:, P:] = relabelled(*(x[:, P:] for x in (z, a, a_mask, z_mask)))
+    guessed = (a_mask[:, P:] & ~known).any(dim=1, keepdim=True)         # (B, 1)
     clip_weight = torch.where(guessed, relabel_weight, 1.0)
     options['bootstrap'] = bootstrap if step >= bootstrap_start * awake else 0.0
     forced = T      # imagined from here on
@@ -1041,15 +1056,15 @@ while step < max_steps and not stop:
 
     # every term is a mean over the frames of all processes that count in it, however they are
     # spread
-    _, n, counted = which_rows(z_mask, objective, options['bootstrap'], first)
+    _, n, counted = which_rows(z_mask, objective, options['bootstrap'], first, P)
     counted = {name: mask * clip_weight for name, mask in counted.items()}
-    counted['self_forcing'] = z_mask[:, forced:]
+    counted['self_forcing'] = z_mask[:, P + forced:]
     counted['policy'] = known[:, 1:]
     if clips.probed:
         p = batch['p'].to(device, non_blocking=True)            # (B, T, P)
-        counted['align'] = z_mask[:, forced:] & p[:, forced:].isfinite().all(dim=2)
+        counted['align'] = z_mask[:, P + forced:] & p[:, forced:].isfinite().all(dim=2)
     if dreaming and dream_steps:
-        counted['dream'] = known.any(dim=1) & z_mask[:, eval_context]       # (B,)
+        counted['dream'] = known.any(dim=1) & z_mask[:, P + eval_context]       # (B,)
     count = averaged({name: mask.sum() for name, mask in counted.items()})
     metrics = {}
     few = micro_batch or B
@@ -1071,7 +1086,8 @@ while step < max_steps and not stop:
                     parallel, z, a, a_mask, z_mask, options, rms=rms, first=first + i,
                     noise=clip_noise(z, seeds), count=count, clip_weight=clip_weight[i:i + few],
                     text=told)
-            elif dream_steps:
+            z, a, a_mask, z_mask = (x[:, P:] for x in (z, a, a_mask, z_mask))   # for all else
+            if dreaming and dream_steps:
                 error = dream_errors(ema_model, model.act, z, a, known[i:i + few], z_mask,
                                      eval_context, dream_steps, goal_weight, first + i,
                                      seed=hash((seed, step, row, 2)) % 2 ** 63)

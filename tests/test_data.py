@@ -1364,6 +1364,46 @@ def test_goals_of_a_batch(sensing):
     assert alike and not torch.equal(otherwise['goal']['x'], some[4]['goal']['x'])
 
 
+def test_memories_of_a_batch(sensing):
+    """Frames of the same episode and camera so many steps before the clip, which is as without them; those before the
+    episode, and the first ones by chance, are hidden; what led to one is not known."""
+    folder, _ = sensing
+    sets = [data.LeRobot(folder / 'a', state=STATE)], [data.LeRobot(folder / 'b', action='none')]
+    def clips(memories, batch_size=8, rank=0, world=1, augment=0.0, goal_steps=0, T=4):
+        return data.Clips(*sets, T, 2, 16, batch_size, .5, .1, 3, rank, world, augment, goal_steps, memories)
+    plain, some, counts = clips(range(0)), clips(range(3, 9, 3)), []
+    for step in range(40):
+        batch, without = some[step], plain[step]
+        for name in 'x', 'a', 'a_mask', 'z_mask', 's':
+            assert torch.equal(batch[name][:, 2:].nan_to_num(9.0), without[name].nan_to_num(9.0))
+        assert torch.equal(batch['text'], without['text']) and batch['z_mask'].shape == (8, 6)
+        assert not batch['a_mask'][:, :2].any() and not batch['a'][:, :2].any()
+        for i, (s, e, start, camera) in enumerate(some.picks(step)):
+            seen = batch['z_mask'][i, :2].tolist()
+            for place, steps in enumerate((6, 3)):
+                at = start - 2 * steps
+                assert at >= 0 or not seen[place]
+                if at >= 0:
+                    assert torch.equal(batch['x'][i, place], some.sets[s].frames(e, [at], 16, camera)[0])
+                    if s == 0:
+                        mean, std, _ = some.states[0]
+                        want = torch.from_numpy(some.sets[s].states(e)[at]) - mean
+                        want = torch.where(std > 1e-6, want / std, 0 * want)
+                        assert torch.allclose(batch['s'][i, place, :len(want)], want, equal_nan=True)
+            if start >= 12:
+                counts.append(sum(seen))
+            assert seen != [True, False], 'the oldest are forgotten first'
+    assert all(counts.count(n) > len(counts) / 6 for n in range(3)), 'any number of them, equally often'
+    for rank in range(2):
+        part, whole = clips(range(3, 9, 3), 4, rank, 2)[5], some[5]
+        assert all(torch.equal(part[name], whole[name][4 * rank:][:4]) for name in ('x', 'z_mask'))
+    otherwise = clips(range(3, 9, 3), augment=1.0, goal_steps=3)[4]
+    assert otherwise['x'].shape[1] == 6 and otherwise['goal']['x'].shape[1] == 1
+    same = some[4]['x'][:, 1] == some[4]['x'][:, 2]
+    assert torch.equal(otherwise['x'][:, 1] == otherwise['x'][:, 2], same) and same.any(), 'all are changed alike'
+    assert not torch.equal(otherwise['x'], some[4]['x'])
+
+
 def test_states_of_a_batch(sensing):
     """At the frames of the clip, normalised by what one robot's datasets have in common, padded with nan."""
     folder, held = sensing

@@ -530,6 +530,30 @@ def test_a_step_is_the_models(server):
     assert len({wide['picture'], one['picture'], unknown['picture']}) == 3
 
 
+def test_a_dream_remembers(demo, tmp_path):
+    """A step is that of a rollout which is given the frames before its context, undone and done again too."""
+    script('train.py', *demo, *SMALL, '--memory=3', '--memory_frames=3', '--max_steps=3', f'--out_dir={tmp_path}/o')
+    with played(f'{tmp_path}/o/ckpt.safetensors') as server:
+        net, dream = server.planner.model, ask(server, '/begin')['dream']
+        pictures = [ask(server, '/step', dream=dream, action='0.05,0.01', K=1)['picture'] for _ in range(90)]
+        frames = server.dreams[dream].frames
+        assert len(frames) == 4 + 9 + decode.UNDO
+        z, a, known = (torch.stack(v)[None] for v in zip(*frames[-5:]))
+        known[:, 0] = False
+        imagined, blank = (model.rollout(net, z[:, :4], a, known, 1, seed=89, gone=gone)
+                           for gone in ([frame[0][None] for frame in frames[:-5]], []))
+        assert torch.equal(imagined[0, 0], z[0, 4]) and not torch.equal(blank, imagined)
+        for _ in range(decode.UNDO):
+            ask(server, '/undo', dream=dream)
+        again = ask(server, '/step', dream=dream, action='0.05,0.01', K=1)
+        assert again['picture'] == pictures[-decode.UNDO], 'its whole memory is kept'
+        before = [frame[0] for frame in server.dreams[dream].frames[:-2]]
+        ask(server, '/goal', dream=dream, here=1)
+        ask(server, '/drive', dream=dream)
+        gone = server.dreams[dream].planner.gone
+        assert len(gone) == len(before) > 9 and all(torch.equal(x[0], y) for x, y in zip(gone, before))
+
+
 def test_dreams_begin_anywhere(server, tmp_path):
     first = ask(server, '/show')
     ds = server.clips.sets[0]

@@ -545,7 +545,7 @@ def test_a_layer_of_attention_written_out(double, kernel, context, kv_heads, cap
             logits = torch.einsum('bd,bjd->bj', qk[:, s, i], qk[:, seen, key]) / 8 ** 0.5
             weights = torch.softmax(cap * torch.tanh(logits / cap), dim=-1)
             want[:, s, i] = torch.einsum('bj,bjd->bd', weights, heads[:, seen, key + kv_heads])
-    got = attn(x, (angle.cos(), angle.sin()))
+    got = attn(x, (angle.cos(), angle.sin()), t=torch.arange(S // group))
     assert torch.allclose(got, want.flatten(2) @ attn.out.weight.T, rtol=0, atol=1e-5)      # rms_norm adds 1e-6
 
 
@@ -631,6 +631,96 @@ def test_the_past_never_sees_the_future_nor_beyond_the_window(path, wide_layers)
     assert torch.equal(net(other, *rest)[1], base[1])       # clips never meet
 
 
+@pytest.mark.parametrize('attention', ['factored', 'flat'])
+@pytest.mark.parametrize('objective', ['shortcut', 'direct'])
+def test_beyond_the_window_every_so_manyth_frame_is_seen(path, attention, objective):
+    net = path(layers=2, context=2, memory=3, memory_frames=2, attention=attention, objective=objective)
+    if attention == 'flat':
+        torch.nn.init.zeros_(net.layers[1].attn.out.weight)
+    z, *rest = inputs(2, 14)
+    base, first = net(z, *rest), objective == 'direct'      # which sees frame t - 1 in the place of frame t
+    for t in range(14):
+        other = z.clone()
+        other[:, t] += 1
+        changed = (net(other, *rest) - base).abs().amax(dim=(0, 2, 3)) > 1e-7
+        assert changed.tolist() == [0 <= i - t < 2 or t % 3 == first and 2 <= i - t < 6 for i in range(14)]
+
+
+@pytest.mark.parametrize('overrides', [
+    {}, dict(objective='direct'), dict(attention='flat'), dict(context=6), dict(objective='direct', attention='flat')])
+def test_memories_stand_for_a_clip_whose_other_frames_nobody_sees(path, double, overrides):
+    net = path(**dict(dict(memory=4, memory_frames=3, context=3, layers=6, time_every=2), **overrides))
+    first, n = int('objective' in overrides), 9
+    long = inputs(3, 8 + n)
+    between = torch.arange(8 + n).expand(3, -1) < 8 - first
+    between = between & (torch.arange(8 + n) % 4 > 0)
+    want = net(*long, between, start=first - 8)[:, 8 - first:8 - first + n]
+    which = [0, 4, *range(8 - first, 8 - first + n)]
+    clip = [x[:, which] for x in long]
+    got = net(*clip, memories=2)
+    assert torch.allclose(got[:, 2:], want, rtol=0, atol=1e-10)
+    # one that nobody sees is as good as none
+    unseen = torch.zeros(3, 2 + n, dtype=torch.bool)
+    unseen[:, 0] = True
+    fewer = net(*(x[:, 1:] for x in clip), memories=1)
+    assert torch.allclose(net(*clip, unseen, memories=2)[:, 2:], fewer[:, 1:], rtol=0, atol=1e-10)
+    assert not torch.allclose(got[:, 2:], fewer[:, 1:], atol=1e-3)
+
+
+@pytest.mark.parametrize('objective', ['shortcut', 'direct'])
+@pytest.mark.parametrize('context', [3, 6])
+def test_no_distance_in_time_is_new_to_a_rollout(monkeypatch, objective, context):
+    seen, rule = [], model.in_sight
+
+    def in_sight(t, then, *rest):
+        mask = rule(t, then, *rest)
+        seen.append({*(t - then)[mask].tolist()})
+        return mask
+
+    monkeypatch.setattr(model, 'in_sight', in_sight)
+    net = world(memory=4, memory_frames=3, context=context, objective=objective)
+    z, _, _, a, a_mask = inputs(2, 2 + (5 if objective == 'direct' else 4))
+    loss_of(net, z, a, a_mask, memories=2, objective=objective)
+    trained = set().union(*seen)
+    seen.clear()
+    with torch.no_grad():
+        slow_rollout(net, *[x[:, :1] for x in inputs(2, 1)[:1]], *inputs(2, 30)[3:], K=1)
+    assert set().union(*seen) == trained == {*range(12)}
+    seen.clear()        # nor with a cache, of kept frames and of its own
+    model.rollout(net, z[:, 2:4], torch.zeros(2, 40, 2), torch.ones(2, 40, dtype=torch.bool), 1, gone=[*z[:, :1].expand(-1, 20, -1, -1).unbind(1)])
+    assert trained >= set().union(*seen) > {*range(context), 4 + 4, 11}
+
+
+@pytest.mark.parametrize('objective', ['shortcut', 'diffusion', 'direct'])
+def test_memories_are_seen_where_there_are_any_and_are_no_targets(double, objective):
+    net, (z, _, _, a, a_mask) = world(memory=3, memory_frames=3, context=2, objective=objective), inputs(4, 2 + 5)
+    a_mask[:, :3] = False
+    z_mask = torch.ones_like(a_mask)
+    z_mask[1, :2] = z_mask[2, 0] = z_mask[3, 5:] = False
+    given = dict(objective=objective, memories=2, p_image=0.0)
+    loss, _ = loss_of(net, z, a, a_mask, z_mask, **given)
+    _, _, counted = model.which_rows(z_mask, objective, 0.25, memories=2)
+    first = 3 if objective == 'direct' else 2
+    assert (counted['flow'] | counted['bootstrap']).tolist() == [[first <= t < (5 if b == 3 else 7) for t in range(7)]
+                                                                 for b in range(4)]
+    for b, t in itertools.product(range(4), range(3)):
+        other = z.clone()
+        other[b, t] += 1
+        again, _ = loss_of(net, other, a, a_mask, z_mask, **given)
+        assert torch.equal(again, loss) == (not z_mask[b, t]), (b, t)
+
+
+def test_of_clips_with_memories_the_past_is_all_of_them_and_more():
+    z, mask, net = torch.zeros(4000, 6, 1, 1), torch.ones(4000, 6, dtype=bool), Recorder()
+    net.config = {}
+    torch.manual_seed(0)
+    take = lambda *given, memories=0, **rest: net(*given, **rest)
+    model.shortcut_loss(take, z, torch.zeros(4000, 6, 0), mask, mask, dict(
+        k_max=64, bootstrap=0.0, memories=2, tau_schedule='shift', tau_shift=1e9, p_past=1.0))
+    length = (net.calls[-1][1] > 0).sum(dim=1)
+    assert all(abs((length == n).float().mean() - (n > 2) / 3) < 0.03 for n in range(7) if n < 6) and length.max() == 5
+
+
 @pytest.mark.parametrize('wide_layers', [0, 1])
 def test_what_comes_out_is_what_went_in_at_the_same_place(wide_layers):
     net, (z, *rest) = world(registers=3, wide_layers=wide_layers), inputs()
@@ -703,7 +793,8 @@ def test_remat_keeps_less(monkeypatch):
 
 
 @pytest.mark.parametrize('Tc, overrides', [(0, {}), (3, {}), (6, {}), (0, dict(attention='flat')),
-                                           (6, dict(attention='flat'))])
+                                           (6, dict(attention='flat')), (6, dict(memory=3, memory_frames=2)),
+                                           (0, dict(memory=2, memory_frames=3, attention='flat'))])
 def test_a_frame_number_in_a_tensor_is_a_frame_number(Tc, overrides):
     """The form of fixed shapes, which a CUDA graph needs, goes round the cache as the other does."""
     net, (z, tau, d, a, a_mask) = world(context=4, **overrides), inputs(2, 13)
@@ -1360,7 +1451,7 @@ def test_a_guide_wants_what_was_hidden():
 
 # imagination ----------------------------------------------------------------------------------------------------------
 
-def slow_rollout(net, z_ctx, a, a_mask, K=4, tau_ctx=0.9, seed=0, cut=torch.Tensor.detach):
+def slow_rollout(net, z_ctx, a, a_mask, K=4, tau_ctx=0.9, seed=0, cut=torch.Tensor.detach, memories=0):
     """The reference: all frames so far are computed anew at each step. Gradients flow through the last step of each
     frame alone, whose past are numbers; with cut=lambda x: x, through everything."""
     c, T, M, device = net.config, a.shape[1], len(a) // len(z_ctx), z_ctx.device
@@ -1379,8 +1470,10 @@ def slow_rollout(net, z_ctx, a, a_mask, K=4, tau_ctx=0.9, seed=0, cut=torch.Tens
             tau, d = (torch.full(z.shape[:2], v, device=device) for v in (level, d_of_past))
             tau[:, -1], d[:, -1] = k / K, step
             if direct:      # sees the frame before in the place of each
-                z, tau[:, 0], tau[:, 1:] = torch.cat((torch.zeros_like(x), past), dim=1), 0, 1
-            y = net(z, tau, d, a[:, :t + 1], a_mask[:, :t + 1])[:, -1:]
+                z = torch.cat((past[:, :memories], torch.zeros_like(x), past[:, memories:]), dim=1)
+                tau[:], tau[:, memories] = 1, 0
+            more = dict(memories=memories) if memories else {}
+            y = net(z, tau, d, a[:, :t + 1], a_mask[:, :t + 1], **more)[:, -1:]
             x = y if direct else cut(x) + (1 / K) * (y - cut(x)) / (1 - k / K)
         out.append(x)
         past = torch.cat((past, cut(x) if direct else level * cut(x) + (1 - level) * eps), dim=1)
@@ -1397,7 +1490,10 @@ def slow_rollout(net, z_ctx, a, a_mask, K=4, tau_ctx=0.9, seed=0, cut=torch.Tens
         dict(state_dim=3, wide_layers=1), dict(attention='flat'),
         dict(attention='flat', kv_heads=4, context=30, state_dim=2),
         dict(attention='flat', context=1, registers=0, wide_layers=1))],
-    *[('diffusion', 2, Tc, dict(attention='flat', layers=2)) for Tc in (1, 6)]])
+    *[('diffusion', 2, Tc, dict(attention='flat', layers=2)) for Tc in (1, 6)],
+    *[(objective, 2, Tc, overrides) for objective in ('shortcut', 'direct') for Tc in (1, 8) for overrides in (
+        dict(memory=3, memory_frames=3, context=2, layers=6), dict(memory=3, memory_frames=3, context=5),
+        dict(memory=5, memory_frames=1, context=3), dict(memory=4, memory_frames=2, context=3, attention='flat'))]])
 def test_the_cache_changes_nothing(double, objective, K, Tc, overrides):
     """Rollouts of three windows' length, from contexts shorter and longer than the window."""
     net = world(objective=objective, **overrides)
@@ -1406,6 +1502,38 @@ def test_the_cache_changes_nothing(double, objective, K, Tc, overrides):
     cached, plain = (f(net, z[:, :Tc], a, a_mask, K=K) for f in (model.rollout, torch.no_grad()(slow_rollout)))
     assert cached.shape == (2, z.shape[1] - Tc, N, 3)
     assert torch.allclose(cached, plain, rtol=0, atol=1e-9), (cached - plain).abs().max()
+
+
+@pytest.mark.parametrize('objective', ['shortcut', 'diffusion', 'direct'])
+@pytest.mark.parametrize('memories, Tc', [(1, 1), (2, 3), (2, 7)])
+@pytest.mark.parametrize('overrides', [{}, dict(attention='flat'), dict(state_dim=2)])
+def test_a_rollout_remembers_what_it_is_given(double, objective, memories, Tc, overrides):
+    """Kept frames in front of the context, then those that it makes itself; of candidates, and with gradients."""
+    net = world(objective=objective, memory=3, memory_frames=3, context=3, **overrides)
+    M, N = 2, 6 + ('state_dim' in overrides)
+    z, _, _, a, a_mask = inputs(2 * M, memories + Tc + 9, N)
+    a_mask[:, :memories] = False
+    for x in a, a_mask:
+        x[:, :memories + Tc] = x[::M, :memories + Tc].repeat_interleave(M, dim=0)
+    old, z = z[:2, :memories], z[:2, memories:memories + Tc]
+    gone = [torch.full_like(z[:, 0], torch.nan) for _ in range(3 * memories + 1)]       # the others are not looked at
+    gone[1::3] = old.unbind(1)
+    given = net, z, a[:, memories:], a_mask[:, memories:], 2
+    begun = a[::M, memories:memories + Tc], a_mask[::M, memories:memories + Tc]
+    # what would be out of sight after the context is not kept
+    kept = min(memories, (9 - Tc) // 3)
+    late = [x[:, memories - kept:] for x in (torch.cat((old, z), dim=1), a, a_mask)]
+    with torch.no_grad():
+        want = slow_rollout(net, *late, 2, memories=kept)
+    for more in {}, dict(grad=True), dict(grad='all'):
+        got = model.rollout(*given, gone=gone, **more)
+        assert got.shape[1] == 9 and torch.allclose(got, want, rtol=0, atol=1e-9)
+    cache = model.remember(net, z, *begun, Tc + 9, gone=gone)
+    assert torch.equal(model.rollout(*given, cache=cache), got)
+    gone[-3] = gone[-3] + 1
+    forgot = torch.allclose(model.rollout(*given, gone=gone), want, rtol=0, atol=1e-9)
+    assert forgot == (kept == 0), 'twelve frames ago'
+    assert torch.equal(model.rollout(*given, gone=gone[-2:]), model.rollout(*given)), 'too young'
 
 
 def acting(**overrides):
@@ -1613,9 +1741,9 @@ def attend_to_numbers(q, k, v, cap, mask=None, attend=model.attend):
 
 @pytest.mark.parametrize('objective, K', [('shortcut', 1), ('shortcut', 4), ('diffusion', 2), ('direct', 1)])
 @pytest.mark.parametrize('Tc', [2, 6])
-@pytest.mark.parametrize('remat', [False, True])
-def test_the_gradient_of_a_rollout_is_that_of_the_last_step_of_each_frame(double, monkeypatch, objective, K, Tc, remat):
-    net, (z, _, _, a, a_mask) = world(context=4, objective=objective), inputs(2, Tc + 6)
+@pytest.mark.parametrize('remat, memory', [(False, 0), (True, 0), (False, 3)])
+def test_the_gradient_of_a_rollout_is_that_of_the_last_step_of_each_frame(double, monkeypatch, objective, K, Tc, remat, memory):
+    net, (z, _, _, a, a_mask) = world(context=4, objective=objective, memory=memory), inputs(2, Tc + 6)
     given = net, z[:, :Tc], a, a_mask, K
     with monkeypatch.context() as patch:
         patch.setattr(model, 'attend', attend_to_numbers)
@@ -1630,9 +1758,9 @@ def test_the_gradient_of_a_rollout_is_that_of_the_last_step_of_each_frame(double
 
 
 @pytest.mark.parametrize('objective, K', [('shortcut', 1), ('shortcut', 4), ('diffusion', 2), ('direct', 1)])
-@pytest.mark.parametrize('Tc', [2, 6])
-def test_gradients_reach_the_actions_through_every_frame(double, objective, K, Tc):
-    net, (z, _, _, a, a_mask) = world(context=4, objective=objective), inputs(2, Tc + 6)
+@pytest.mark.parametrize('Tc, memory', [(2, 0), (6, 0), (2, 3)])
+def test_gradients_reach_the_actions_through_every_frame(double, objective, K, Tc, memory):
+    net, (z, _, _, a, a_mask) = world(context=4, objective=objective, memory=memory), inputs(2, Tc + 6)
     for p in net.parameters():
         p.data += 0.02 * torch.randn_like(p)
     a_mask[:, Tc:] = True
@@ -1652,8 +1780,9 @@ def test_gradients_reach_the_actions_through_every_frame(double, objective, K, T
     assert all(torch.equal(x, y) for old, new in zip(before, cache) for x, y in zip(old, new))
 
 
-@pytest.mark.parametrize('objective, guide', [('shortcut', 1), ('direct', 1), ('shortcut', 2), ('direct', 2)])
-def test_a_graph_of_a_frame_serves_later_rollouts(monkeypatch, objective, guide):
+@pytest.mark.parametrize('objective, guide, memory', [
+    ('shortcut', 1, 0), ('direct', 1, 0), ('shortcut', 2, 0), ('direct', 2, 0), ('shortcut', 1, 3), ('direct', 1, 3)])
+def test_a_graph_of_a_frame_serves_later_rollouts(monkeypatch, objective, guide, memory):
     """A CUDA graph goes on with the closure, the buffers and the cache of its first call: imitated here."""
     made = []
 
@@ -1666,7 +1795,7 @@ def test_a_graph_of_a_frame_serves_later_rollouts(monkeypatch, objective, guide)
             x.copy_(new)
         return f(*given).clone()
 
-    net, (z, _, _, a, a_mask) = world(objective=objective, text=guide != 1), inputs(4, 12)
+    net, (z, _, _, a, a_mask) = world(objective=objective, text=guide != 1, memory=memory), inputs(4, 12)
     words = [bytes_of(word) for word in ('left', 'right', '') * 3]
     net.guide = guide
     plain = [(seed, T, M, model.rollout(net, z[:4 // M, seed:seed + 2], a[:, :T], a_mask[:, :T], 2, seed=seed, text=words[seed]))
@@ -1675,7 +1804,7 @@ def test_a_graph_of_a_frame_serves_later_rollouts(monkeypatch, objective, guide)
     for seed, T, M, want in plain:
         got = model.rollout(net, z[:4 // M, seed:seed + 2], a[:, :T], a_mask[:, :T], 2, seed=seed, graph=True, text=words[seed])
         assert torch.allclose(got, want, atol=1e-5), (seed, T, M)
-    assert len(made) == 3, 'two graphs of a window, with the last frame or without, and one of a shorter rollout'
+    assert len(made) == (2 if memory else 3), 'two graphs of a window, with the last frame or without, and one of a shorter rollout'
 
 
 # checkpoint and pictures ----------------------------------------------------------------------------------------------

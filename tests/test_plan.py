@@ -584,6 +584,44 @@ def test_what_the_search_is_given(controller, planned, replan, told):
     assert len({call['seed'] for call in planned}) == len(planned), 'other noise in every search'
 
 
+def test_what_the_search_remembers(controller, planned, monkeypatch):
+    """The frames before the context, one model step apart, as far back as the model's memory; of this episode."""
+    p, n = controller(), 31
+    p.model.reach = 6
+    f, x, goal = p.frameskip, film(2, n), film(2, 1, seed=1)[:, 0]
+    for episode in range(2):
+        for frame in range(2, n):
+            p.act(x[:, :3] if frame == 2 else x[:, frame:frame + 1], goal)
+        for k, call in enumerate(planned[-math.ceil((n - 2) / f):]):
+            gone = [z.clone() for z in call['gone']]
+            assert len(gone) == min(k, 7)
+            for back, z in enumerate(gone[::-1]):
+                assert torch.allclose(z, p.latents(x[:, f * (k - 1 - back)]), atol=1e-5)
+        p.reset()
+    assert not p.gone
+
+
+def test_a_plan_with_memory_is_one_of_the_frames_that_it_remembers():
+    """Through plan: candidates see what remember() was given."""
+    c = model.model_config('nano', 3, (2, 3), 2, width=32, layers=2, heads=2, kv_heads=1, context=2, memory=3, memory_frames=3)
+    torch.manual_seed(0)
+    net = model.WorldModel(c).eval()
+    torch.nn.init.normal_(net.head.weight, std=0.3)
+    net.stats = dict(z_std=torch.ones(3))
+    z, goal, gone = torch.randn(2, 2, 6, 3), torch.randn(2, 6, 3), [*torch.randn(9, 2, 6, 3)]
+    o = types.SimpleNamespace(**plan.config | SMALL_SEARCH | dict(horizon=3))
+    a = torch.randn(2, 4, 3, 2)
+    looks = []
+    for old in gone, [], [*gone[:-3], gone[-3] + 1, *gone[-2:]], [*gone[:-1], gone[-1] + 1]:
+        _, info = plan.plan(net, z, torch.zeros(2, 2, 2), goal, o, gone=old)
+        looks.append(info['imagine'](a))
+    assert not torch.allclose(looks[0], looks[1], atol=1e-4) and not torch.allclose(looks[0], looks[2], atol=1e-4)
+    assert torch.equal(looks[0], looks[3]), 'another frame than every third'
+    known = torch.arange(5).expand(8, 5) > 0
+    want = model.rollout(net, z, torch.cat((torch.zeros(8, 2, 2), a.flatten(0, 1)), dim=1), known, o.K, gone=gone)
+    assert torch.allclose(looks[0].flatten(0, 1), want, atol=1e-5)
+
+
 @pytest.mark.parametrize('warm', [True, False])
 @pytest.mark.parametrize('replan', [1, 2])
 def test_a_plan_begins_from_the_last_one(controller, planned, warm, replan):

@@ -232,12 +232,44 @@ def test_what_principal_components_of_actions_want(demo, tmp_path):
     script('train.py', f'--labelled={tmp_path}/same,{tmp_path}/same', '--action_pca=2', *small)
 
 
-@pytest.mark.parametrize('cache, state', [(True, ''), (False, ''), (True, 'observation.state')])
-def test_resume_is_bitwise(demo, tmp_path, monkeypatch, cache, state):
+@pytest.mark.parametrize('objective', ['shortcut', 'direct'])
+def test_what_remembers_learns_from_clips_with_memories(demo, tmp_path, monkeypatch, objective):
+    """And all else from the clips alone, which are those of a run without memory."""
+    seen, loss, errors, forced = {}, model.shortcut_loss, model.policy_errors, model.rollout
+
+    def note(name, f):
+        def noted(net, *given, **more):
+            seen.setdefault(name, []).append((*given[:4], more))
+            return f(net, *given, **more)
+        monkeypatch.setattr(model, f.__name__, noted)
+    for name, f in ('loss', loss), ('policy', errors), ('rollout', forced):
+        note(name, f)
+    options = (*demo, *SMALL, '--frames=5', '--max_steps=4', '--grow=0.5', '--policy=True', '--self_forcing=0.5', '--context=2',
+               '--eval_interval=9', f'--objective={objective}', '--micro_batch=2')
+    found = {}
+    for memory in 0, 4:
+        g = script('train.py', *options, f'--memory={memory}', '--memory_frames=4', f'--out_dir={tmp_path}/{memory}')
+        found[memory], seen = seen.copy(), {}
+        assert g['options']['memories'] == (3 if memory else 0)
+    for name in 'loss', 'policy', 'rollout':
+        assert len(found[0][name]) == len(found[4][name]) > 3, name
+        for without, remembers in zip(found[0][name], found[4][name]):
+            n = 3 if name == 'loss' else 0
+            assert torch.equal(remembers[0][:, n:].nan_to_num(), without[0].nan_to_num())
+            assert remembers[0].shape[1] == n + without[0].shape[1]
+    assert [x[0].shape[1] for x in found[4]['loss']] == [5, 5, 7, 7, 8, 8, 8, 8]
+    padding = torch.cat([x[3][:, :3] for x in found[4]['loss']])
+    assert padding.any() and not padding.all()
+    counts = [entries(f'{tmp_path}/{memory}')[0][-1].keys() for memory in (0, 4)]
+    assert counts[0] == counts[1] and {'policy', 'self_forcing'} <= counts[0]
+
+
+@pytest.mark.parametrize('cache, state, memory', [(True, '', 0), (False, '', 3), (True, 'observation.state', 0)])
+def test_resume_is_bitwise(demo, tmp_path, monkeypatch, cache, state, memory):
     """Six steps at once, or three, the file, and three more: the same file, bit for bit, and the same log."""
     options = (*demo, *SMALL, '--max_steps=6', '--save_interval=3', '--log_interval=1', '--eval_interval=3',
                '--bootstrap_start=0.2', f'--cache={cache}', '--workers=1', f'--state={state}', f'--policy={not cache or bool(state)}', f'--dream={0.7 * bool(state)}', f'--relabel={0.5 * (not cache or bool(state))}',
-               f'--attention={"factored" if cache else "flat"}')
+               f'--attention={"factored" if cache else "flat"}', f'--memory={memory}')
     whole, half = tmp_path / 'whole', tmp_path / 'half'
     save = model.save
 
@@ -416,6 +448,9 @@ def test_the_loss_falls(demo, tmp_path):
     ['--cache=False', '--workers=0'], ['--tau_schedule=logit-normal', '--tau_shift=0.0', '--p_past=0.0'],
     ['--ramp=False', '--space=v', '--bootstrap_start=0.0'], ['--wide_layers=2', '--micro_batch=1'],
     ['--frames=8', '--grow=1.0', '--decay=0.3'], ['--long_frames=8', '--long_share=0.5', '--remat=True'],
+    ['--memory=3', '--memory_frames=3', '--context=2', '--micro_batch=3', '--cache=False', '--augment=0.5', '--policy=True'],
+    ['--memory=5', '--frames=6', '--attention=flat', '--self_forcing=1.0', '--state=observation.state', '--compile=False'],
+    ['--memory=3', '--objective=direct', '--policy=True', '--relabel=1.0', '--dream=0.5', '--grow=0.5', '--remat=True'],
     ['--self_forcing=1.0', '--frames=5'], ['--self_forcing=1.0', '--objective=direct', '--decay=0.0'],
     ['--state=observation.state', '--self_forcing=1.0', '--frames=5', '--wide_layers=1', '--bootstrap_start=0.0'],
     ['--state=observation.state.y', '--objective=direct', '--remat=True', '--micro_batch=3'],
@@ -985,6 +1020,10 @@ def test_a_mistake_is_one_line_and_nothing_is_written(demo, tmp_path):
             (['--space=z'], '--space: wants one of x, v'), (['--action_on=some'], '--action_on: wants one of all, token'),
             (['--time_every=1'], '--time_every=1: wants at least 2'), (['--context=-2'], '--context: wants 0 or more'),
             (['--long_share=0.5'], '--long_frames: wants 2 or more, got 0'),
+            (['--memory=4'], '--memory=4: wants 2 to 3, less than a clip has --frames, and with --memory_frames=4'),
+            (['--memory=1'], '--memory=1: wants 2 to 3, less'),
+            (['--memory=3', '--memory_frames=1'], 'with --memory_frames=1 to go back beyond --context=4'),
+            (['--memory_frames=0'], '--memory_frames: wants 1 or more, got 0'),
             (['--long_frames=8'], '--long_frames=8: wants --long_share'),
             (['--long_frames=7', '--long_share=0.5'], '--long_frames=7: 2.28571 clips a step in all do not divide'),
             (['--fsdp=True'], '--fsdp=True: wants torchrun'), (['--decay=2'], '--decay: wants 0 to 1, got 2.0'),
