@@ -1061,7 +1061,7 @@ while step < max_steps and not stop:
     counted['self_forcing'] = z_mask[:, P + forced:]
     counted['policy'] = known[:, 1:]
     if clips.probed:
-        p = batch['p'].to(device, non_blocking=True)            # (B, T, P)
+        p = batch['p'][:, :T].to(device, non_blocking=True)
         counted['align'] = z_mask[:, P + forced:] & p[:, forced:].isfinite().all(dim=2)
     if dreaming and dream_steps:
         counted['dream'] = known.any(dim=1) & z_mask[:, P + eval_context]       # (B,)

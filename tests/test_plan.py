@@ -239,7 +239,8 @@ class World(torch.nn.Module):
     need of a model, and no more."""
     def __init__(self, drift=0.0, luck=0.0, z_std=(1.0, 1.0)):
         super().__init__()
-        self.config = dict(objective='shortcut' if luck else 'direct', k_max=8, context=100)
+        self.config = dict(objective='shortcut' if luck else 'direct', k_max=8, context=100, memory=0)
+        self.reach = 0
         self.stats, self.drift, self.luck, self.calls = {'z_std': torch.tensor(z_std)}, drift, luck, []
         self.register_buffer('a_base', torch.zeros(1))
 

@@ -111,7 +111,7 @@ def test_a_learned_projection_keeps_what_the_components_do(demo, tmp_path, capsy
 def test_aligned_latents_tell_the_state(how, demo, tmp_path, monkeypatch):
     """Better than components do; imagined ones are asked too, of what follows; the same bits after a restart."""
     options = (*demo, *SMALL, '--channels=2', '--project=learned', f'--probe={data.ENVIRONMENT}', '--self_forcing=1', '--seed=3',
-               '--val_share=0.5', f'--align={how}')
+               '--val_share=0.5', f'--align={how}', '--grow=0.5')
     save = model.save
 
     def keep(path, *rest):
@@ -260,7 +260,7 @@ def test_what_remembers_learns_from_clips_with_memories(demo, tmp_path, monkeypa
     assert [x[0].shape[1] for x in found[4]['loss']] == [5, 5, 7, 7, 8, 8, 8, 8]
     padding = torch.cat([x[3][:, :3] for x in found[4]['loss']])
     assert padding.any() and not padding.all()
-    counts = [entries(f'{tmp_path}/{memory}')[0][-1].keys() for memory in (0, 4)]
+    counts = [entries(tmp_path / str(memory))[0][-1].keys() for memory in (0, 4)]
     assert counts[0] == counts[1] and {'policy', 'self_forcing'} <= counts[0]
 
 
