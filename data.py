@@ -73,7 +73,7 @@ for _least, _most, _names in (
         (0, 100000, 'fps long_frames frame_height frame_width channels width layers heads kv_heads '
                     'registers context memory time_every wide_layers k_max robot cache_gb soft_cap '
                     'tau_shift weight_decay grad_clip smooth state_weight hold support '
-                    'relabel_weight hold_latents action_pca'),
+                    'relabel_weight hold_latents action_pca align_weight align_dynamics'),
         (0, MANY, 'seed warmup micro_batch blind_episodes budget_ms chunk goal_steps budget steps '
                   'skip_nonfinite proposals dream_steps'),
         (0, 65535, 'port'),

@@ -55,7 +55,7 @@ films = False               # also of K, of other actions, and of a frame that i
 actions = True              # False: imagined as if nobody knew them
 text = ''                   # what is done, in words, of models with --text; '' = each clip's own
 guide = 1.0                 # above 1: imagination does more of what actions and text say
-report = False              # a page of the run: its options, curves, films and, if there is one, plan
+report = False              # a page of the run: options, curves, films and, if there is one, plan
 play = False                # serve the page, and no films
 host = '127.0.0.1'          # where: this machine alone; its address in a network lets others in
 port = 7007                 # 0 = any that is free
@@ -485,7 +485,7 @@ def training_curves(path):
 
 @torch.no_grad()
 def level_curve(z, a, a_mask, z_mask, words):
-    """A figure of the model's loss of clips z (B, T, N, D), unweighted, with all frames at one level."""
+    """A figure of the model's loss of clips z (B, T, N, D), unweighted, all frames at one level."""
     options = dict(objective='diffusion', tau_schedule='uniform', p_past=0.0, p_image=0.0,
                    p_null=0.0, ramp=False, state_dim=clips.S)
     noise = clip_noise(z, range(len(z)))

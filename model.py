@@ -927,7 +927,7 @@ class WorldModel(nn.Module):
             self.s_out = nn.Linear(C, c['state_dim'])
             self.s_base = nn.Parameter(torch.empty(C))      # stands in where no state is known
         sizes = C, c['heads'], c['kv_heads'], c['soft_cap']
-        self.reach = c['memory'] * c['memory_frames']       # how far back memory goes, 0: there is none
+        self.reach = c['memory'] * c['memory_frames']       # how far back memory goes; 0 = none
         self.first = int(c['objective'] == 'direct')        # which sees the first frame at time 1
         memory = (c['memory'], self.reach, self.first) if self.reach else None
         self.layers = nn.ModuleList()

@@ -89,7 +89,7 @@ pool = 1                        # 2 averages 2x2 patches
 channels = 0                    # numbers of a token that are kept; 0 = all
 project = 'pca'                 # which: principal components, or learned: linear maps there and
                                 # back, fitted to the latents before all else
-align = ''                      # infonce or regress: such that, pooled, they tell what --probe names
+align = ''                      # infonce or regress: so that, pooled, they tell --probe's numbers
 align_weight = 1.0              # beside what comes back
 align_dynamics = 0.1            # weight of that in training, where imagined frames are to tell it,
                                 # too (--self_forcing); 0 = none
@@ -305,8 +305,8 @@ shape = model_config(size, channels or encode.dim, encode.grid, 0,
 check_steps(K, shape['k_max'])
 longest = max(frames, long_frames)
 if memory and not (1 < memory < longest and memory * memory_frames > shape['context']):
-    sys.exit(f'--memory={memory}: wants 2 to {longest - 1}, less than a clip has --frames, and with '
-             f'--memory_frames={memory_frames} to go back beyond --context={shape["context"]}')
+    sys.exit(f'--memory={memory}: wants 2 to {longest - 1}, less than a clip has --frames, and '
+             f'with --memory_frames={memory_frames} to go back beyond --context={shape["context"]}')
 memories = range(memory, memory * memory_frames, memory or 1)
 P = len(memories)               # frames before those of a clip
 if os.path.abspath(out_dir) == os.getcwd():
@@ -651,7 +651,7 @@ if fsdp:
     ema_model.cpu()     # only evaluation and the checkpoint want it whole
 matrices = {m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)}
 groups = []
-awake = max_steps - round(dream * max_steps)        # steps of the world model
+awake = max_steps - int(dream * max_steps)          # steps of the world model; clips have grown
 for part, rate, end in zip(apart, (learning_rate, policy_rate or learning_rate),
                            (awake, max_steps)):
     linear = [p for p in part if p in matrices]
