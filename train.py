@@ -526,6 +526,9 @@ def measure(x):
             stats |= fit_projection(z.unflatten(0, (-1, N)), **stats)
         z = z @ stats['z_basis']                                                # (frames x N, D)
     std = z.std(dim=0).clamp(min=1e-6)
+    if std.max() <= 1e-6:
+        sys.exit(f'all frames look alike to {encoder}: there is nothing to learn (python data.py '
+                 '--labelled=.. shows what is in a dataset)')
     # of two random frames, in units of plan.py's distance
     stats['z_pair'] = 2 * z.unflatten(0, (-1, N)).var(dim=0).mean()
     std = std ** whiten * std.square().mean().sqrt() ** (1 - whiten)

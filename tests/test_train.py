@@ -89,6 +89,13 @@ def test_channels_are_the_leading_principal_components(demo, tmp_path, capsys):
     assert '--channels=999: pixels has' in ends('train.py', *demo, *SMALL, '--channels=999', f'--out_dir={tmp_path}/o')
 
 
+def test_frames_that_are_all_alike_are_a_clear_end(tmp_path):
+    frames = np.zeros((4, 64, 64, 3), np.uint8)
+    write_lerobot(tmp_path / 'black', [{'observation.images.top': frames, 'action': np.eye(4, 2), 'task': ''}] * 4, 10)
+    line = ends('train.py', f'--labelled={tmp_path}/black', '--unlabelled=', *SMALL, '--val_share=0.5', '--max_steps=1', f'--out_dir={tmp_path}/o')
+    assert line.startswith('all frames look alike to pixels')
+
+
 def test_a_learned_projection_keeps_what_the_components_do(demo, tmp_path, capsys):
     given = *demo, *SMALL, '--channels=5', '--project=learned', '--max_steps=2', f'--out_dir={tmp_path}'
     g = script('train.py', *given)
