@@ -92,7 +92,7 @@ smooth = 0.0            # weight of squared changes of the action, in normalised
 hold = 0.0              # rest while the robot is that close to the goal's place, in the dataset's
                         # units, as it senses or else a probe of observation.state reads: where
                         # that is all that the goal asks for; 0 = never
-hold_latents = 0.0      # likewise where neither says it: latents are so near, of random frames 1
+hold_latents = 0.0      # likewise where neither does: latents are so near, of random frames 1
 rest = ''               # how they rest: zero (actions are motions) or state (they are targets)
 # closed loop
 env = 'demo'            # or a class of a file: tests/simulators.py:PushT, ...:PointMaze
@@ -822,13 +822,14 @@ class Planner:
             off = now - goal_state      # NaN: not known
         z = self.z[:, -1, :self.z_of_goal.shape[1]]         # without the token of the state
         there = np.sqrt(np.nansum(np.square(off), axis=1)) < self.o.hold
-        if self.own:
+        if self.own and self.o.hold:
             own = self.reader.off(z, self.reader.read(self.z_of_goal))[:, self.own]
             unsensed = own.norm(dim=1) < self.o.hold
         else:
             gap = distance(z, self.z_of_goal, channel_weights(self.model, self.tokens))
             unsensed = gap < self.o.hold_latents * self.model.stats.get('z_pair', 0)
-        there = np.where(np.isfinite(off).any(axis=1), there, unsensed.cpu().numpy())
+        sensed = np.isfinite(off).any(axis=1) & (self.o.hold > 0)
+        there = np.where(sensed, there, unsensed.cpu().numpy())
         if self.o.rest == 'state':
             still = np.nan_to_num(now)
             there &= np.isfinite(now).all(axis=1)

@@ -1073,22 +1073,24 @@ def test_a_robot_without_sensors_rests_where_its_probe_reads_the_goal(trained, t
 
 
 def test_a_robot_of_which_nothing_is_read_rests_where_latents_are_the_goals(trained, sensing):
-    """In units of two random frames; not where the state is known, which tells better."""
+    """In units of two random frames; not where --hold knows the state, which tells better."""
     x, goals = film(2, 3), film(2, 1, seed=1)[:, 0]
     net, _ = model.load(f'{trained}/ckpt.safetensors')
 
-    def planner(hold_latents, ckpt=trained):
-        options = plan.config | SMALL_SEARCH | dict(hold_latents=hold_latents, rest='zero')
+    def planner(hold_latents, ckpt=trained, hold=0.0):
+        options = plan.config | SMALL_SEARCH | dict(hold_latents=hold_latents, rest='zero', hold=hold)
         return plan.Planner(f'{ckpt}/ckpt.safetensors', options, tell=False)
     p = planner(1.0)
     gap = plan.distance(p.latents(x[:, -1]), p.latents(goals), plan.channel_weights(net)) / net.stats['z_pair']
     nearer, farther = sorted(gap.tolist())
     rest = [not planner(hold).act(x, goals).any(axis=1).all() for hold in (0.99 * nearer, 1.01 * nearer, 1.01 * farther)]
     assert rest == [False, True, True] and not planner(1.01 * farther).act(x, goals).any()
-    p = planner(1000.0, sensing)
-    assert p.act(x, goals, None, np.zeros((2, 3, 2)), np.ones((2, 2))).any(axis=1).all()
+    known = x, goals, None, np.zeros((2, 3, 2)), np.ones((2, 2))
+    p = planner(1000.0, sensing, hold=0.1)
+    assert p.act(*known).any(axis=1).all()
     p.reset()
     assert not p.act(x, goals).any()
+    assert not planner(1000.0, sensing).act(*known).any(), 'without --hold it alone decides'
 
 
 @pytest.fixture(scope='module')
