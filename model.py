@@ -211,7 +211,8 @@ class ViT(nn.Module):
         if self.family == 'vjepa2':
             n = len(self.periods)
             angles = torch.cartesian_prod(y, x)[:, :, None] / self.periods
-            angles = F.pad(angles.repeat(1, 1, 2).flatten(1), (2 * n, self.head - 6 * n))
+            angles = angles.repeat(1, 1, 2).flatten(1)
+            angles = F.pad(angles, (2 * n, self.head - 6 * n))
         else:
             yx = torch.cartesian_prod((y + 0.5) / rows * 2 - 1, (x + 0.5) / columns * 2 - 1)
             angles = (2 * math.pi * yx[:, :, None] / self.periods.float()).flatten(1)
@@ -227,7 +228,8 @@ class ViT(nn.Module):
         if self.pos_embed is not None:
             x = x + self.positions(rows, columns).to(x.dtype)
         if self.registers is not None:      # after the positions: registers have none
-            x = torch.cat((x[:, :1], self.registers.expand(B, -1, -1), x[:, 1:]), dim=1)
+            registers = self.registers.expand(B, -1, -1)
+            x = torch.cat((x[:, :1], registers, x[:, 1:]), dim=1)
         rope = None if self.periods is None else self.angles(rows, columns)
         for block in self.blocks[:layer % len(self.blocks) + 1]:
             x = block(x, rope)
@@ -390,7 +392,8 @@ class Pixels(nn.Module):
         self.register_buffer('basis', self.components(covariance.double()))
 
     def components(self, covariance):
-        return torch.linalg.eigh(covariance)[1].flip(1)[:, :self.dim].float().contiguous()
+        _, vectors = torch.linalg.eigh(covariance)
+        return vectors.flip(1)[:, :self.dim].float().contiguous()
 
     def patches(self, x):
         if x.shape[-2:] != (self.size, self.width):
@@ -667,7 +670,8 @@ def flops_per_frame(c, T):
         flops += layer(C, S, past if is_time(c, i) else S)
     if not c['wide_layers']:
         return flops + 2 * N * C * c['dim']
-    return flops + 8 * N * C * c['dim'] + c['wide_layers'] * (layer(2 * C, N, N) + 24 * N * C * C)
+    wide = layer(2 * C, N, N) + 24 * N * C * C
+    return flops + 8 * N * C * c['dim'] + c['wide_layers'] * wide
 
 
 def hidden(width):
@@ -686,7 +690,8 @@ def group_size(c):
 def rms_norm(x):
     # without gains: the matrix that follows can hold them. In float32, whatever autocast says
     x = x.float()
-    return x * (x.shape[-1] ** 0.5 / (torch.linalg.vector_norm(x, dim=-1, keepdim=True) + 1e-6))
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x * (x.shape[-1] ** 0.5 / (length + 1e-6))
 
 
 def attend(q, k, v, cap, mask=None):
@@ -1794,7 +1799,8 @@ def robot_stats(stats, i, path):
         if i >= known:
             sys.exit(f'--robot={i}: {path} knows {known} labelled datasets, counted from 0')
         used = slice(stats['a_width'][i])       # of the padded width
-        return [stats[f'a_{name}'][i, used].view(int(stats['a_rows'][i]), -1).cpu()
+        rows = int(stats['a_rows'][i])
+        return [stats[f'a_{name}'][i, used].view(rows, -1).cpu()
                 for name in ('mean', 'std', 'low', 'high')]
     except Exception as error:      # damaged
         sys.exit(f'{path}: not a whole checkpoint ({one_line(error)})')
@@ -1896,7 +1902,8 @@ def pictures(z, encoder, decoder=None):
     if decode:
         x = torch.cat([decode(part) for part in z.float().split(32)])
     else:
-        x = colours(z.float().flatten(0, 1).cpu()).view(*z.shape[:2], 3).mT
+        tokens = z.float().flatten(0, 1).cpu()
+        x = colours(tokens).view(*z.shape[:2], 3).mT
         x = F.interpolate(x.unflatten(2, encoder.grid), (encoder.size, encoder.width))
     return (x * 255).round().to(torch.uint8).cpu()
 
@@ -1905,8 +1912,8 @@ def colours(z):
     """(n, 3) in [0, 1] of tokens (n, D): their leading components, without the rarest 2 % at either
     end."""
     z = z - z.mean(dim=0)
-    basis = torch.linalg.eigh((z.T @ z).double())[1][:, -3:].flip(1).float()
-    x = z @ basis
+    _, vectors = torch.linalg.eigh((z.T @ z).double())
+    x = z @ vectors[:, -3:].flip(1).float()
     sample = x[torch.linspace(0, len(x) - 1, 50000).long()]         # quantile takes no more
     low, high = (torch.quantile(sample, q, dim=0) for q in (0.02, 0.98))
     return ((x - low) / (high - low)).clamp(0, 1)

@@ -568,6 +568,7 @@ MUTATIONS = [
      'test_train.py learns_in_the_dream'),
     ('train.py', '            dist.all_reduce(p.grad)\n            p.grad /= world', '            pass',
      'test_train.py learns_in_the_dream'),
+    ('plan.py', '.any(axis=1) & (self.o.hold > 0)', '.any(axis=1)', 'test_plan.py of_which_nothing_is_read'),
     ('plan.py', 'gap < self.o.hold_latents *', 'gap > self.o.hold_latents *', 'test_plan.py of_which_nothing_is_read'),
     ('train.py', 'known[i:i + few, 1:]', 'a_mask[:, 1:]', 'test_train.py get_the_policys'),
     ('data.py', 'start + left * self.frameskip, camera, 1)', 'start + left, camera, 1)', 'test_data.py goals_of_a_batch'),
@@ -575,7 +576,7 @@ MUTATIONS = [
     ('plan.py', "hash((seed, 2)) % 2 ** 32)    # not", "seed)    # not", 'test_plan.py proposals_of'),
     ('plan.py', 'a = model.act(before, now, goal, left) + noise', 'a = model.act(now, now, goal, left) + noise', 'test_plan.py proposals_of'),
     ('plan.py', 'rows + self.frameskip // 2) // self.frameskip', 'rows) // self.frameskip', 'test_plan.py controller_acts'),
-    ('plan.py', 'there = np.where(np.isfinite(off).any(axis=1), there,', 'there = np.where(True, there,', 'test_plan.py without_sensors'),
+    ('plan.py', 'there = np.where(sensed, there,', 'there = np.where(True, there,', 'test_plan.py without_sensors'),
 ]
 
 
