@@ -4,6 +4,7 @@ imagination is, and how often plans from pictures alone succeed. All else is equ
 
     python tests/study.py --weights=folder                  # hours on two cores; writes study/
     python tests/study.py --envs=PushT --only=pixels,class --steps=200
+    python tests/study.py --envs=PushT --only=patches,aligned --ahead=3,5,10,15,20,25       # also nearer goals
 
 A row that is in study/rows.jsonl is not made again, so it can be stopped, started and added to. Encoders whose file, such as
 dinov2_vits14.safetensors, is not in --weights have a row that says so. The table is printed at the end, and with --steps=0
@@ -11,6 +12,7 @@ alone: of what there is.
 """
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -30,14 +32,15 @@ episodes = 400          # recorded of each
 steps = 500             # of training
 questions = 100         # for the planner
 seed = 1
+ahead = ''              # also goals so many environment steps ahead, comma-separated: a table of their own
 only = ''               # rows whose name holds one of these words, comma-separated; '' = all
 data.LIMITS |= dict.fromkeys(('steps', 'episodes', 'questions'), (0, 100000))
 data.override(globals(), sys.argv[1:])
 # --------------------------------------------------------------------------------------------------------------------
 
-ENVS = {  # recorded frames, of which every so-manyth is drawn; options of plan.py and of train.py
-    'PushT': (60, 5, '--policy=script', '--warm_std=0.3', '--action=action.relative'),
-    'PointMaze': (150, 10, '', '--goal_steps=50', ''),
+ENVS = {  # recorded frames, of which every so-manyth is drawn, and how far goals are ahead; options of plan.py and of train.py
+    'PushT': (60, 5, 25, '--policy=script', '--warm_std=0.3', '--action=action.relative'),
+    'PointMaze': (150, 10, 50, '', '', ''),
 }
 PATCHES = 'dinov2_vits14 --layer=8 --frame_height=112'       # 8 x 8 tokens
 ROWS = {  # the encoder and options of train.py
@@ -55,6 +58,7 @@ ROWS = {  # the encoder and options of train.py
 }
 SEARCH = '--samples=32', '--iterations=2', '--elites=5', '--state_weight=0', '--blind_episodes=1'
 rows_file = f'{folder}/rows.jsonl'
+ahead_file = f'{folder}/ahead.jsonl'
 
 
 def run(script, *options):
@@ -65,9 +69,19 @@ def run(script, *options):
             sys.exit(f'{name}: its last command has failed')
 
 
+def closed_loop(env, name, goal_steps):
+    """What plan.py measures, {method: numbers}."""
+    plans = ENVS[env][4]
+    out = f'{folder}/{env} {name}'
+    run('plan.py', f'--ckpt={out}/ckpt.safetensors', f'--env={ROOT}/tests/simulators.py:{env}', f'--episodes={questions}',
+        f'--seed={seed}', f'--goal_steps={goal_steps}', plans, *SEARCH, f'--out_dir={out}')
+    with open(f'{out}/plan.json') as f:
+        return json.load(f)['methods']
+
+
 def row_of(env, name, given):
     """What is measured of one row, {column: value}."""
-    length, every, acts, plans, learns = ENVS[env]
+    length, every, goal_steps, acts, _, learns = ENVS[env]
     encoder, *more = given.split()
     path = f'{weights}/{encoder.removesuffix("_cls")}.safetensors'
     if encoder != 'pixels' and not os.path.isfile(path):
@@ -97,10 +111,7 @@ def row_of(env, name, given):
     for h in '1', '5', '10', '20':
         pair = errors['model'][h], errors['repeat'][h]
         row[f'error {h}'] = pair[0] / pair[1] if None not in pair else None
-    run('plan.py', f'--ckpt={out}/ckpt.safetensors', f'--env={ROOT}/tests/simulators.py:{env}', f'--episodes={questions}',
-        f'--seed={seed}', plans, *SEARCH, f'--out_dir={out}')
-    with open(f'{out}/plan.json') as f:
-        plan = json.load(f)['methods']
+    plan = closed_loop(env, name, goal_steps)
     row |= {key: plan['model'][key] for key in ('success_end', 'success_ever', 'ci95', 'seconds_per_plan')}
     row['random'] = plan['random']['success_end']
     net, config = model.load(f'{out}/ckpt.safetensors')
@@ -134,11 +145,23 @@ def table(rows):
               f'{row["encode"]:.1f}, {row["imagine"]:.1f} |')
 
 
+def table_ahead(rows):
+    print('\n| success at the end, ever | goal steps ahead | model | random |\n' + '|---' * 4 + '|')
+    for row in rows:
+        print(f'| {row["env"]}, {row["name"]} | {row["ahead"]} | {row["model"][0]:.2f}, {row["model"][1]:.2f} | '
+              f'{row["random"][0]:.2f}, {row["random"][1]:.2f} |')
+
+
+def stored(path):
+    if not os.path.exists(path):
+        return []
+    with open(path) as f:
+        return [json.loads(line) for line in f]
+
+
 os.makedirs(folder, exist_ok=True)
-done = []
-if os.path.exists(rows_file):
-    with open(rows_file) as f:
-        done = [json.loads(line) for line in f]
+done = stored(rows_file)
+nearer = stored(ahead_file)
 for env in envs.split(','):
     for name, given in ROWS.items():
         wanted = any(word in name for word in only.split(','))
@@ -149,4 +172,18 @@ for env in envs.split(','):
         if 'missing' not in done[-1]:       # its file may come
             with open(rows_file, 'a') as f:
                 f.write(json.dumps(done[-1]) + '\n')
+for row in done:
+    wanted = any(word in row['name'] for word in only.split(',')) and row['env'] in envs.split(',')
+    for n in re.findall('[^,]+', ahead):
+        at = dict(env=row['env'], name=row['name'], ahead=int(n))
+        if not wanted or 'missing' in row or any(at.items() <= other.items() for other in nearer):
+            continue
+        plan = closed_loop(row['env'], row['name'], n)
+        numbers = {method: [plan[method][key] for key in ('success_end', 'success_ever')] for method in ('model', 'random')}
+        nearer.append(at | numbers)
+        print(nearer[-1], flush=True)
+        with open(ahead_file, 'a') as f:
+            f.write(json.dumps(nearer[-1]) + '\n')
 table(done)
+if nearer:
+    table_ahead(nearer)
