@@ -147,9 +147,11 @@ def options(argv, config):
 
 def override(g, argv, presets={}):
     """Set a script's constants, all bool, int, float and str in its globals() g, by argv, see
-    options, after those of the preset that it names, {preset: {name: value}}. Returns them all,
-    {name: value}, to print and to save. What cannot be set, or is out of LIMITS or CHOICES, ends
-    the script with one line."""
+    options, after those of the preset that it names, {preset: {name: value}}; of a file that is
+    imported they stay. Returns them all, {name: value}, to print and to save. What cannot be set,
+    or is out of LIMITS or CHOICES, ends the script with one line."""
+    if g.get('__name__', '__main__') != '__main__':
+        argv = []
     config = {k: v for k, v in g.items() if k[0] != '_' and type(v) in (bool, int, float, str)}
     if '-h' in argv or '--help' in argv:
         print(g['__doc__'], *(f'  --{k}={v}' for k, v in config.items()), sep='\n')
@@ -441,8 +443,9 @@ def seen_otherwise(x, rng):
 
 
 def enlarge(x, side=128):
-    """uint8 (n, 3, H, W) -> the same with every pixel repeated until H is about `side`."""
-    return torch.nn.functional.interpolate(x, scale_factor=max(1, round(side / x.shape[2])))
+    """uint8 (.., H, W) -> the same with every pixel repeated until H is about `side`."""
+    n = max(1, round(side / x.shape[-2]))
+    return x.repeat_interleave(n, dim=-2).repeat_interleave(n, dim=-1)
 
 
 def write_image(path, x):

@@ -12,21 +12,21 @@ Look at what a world model imagines: truth beside imagination, on held-out episo
 Pictures come from the decoder where one has been trained, else from the encoder's inverse (`pixels`
 has one), else they are the leading principal components of the latents as colours.
 """
-import base64
-import contextlib
-import copy
-import functools
 import html
-import http.server
 import json
 import math
 import os
 import secrets
 import sys
 import threading
-import time
-import urllib.parse
+from base64 import b64decode, b64encode
+from contextlib import suppress
+from copy import copy
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from timeit import timeit
 from types import SimpleNamespace
+from urllib.parse import parse_qsl
 
 import data     # before torch: it sets how threads wait
 
@@ -36,10 +36,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import (ViT, add_state, check_steps, clip_noise, components, encode_frames, load,
-                   official, one_line, pictures, read_tensors, restore_encoder, robot_state,
-                   robot_stats, rollout, set_guide, shortcut_loss, standard, unstandard,
-                   write_tensors)
+from model import (IMAGENET, ViT, clip_inputs, clip_noise, encode_frames, official, one_line,
+                   open_run, pictures, raw_latents, read_tensors, robot_state, robot_stats,
+                   rollout, shortcut_loss, standard, write_tensors)
 
 # --------------------------------------------------------------------------------------------------
 ckpt = 'out/ckpt.safetensors'        # or owner/name, of the hub
@@ -75,7 +74,7 @@ noise = 0.0                 # on the latents in training, up to so many of their
                             # what is imagined, which is a little off, decodes well
 device = 'auto'
 dtype = 'auto'              # float32 or bfloat16; auto = bfloat16 where it is fast
-config = data.override(globals(), sys.argv[1:] if __name__ == '__main__' else [])
+config = data.override(globals(), sys.argv[1:])
 # --------------------------------------------------------------------------------------------------
 
 
@@ -95,17 +94,15 @@ class Decoder(nn.Module):
         self.stem = nn.ConvTranspose2d(encoder.dim, channels, cell, cell)
         self.mix = nn.ModuleList(nn.Conv2d(n, n, 3, padding=1) for n in widths)
         self.up = nn.ModuleList(
-            nn.ConvTranspose2d(i, o, 4, 2, 1) for i, o in zip(widths, widths[1:]))
-        self.out = nn.Conv2d(widths[-1], 3 * 4, 3, padding=1)
+            nn.ConvTranspose2d(n, n // 2, 4, 2, 1) for n in widths[:2])
+        self.out = nn.Conv2d(channels // 4, 3 * 4, 3, padding=1)
 
     def forward(self, z):
         x = ((z - self.mean) / self.std).mT.unflatten(2, self.grid)
         x = self.stem(x)                                            # (B, channels, rows, columns)
-        for mix, up in zip(self.mix, self.up):
+        for mix, up in zip(self.mix, [*self.up, self.out]):
             x = up(F.silu(x + mix(F.silu(x))))
-        x = x + self.mix[-1](F.silu(x))
-        x = F.pixel_shuffle(self.out(F.silu(x)), 2)
-        return torch.sigmoid(resize(x, self.side))
+        return torch.sigmoid(resize(F.pixel_shuffle(x, 2), self.side))
 
 
 def resize(x, side):        # not in bfloat16
@@ -118,14 +115,12 @@ class RAE(nn.Module):
     def __init__(self, encoder, state):
         super().__init__()
         width = len(state['patch_embed.bias'])
-        depth = len([key for key in state if key.endswith('norm1.bias')])
+        depth = sum(key.endswith('norm1.bias') for key in state)
         hidden = len(state['blocks.0.mlp.fc1.bias'])
         rows = math.isqrt(state['pos_embed'].shape[1])              # beside the class token
-        self.vit = ViT(width, depth, 16, hidden, False, 0, 1, rows)
-        self.vit.patch_embed = nn.Conv2d(encoder.dim, width, 1)
+        self.vit = ViT(width, depth, 16, hidden, False, 0, 1, rows, 'mae', encoder.dim)
         self.vit.pred = nn.Linear(width, 16 * 16 * 3)
-        ones = {key: v for key, v in self.vit.state_dict().items() if '.ls' in key}     # has none
-        self.vit.load_state_dict(ones | state)
+        self.vit.load_state_dict(state)
         self.encoder = encoder
 
     def forward(self, z):
@@ -139,9 +134,8 @@ class RAE(nn.Module):
         return resize(x * std + mean, (self.encoder.size, self.encoder.width)).clamp(0, 1)
 
 
-RAE_NAMES = {   # what is replaced, from the first line to the last, before model.official
+RAE_NAMES = {   # what is replaced, from the first line to the last, before model.NAMES
     'decoder.': '',
-    'decoder_layers.': 'blocks.',
     'decoder_embed': 'patch_embed',
     'trainable_cls': 'cls',
     'decoder_': '',
@@ -158,18 +152,16 @@ RAE_NAMES = {   # what is replaced, from the first line to the last, before mode
 def rae_state(tensors):
     """The state dict of RAE's ViT from the tensors of its own model.pt, or of diffusers'
     AutoencoderRAE, which also has the encoder and leaves out the positions."""
-    state = {key: v.float() for key, v in tensors.items() if not key.startswith(('encoder', '_'))}
-    for old, new in RAE_NAMES.items():
-        state = {key.replace(old, new): v for key, v in state.items()}
-    state = official(state)
+    state = {key: v for key, v in tensors.items() if not key.startswith(('encoder', '_'))}
+    state = official(state, RAE_NAMES)
     state['patch_embed.weight'] = state['patch_embed.weight'][..., None, None]
     if 'pos_embed' not in state:        # waves of the column, then of the row
         rows = tensors['_latents_mean'].shape[-1]
         n = len(state['norm.bias']) // 4
-        angle = torch.outer(torch.arange(rows), 1e-4 ** (torch.arange(n) / n))
-        waves = torch.cat((angle.sin(), angle.cos()), dim=1)
-        place = torch.cat((waves.repeat(rows, 1), waves.repeat_interleave(rows, dim=0)), dim=1)
-        state['pos_embed'] = F.pad(place, (0, 0, 1, 0))[None]
+        place = torch.ones(rows, rows).nonzero().flip(1)[..., None]         # (N, 2, 1)
+        angle = place * 1e-4 ** (torch.arange(n) / n)
+        waves = torch.cat((angle.sin(), angle.cos()), dim=2).flatten(1)
+        state['pos_embed'] = F.pad(waves, (0, 0, 1, 0))[None]
     return state
 
 
@@ -196,8 +188,6 @@ def load_decoder(folder, encoder, device, path='', kind='conv'):
     return net.to(device)
 
 
-# the numbers of VGG16's convolutions, stage by stage
-VGG16 = (0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28)
 LPIPS = (       # VGG16, and heads
     'https://download.pytorch.org/models/vgg16-397923af.pth',
     'https://github.com/richzhang/PerceptualSimilarity/raw/'
@@ -229,18 +219,21 @@ def load_perceptual(device):
 def perceptual_distance(weights, x, y):
     """LPIPS (n,) of frames x and y (n, 3, H, W) in [0, 1], version 0.1 (arXiv:1801.03924): where
     the unit vectors of VGG16's features differ."""
-    mean, std = x.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
+    mean, std = x.new_tensor(IMAGENET)[..., None, None]
     pair = [(v - mean) / std for v in (x, y)]       # apart: no gradient is wanted of one
     distance = 0
-    for i, stage in enumerate(VGG16):
+    number = 0      # of a layer, ReLU and pooling counted
+    for i, depth in enumerate((2, 2, 3, 3, 3)):     # convolutions of VGG16's stages
         if i:
             pair = [F.max_pool2d(v, 2) for v in pair]
-        for number in stage:
+            number += 1
+        for _ in range(depth):
             layer = weights[f'features.{number}.weight'], weights[f'features.{number}.bias']
             pair = [F.conv2d(v, *layer, padding=1).relu() for v in pair]
-        a, b = (F.normalize(v, eps=1e-10) for v in pair)
+            number += 2
+        a, b = map(F.normalize, pair)
         d = F.conv2d((a - b).square(), weights[f'lin{i}.model.1.weight'])
-        distance = distance + d.mean(dim=(1, 2, 3))
+        distance += d.mean(dim=(1, 2, 3))
     return distance
 
 
@@ -260,46 +253,46 @@ def ssim(x, y):
     return (alike / (means + 1e-4) / (variances + 9e-4)).mean()
 
 
-def tell_quality(by, ways, weights):
-    """Print how near pictures {what they are: uint8 (n, 3, H, W)} are to the camera's, on average
-    over frames."""
+def tell_quality(ways):
+    """Print how near pictures {what they are: (n, 1, 3, H, W) in [0, 1]} are to the camera's, on
+    average over n."""
+    by = 'decoder' if decode else f'inverse of {encode.name}'
+    truth = ways.pop('camera')
     measures = {'PSNR, dB,': psnr, 'SSIM': ssim}
     if weights:
-        measures['LPIPS'] = functools.partial(perceptual_distance, weights)
-    truth, *others = (v[:, None].to(device).float() / 255 for v in ways.values())
+        measures['LPIPS'] = partial(perceptual_distance, weights)
     for name, measure in measures.items():
         said = [f'{way} {sum(map(measure, truth, x)).item() / len(x):.3f}'
-                for way, x in zip([*ways][1:], others)]
+                for way, x in ways.items()]
         print(f'{name} through the {by}: {", ".join(said)}')
 
 
 def open_clips(model, trained, encode):
-    """What a checkpoint is looked at with: clips as in training, and of which kind."""
-    kind = 'unlabelled'
-    action = 'none'
-    if model.config['action_dim'] and (labelled or trained['labelled'] and not unlabelled):
-        kind = 'labelled'
-        action = trained['action']
-    sets = data.open_sets(labelled or unlabelled or trained[kind], trained['camera'], action,
-                          trained['fps'], trained['action_mode'], trained['rotation'],
-                          trained['cache_gb'], trained['state'] if kind == 'labelled' else '')
-    known = sets if kind == 'labelled' else []
-    clips = data.Clips(known, [] if known else sets, trained['frames'], trained['frameskip'],
-                       (encode.size, encode.width), 1, 1.0, trained['val_share'])
-    for i, ds in enumerate(known):      # normalised as in training, whatever is in it
-        mean, std, *_ = robot_stats(model.stats, robot if labelled else i, ckpt)
-        if mean.numel() != ds.action_dim * trained['frameskip']:
-            sys.exit(f'--labelled: {ds.name} has actions {clips.A} wide per model step, this robot '
-                     f'of {ckpt} {mean.numel()}: --robot names another')
-        ds.stats['mean'], ds.stats['std'] = (
-            v.flatten()[:ds.action_dim].numpy() for v in (mean, std))
-        if model.config['state_dim']:
-            clips.states[i] = robot_state(model.stats, robot if labelled else i)
-            if ds.state_dim != len(clips.states[i][0]):
-                ds.state_dim = 0        # another robot's: not known
+    """What a checkpoint is looked at with: clips as in training, of one kind."""
+    known = model.config['action_dim'] and (labelled or trained['labelled'] and not unlabelled)
+    options = trained if known else trained | dict(action='none', state='')
+    names = 'camera action fps action_mode rotation cache_gb state'
+    sets = data.open_sets(
+        labelled or unlabelled or trained['labelled' if known else 'unlabelled'],
+        *[options[name] for name in names.split()])
+    clips = data.Clips(sets if known else [], [] if known else sets, trained['frames'],
+                       trained['frameskip'], (encode.size, encode.width), 1, 1.0,
+                       trained['val_share'])
     clips.A = model.stats['a_mean'].shape[1]
     clips.S = model.config['state_dim']
-    return clips, kind
+    for i, ds in enumerate(clips.labelled):     # normalised as in training, whatever is in it
+        width = ds.action_dim * trained['frameskip']
+        number = robot if labelled else i
+        for name, rows in zip(('mean', 'std'), robot_stats(model.stats, number, ckpt)):
+            if rows.numel() != width:
+                sys.exit(f'--labelled: {ds.name} has actions {width} wide per model step, this '
+                         f'robot of {ckpt} {rows.numel()}: --robot names another')
+            ds.stats[name] = rows.flatten()[:ds.action_dim].numpy()
+        if clips.S:
+            clips.states[i] = robot_state(model.stats, number)
+            if ds.state_dim != len(clips.states[i][0]):
+                ds.state_dim = 0        # another robot's: not known
+    return clips
 
 
 def train_decoder(encoder, x, z, autocast, weights):
@@ -308,50 +301,42 @@ def train_decoder(encoder, x, z, autocast, weights):
     world model."""
     torch.manual_seed(seed)
     decoder = Decoder(encoder, channels).to(z.device)
-    decoder.mean.copy_(z.mean(dim=(0, 1)))
-    decoder.std.copy_(z.std(dim=(0, 1)).clamp(min=1e-6))
-    optimizer = torch.optim.AdamW(decoder.parameters(), weight_decay=0.01)
+    decoder.std[:], decoder.mean[:] = torch.std_mean(z, dim=(0, 1))
+    decoder.std.clamp_(min=1e-6)
+    optimizer = torch.optim.AdamW(decoder.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, learning_rate, train_steps + 1, pct_start=0.05)
-    bar = tqdm(range(train_steps), 'decoder', disable=None)
+    bar = tqdm(range(1, train_steps + 1), 'decoder', disable=None)
     for step in bar:
         pick = torch.randint(len(x), (batch_size,))
-        truth = x[pick].to(z.device).float() / 255
-        latents = z[pick.to(z.device)]
-        size = noise * torch.rand(batch_size, 1, 1, device=z.device)
-        latents = latents + size * decoder.std * torch.randn_like(latents)
+        truth = x[pick].to(z.device) / 255
+        latents = z[pick]
+        size = noise * torch.rand_like(latents[:, :1, :1])
+        latents += size * decoder.std * torch.randn_like(latents)
         with autocast:
             y = decoder(latents).float()
         loss = F.mse_loss(y, truth)
         if weights:
             # of a random window of 64 pixels: of the whole picture it would cost more than all else
             top, left = (torch.randint(max(1, n - 63), ()) for n in x.shape[2:])
-            windows = [v[..., top:top + 64, left:left + 64] for v in (y, truth)]
-            loss = loss + lpips * perceptual_distance(weights, *windows).mean()
+            windows = torch.stack((y, truth))[..., top:top + 64, left:left + 64]
+            loss += lpips * perceptual_distance(weights, *windows).mean()
         loss.backward()
         optimizer.step()
         schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        if step % 100 == 99 or step == train_steps - 1:
+        optimizer.zero_grad()
+        if step % 100 == 0 or step == train_steps:
             loss = loss.item()
             if not math.isfinite(loss):
                 sys.exit(f'decoder step {step}: the loss is not finite; nothing has been saved')
-            bar.write(f'decoder step {step + 1}: loss {loss:.5f}')
+            bar.write(f'decoder step {step}: loss {loss:.5f}')
             sys.stdout.flush()
     return decoder
 
 
-def seconds(call):
-    """What a call takes once all is compiled; it returns a tensor."""
-    for _ in range(2):
-        began = time.perf_counter()
-        call().cpu()        # waits for a GPU
-    return time.perf_counter() - began
-
-
 def grey(x):
     """(B, T, H, W) in [0, 1] as uint8 (B, T, 3, H, W)."""
-    return (255 * x).to(torch.uint8).cpu()[:, :, None].expand(-1, -1, 3, -1, -1)
+    return torch.stack([255 * x] * 3, dim=2).to(torch.uint8).cpu()
 
 
 def bars(a, a_mask, side):
@@ -368,14 +353,13 @@ made = {}       # films of this run: what is side by side in them
 def film(name, ways, fps):
     """Write pictures {what they are: uint8 (B, T, 3, H, W)} side by side, a clip a row, as a video,
     and below each other, a frame a column, as one picture."""
-    tiles = torch.stack([*ways.values()], dim=1)                    # (B, ways, T, 3, H, W)
-    tiles = data.enlarge(tiles.flatten(0, 2)).unflatten(0, tiles.shape[:3])
-    video = tiles.permute(2, 3, 0, 4, 1, 5).flatten(4).flatten(2, 3)
+    x = [*map(data.enlarge, ways.values())]
+    # (T, 3, B H, ways W) and (T, 3, B ways H, W)
+    video, column = (torch.cat([*torch.cat(x, dim)], dim=2) for dim in (4, 3))
     path = f'{out_dir}/{name}'
     data.write_video(f'{path}.mp4', video, fps)
-    few = tiles[:, :, ::-(-len(video) // 8)]        # eight at most
-    sheet = few.permute(3, 0, 1, 4, 2, 5).flatten(4).flatten(1, 3)
-    data.write_image(f'{path}.png', sheet)
+    few = [*column[::-(-len(column) // 8)]]         # eight at most
+    data.write_image(f'{path}.png', torch.cat(few, dim=2))
     made[path] = ' | '.join(ways)
     print(f'wrote {path}.mp4 and {name}.png: {made[path]}')
 
@@ -436,37 +420,36 @@ def curve(title, lines, x_label):
 def table(rows):
     out = ''
     for row in rows:
-        cells = [html.escape(str(v)) for v in row]
+        cells = map(html.escape, map(str, row))
         out += f'<tr><td>{"<td>".join(cells)}'
     return f'<div class="wide"><table>{out}</table></div>'
 
 
 def shown(make, path):
-    """make(path), which is HTML; a sentence where there is no such file, or a damaged one."""
+    """make(an open file), which is HTML; a sentence where there is none, or a damaged one."""
     try:
-        return make(path)
+        with data.reading(path), open(path, 'rb') as f:
+            return make(f)
     except data.Bad as error:
         return f'<p>{html.escape(str(error))}</p>'
 
 
-def embedded(path):
+def embedded(f):
     """A film or a picture, in the page itself."""
-    with data.reading(path), open(path, 'rb') as f:
-        content = f.read()
+    content = f.read()
     if len(content) > 8e6:
-        raise data.Bad('has more than 8 MB, too much for this page', path)
-    caption = made.get(path[:-4], 'now beside the goal, of plan.py')
-    content = base64.b64encode(content).decode()
+        raise data.Bad('has more than 8 MB, too much for this page', f.name)
+    caption = made.get(f.name[:-4], 'now beside the goal, of plan.py')
+    content = b64encode(content).decode()
     show = f'video controls muted loop playsinline src="data:video/mp4;base64,{content}"></video'
-    if path.endswith('.png'):
+    if f.name.endswith('.png'):
         show = f'img alt="" src="data:image/png;base64,{content}"'
     return f'<figure class="wide"><{show}><figcaption>{caption}</figcaption></figure>'
 
 
-def training_curves(path):
+def training_curves(f):
     """Figures of what train.py has logged."""
-    with data.reading(path), open(path) as f:
-        log = [json.loads(line) for line in f]
+    log = [*map(json.loads, f)]
     terms = {}
     val = {}
     for entry in log:
@@ -487,19 +470,20 @@ def training_curves(path):
 def level_curve(z, a, a_mask, z_mask, words):
     """A figure of the model's loss of clips z (B, T, N, D), unweighted, all frames at one level."""
     options = dict(objective='diffusion', tau_schedule='uniform', p_past=0.0, p_image=0.0,
-                   p_null=0.0, ramp=False, state_dim=clips.S)
+                   ramp=False, state_dim=clips.S)
     noise = clip_noise(z, range(len(z)))
+    noise.null[:] = 1       # nothing is hidden, of actions and of text
     line = []
     for i in range(8):
         noise.tau[:] = i / 8
         with autocast:
             _, metrics = shortcut_loss(model, z, a, a_mask, z_mask, options, noise=noise,
                                        text=words)
-        line.append([metrics[name].item() for name in ('tau', 'flow')])
+        line.append((metrics['tau'].item(), metrics['flow'].item()))
     return curve('Error by signal level, held out', {'model': line}, 'tau: 0 is noise, 1 is clean')
 
 
-def action_curves(clips):
+def action_curves():
     """A figure for each dataset: how often its actions are so far from their mean, in deviations as
     training sees them, which cuts them at 5."""
     out = ''
@@ -507,21 +491,19 @@ def action_curves(clips):
         parts = clips.readable(lambda s, e, *_: torch.from_numpy(ds.rows(e)), [i], clips.train, 32,
                                sys.maxsize)
         lines = {}
-        for j, rows in enumerate(torch.cat(parts).T if parts else []):
-            mean = ds.stats['mean'][j]
-            std = ds.stats['std'][j]
+        columns = torch.cat(parts).T if parts else []
+        for mean, std, rows in zip(ds.stats['mean'], ds.stats['std'], columns):
             off = (rows[rows.isfinite()] - mean) / max(std, 1e-6)
             share = torch.histc(off.clamp(-5, 5), 41, -5, 5) / len(off)
-            lines[f'{j}: {mean:.3g} ± {std:.3g}'] = [
+            lines[f'{len(lines)}: {mean:.3g} ± {std:.3g}'] = [
                 (k / 4 - 5, n) for k, n in enumerate(share.tolist())]
         out += curve(f'Actions of {html.escape(ds.name)}', lines, 'deviations from the mean')
     return out or '<p>These clips have no actions.</p>'
 
 
-def plan_table(path):
+def plan_table(f):
     """What plan.py has left of its closed loop."""
-    with data.reading(path), open(path) as f:
-        plan = json.load(f)
+    plan = json.load(f)
     keys = 'success_end', 'success_ever', 'distance_end', 'seconds_per_plan', 'episodes'
     rows = [('', '95 % from', 'to', *keys)]
     for name, row in plan.pop('methods').items():
@@ -538,27 +520,28 @@ def plan_table(path):
 DREAMS = 8              # that are kept; the oldest goes
 UNDO = 64               # steps that can be taken back
 MOST = 8 << 20          # bytes of a request
-PATHS = '/show', '/begin', '/reset', '/step', '/drive', '/undo', '/goal'
+REQUESTS = [f'POST/{path}' for path in 'show begin reset step drive undo goal'.split()]
 
 
-def open_server(clips, which, decode):
+def open_server(clips, decode):
     """Its serve_forever() serves the page at http://host:server_port. It has what all dreams share;
-    they begin from dataset `which`. about: what the page is told, of actions in the dataset's
+    about: what the page is told, of actions in the dataset's
     units."""
     import plan         # here, as it imports this file
     try:
-        server = http.server.ThreadingHTTPServer((host, port), Visit)
+        server = ThreadingHTTPServer((host, port), Visit)
     except (OSError, UnicodeError) as error:
         sys.exit(f'--host={host} --port={port}: cannot be served there ({one_line(error)})')
-    server.names = [f'{name}:{server.server_port}' for name in (host, 'localhost')]
-    options = plan.config | config | dict(K=1, budget_ms=1000.0)
-    server.planner = planner = plan.Planner(ckpt, options, tell=False)
+    server.names = [        # browsers leave out the port of the web
+        f'{name}:{server.server_port}'.removesuffix(':80') for name in (host, 'localhost')]
+    server.planner = planner = plan.Planner(
+        ckpt, plan.config | config | dict(K=1, budget_ms=1000.0), tell=False)
     server.clips = clips
-    server.which = which
+    server.which = robot if clips.labelled and not labelled else 0      # not another robot's
     server.decode = decode
     server.dreams = {}
     server.lock = threading.Lock()
-    ds = clips.sets[which]
+    ds = clips.sets[server.which]
     c = planner.model.config
     server.about = dict(
         names=planner.action_names, low=planner.a_low[0].tolist(), high=planner.a_high[0].tolist(),
@@ -574,17 +557,15 @@ def look(world, asked):
     clips = world.clips
     T = planner.trained['eval_context']
     if 'upload' in asked:
-        x = data.decode_picture(base64.b64decode(asked['upload']), clips.size)
+        x = data.decode_picture(b64decode(asked['upload']), clips.size)
         z = planner.with_state(planner.latents(x[None].copy()), None)[0]
         return [(z, z.new_zeros(clips.A), z.new_zeros((), dtype=torch.bool))] * T
     ds = clips.sets[world.which]
     e = int(asked.get('episode', 0)) % len(ds.episodes)
     start = int(asked.get('at', 0)) * ds.episodes[e].length // 1001
-    clip = clips.clip(world.which, e, start, next(iter(ds.chosen)), T)
-    z = planner.latents(clip['x'].permute(0, 2, 3, 1))
-    if clips.S:
-        z = add_state(z, clip['s'].to(z))
-    return [*zip(z, clip['a'].to(z), clip['a_mask'].to(z.device))]
+    clip = clips.clip(world.which, e, start, ds.camera, T)
+    z = encode_frames(planner.encoder, clip['x'], planner.autocast)
+    return [*zip(*clip_inputs(clip, z, planner.model.stats))]
 
 
 def past(dream, T):
@@ -595,30 +576,32 @@ def past(dream, T):
     return z, a, a_mask, [frame[0][None] for frame in dream.frames[:-T]]
 
 
-def imagine(world, dream, a, known, K):
+def imagine(dream, asked, a, known):
     """One more frame, after the actions a (A,) of a model step. Each time the model's context is
     computed anew, so that the thousandth costs what the first does."""
-    model = world.planner.model
+    planner = dream.planner
+    model = planner.model
     context = model.config['context']
     z, before, a_mask, gone = past(dream, context)
     a_mask = F.pad(a_mask, (0, 1), value=known)
-    with world.planner.autocast:
-        z = rollout(model, z, torch.cat((before, a[None, None]), dim=1), a_mask, K,
-                    seed=seed + dream.steps, graph=False, gone=gone,
-                    text=data.text_bytes(dream.planner.o.text)[None].to(a.device))
-    frame = z[0, 0], a, a_mask[0, -1]
-    dream.frames = [*dream.frames, frame][-context - model.reach - UNDO:]
+    with planner.autocast:
+        z = rollout(model, z, torch.cat((before, a[None, None]), dim=1), a_mask,
+                    int(asked.get('K', K)), seed=seed + dream.steps, graph=False, gone=gone,
+                    text=data.text_bytes(planner.o.text)[None].to(a.device))
+    frames = [*dream.frames, (z[0, 0], a, a_mask[0, -1])]
+    dream.frames = frames[-context - model.reach - UNDO:]
     dream.steps += 1
     dream.left = min(dream.left + 1, UNDO)
 
 
-def act(planner, dream, asked):
+def act(dream, asked):
     """Actions (A,) of a model step that repeats a row of the dataset, `action` with commas, and
     whether there is one."""
+    planner = dream.planner
     a = torch.zeros_like(dream.frames[0][1])
     if 'action' not in asked:
         return a, False
-    row = torch.tensor([float(x) for x in asked['action'].split(',')])
+    row = torch.tensor([*map(float, asked['action'].split(','))])
     if len(row) != planner.width or not row.isfinite().all():
         raise ValueError(f'action={row}: wants {planner.width} finite numbers')
     a[:planner.used] = planner.normalised(row.clamp(planner.a_low, planner.a_high)).flatten()
@@ -641,48 +624,51 @@ def picture(world, dream, z):
     """That of latents (N, D): red, green and blue of every pixel, in base64."""
     planner = world.planner
     z = torch.stack([first for first, *_ in dream.first] + [z])     # components are of all of them
-    z = unstandard(z[:, :math.prod(planner.encoder.grid)], planner.model.stats)
-    x = pictures(z, planner.encoder, world.decode)[-1]
-    return base64.b64encode(x.permute(1, 2, 0).numpy().tobytes()).decode()
+    x = pictures(raw_latents(planner.model, z), planner.encoder, world.decode)[-1]
+    return b64encode(x.permute(1, 2, 0).numpy().tobytes()).decode()
 
 
 def answer(world, path, asked):
     """What the page shows once the visitor's dream has done as asked, or a new one begun."""
-    dream = world.dreams.get(asked.get('dream'))
+    token = asked.get('dream')
+    dream = world.dreams.get(token)
     if not dream:
         path = '/begin'
-        dream = SimpleNamespace(token=secrets.token_urlsafe(), goal=None, goal_picture='',
-                                planner=copy.copy(world.planner))
+        token = secrets.token_urlsafe()
+        planner = copy(world.planner)
+        planner.o = copy(planner.o)
+        dream = SimpleNamespace(goal=None, goal_picture='', planner=planner)
     if path != '/drive':
         dream.planner.restart()
-    dream.planner.o = SimpleNamespace(**vars(world.planner.o) | dict(text=asked.get('text', text)))
+    dream.planner.o.text = asked.get('text', text)
     if path == '/begin':
         dream.first = look(world, asked)
     if path in ('/begin', '/reset'):
         dream.frames = dream.first
         dream.steps = dream.left = 0        # left: can be taken back
     elif path == '/undo' and dream.left:
-        dream.frames = dream.frames[:-1]
+        dream.frames.pop()
         dream.steps -= 1
         dream.left -= 1
     elif path == '/goal':
         frames = dream.frames if 'here' in asked else look(world, asked)
         dream.goal = frames[-1][0]
         dream.goal_picture = picture(world, dream, dream.goal)
-    elif path in ('/step', '/drive'):
-        a, known = drive(dream) if path == '/drive' else act(world.planner, dream, asked)
-        imagine(world, dream, a, known, int(asked.get('K', K)))
-    world.dreams[dream.token] = dream
+    elif path == '/step':
+        imagine(dream, asked, *act(dream, asked))
+    elif path == '/drive':
+        imagine(dream, asked, *drive(dream))
+    world.dreams[token] = dream
     if len(world.dreams) > DREAMS:
         del world.dreams[next(iter(world.dreams))]
     z, a, known = dream.frames[-1]
     action = world.planner.physical(a)[0].tolist() if known else None
     return world.about | dict(
-        dream=dream.token, picture=picture(world, dream, z), goal=dream.goal_picture,
+        dream=token, picture=picture(world, dream, z), goal=dream.goal_picture,
         action=action, steps=dream.steps, left=dream.left)
 
 
-class Visit(http.server.BaseHTTPRequestHandler):
+class Visit(BaseHTTPRequestHandler):
     """One request."""
     timeout = 60            # of a visitor who sends nothing
 
@@ -693,14 +679,16 @@ class Visit(http.server.BaseHTTPRequestHandler):
         # a name of another site may lead here, too, and its pages may ask
         if name not in self.server.names or self.headers.get('Origin', page) != page:
             return 403, 'wants the address that was printed'
-        if self.command + self.path == 'GET/':
+        request = self.command + self.path
+        if request == 'GET/':
             return 200, PAGE
-        if self.command == 'GET' or self.path not in PATHS:
+        if request not in REQUESTS:
             return 404, 'is not there'
-        length = int(self.headers.get('Content-Length', 0))
+        length = int(self.headers['Content-Length'] or 0)
         if not 0 <= length <= MOST:
             return 413, 'is too large: 6 MB at most'
-        asked = dict(urllib.parse.parse_qsl(self.rfile.read(length).decode(), max_num_fields=9))
+        asked = dict(parse_qsl(self.rfile.read(length).decode(), keep_blank_values=True,
+                               max_num_fields=9))
         with self.server.lock:
             return 200, answer(self.server, self.path, asked)
 
@@ -714,7 +702,7 @@ class Visit(http.server.BaseHTTPRequestHandler):
         if told is not PAGE:
             kind = 'application/json'
             told = json.dumps(told if status == 200 else dict(error=told))
-        with contextlib.suppress(ConnectionError):      # who has left
+        with suppress(ConnectionError):      # who has left
             self.send_response(status)
             self.send_header('Content-Type', kind)
             self.end_headers()
@@ -1005,13 +993,10 @@ if __name__ == '__main__':
     device = data.pick_device(device)
     autocast = data.autocast(device, dtype)
     ckpt = data.checkpoint(ckpt)
-    model, trained = load(ckpt, device)
-    check_steps(K, model.config['k_max'])
-    set_guide(model, guide, text, trained)
-    encode = restore_encoder(trained, model.stats, encoder_path, model.config['grid']).to(device)
+    model, trained, encode = open_run(ckpt, device, K, guide, text, encoder_path)
     folder = os.path.dirname(ckpt) or '.'
     out_dir = out_dir or folder
-    clips, kind = open_clips(model, trained, encode)
+    clips = open_clips(model, trained, encode)
     weights = None
     if lpips and (train or lpips_path) and min(encode.size, encode.width) >= 16:    # VGG16's least
         weights = load_perceptual(device)
@@ -1021,58 +1006,58 @@ if __name__ == '__main__':
         x = clips.sample(-(-train_frames // 16), 16)
         parts = tqdm(x.split(64), 'encoding', disable=None)
         z = torch.cat([encode_frames(encode, part, autocast) for part in parts])
-        path = f'{out_dir}/decoder.safetensors'
-        write_tensors(path, train_decoder(encode, x, z, autocast, weights).state_dict())
-        print('wrote', path)
+        write_tensors(f'{out_dir}/decoder.safetensors',
+                      train_decoder(encode, x, z, autocast, weights).state_dict())
+        print(f'wrote {out_dir}/decoder.safetensors')
     decode = load_decoder(out_dir, encode, device, decoder_path, decoder)
     if play:
-        which = robot if kind == 'labelled' and not labelled else 0     # not another robot's
-        server = open_server(clips, which, decode)
+        server = open_server(clips, decode)
         print(f'http://{host}:{server.server_port} until Ctrl-C', flush=True)
-        with server, contextlib.suppress(KeyboardInterrupt):
+        with server, suppress(KeyboardInterrupt):
             server.serve_forever()
         sys.exit()
 
     context = trained['eval_context']
-    batch = clips.held_out(context + steps, rows)[kind]
+    held_out = clips.held_out(context + steps, rows)
+    if not held_out:
+        sys.exit(f'{", ".join(ds.name for ds in clips.sets)}: no held-out episode can be read')
+    kind, batch = held_out.popitem()
     x = batch['x']                                                      # (B, T, 3, H, W) uint8
-    a = components(batch['a'].to(device), model.stats)
-    a_mask = batch['a_mask'].to(device) & actions
-    words = data.text_bytes(text)[None] if text else batch['text']
-    words = words.to(device)
     B, T = x.shape[:2]
     z_raw = encode_frames(encode, x, autocast)
-    z_true = standard(z_raw, model.stats)
-    if clips.S:
-        z_true = add_state(z_true, batch['s'].to(device))
+    z_true, a, a_mask = clip_inputs(batch, z_raw, model.stats)
+    a_mask = a_mask & actions
+    words = (data.text_bytes(text)[None] if text else batch['text']).to(device)
     z = z_true[:, :context]
 
     def raw(*parts):
         """The encoder's latents (B, T, N, D) of parts of a clip, without the state."""
-        z = torch.cat(parts, dim=1)[:, :, :z_raw.shape[2]]
-        return unstandard(z.float(), model.stats)
+        return raw_latents(model, torch.cat(parts, dim=1))
+
+    imagine_all = partial(rollout, model, z, seed=seed, text=words)
 
     def dream(a, a_mask, K):
         with autocast:
-            return raw(z, rollout(model, z, a, a_mask, K, seed=seed, text=words))
+            return raw(z, imagine_all(a, a_mask, K))
 
     def show(ways):
-        """Pictures of raw latents {what they are: (B, T, N, D)}; in one call, as the colours of
-        principal components only compare within it."""
-        z = torch.stack([*ways.values()])
-        x = pictures(z.flatten(0, 2), encode, decode).unflatten(0, z.shape[:3])
-        return dict(zip(ways, x))
+        """The camera's pictures and those of raw latents {what they are: (B, T, N, D)}; in one
+        call, as the colours of principal components only compare within it."""
+        drawn = pictures(torch.stack([*ways.values()]), encode, decode)
+        return {'camera': x} | dict(zip(ways, drawn))
 
     imagined = dream(a, a_mask, K)
-    ways = {'camera': x} | show({'latents of the camera': z_raw, 'imagined': imagined})
+    ways = show({'latents of the camera': z_raw, 'imagined': imagined})
     note = ''
     if decode or encode.decode:
         still = x[:, context - 1:context].expand_as(x)
-        real = batch['z_mask'] & (torch.arange(T) >= context)
-        future = {way: v[real] for way, v in (ways | {'last frame': still}).items()}
-        tell_quality('decoder' if decode else f'inverse of {encode.name}', future, weights)
-        one = seconds(lambda: pictures(z_raw[0], encode, decode)) / T
-        two = seconds(lambda: dream(a, a_mask, K)) / (B * steps)
+        real = batch['z_mask'][:, context:]
+        future = {way: v[:, context:][real][:, None].to(device) / 255
+                  for way, v in (ways | {'last frame': still}).items()}
+        tell_quality(future)
+        # all is compiled by now
+        one = timeit(lambda: pictures(z_raw[0], encode, decode), number=1) / T
+        two = timeit(lambda: dream(a, a_mask, K).cpu(), number=1) / (B * steps)
         print(f'decoding a frame of {encode.size} x {encode.width} takes {1000 * one:.3g} ms, '
               f'imagining it {1000 * two:.3g} ms')
     else:
@@ -1090,22 +1075,22 @@ if __name__ == '__main__':
     if films:
         k_max = model.config['k_max']
         ways = {f'K = {k}': dream(a, a_mask, k) for k in (1, 4, 64) if k <= k_max}
-        film('steps', {'camera': x} | show(ways), fps)
+        film('steps', show(ways), fps)
         frames = []
         hook = model.register_forward_hook(lambda net, inputs, out: frames.append(inputs[0]))
         with autocast:
-            end = rollout(model, z, a[:, :context + 1], a_mask[:, :context + 1], k_max, seed=seed,
-                          graph=False, text=words)
+            end = imagine_all(a[:, :context + 1], a_mask[:, :context + 1], k_max, graph=False)
         hook.remove()
-        film('denoising', show({'a frame from noise': raw(*frames[1:], end)}), 10)
+        levels = pictures(raw(*frames[1:], end), encode, decode)
+        film('denoising', {'a frame from noise': levels}, 10)
         if kind == 'labelled' and B > 1:
             other = a.roll(B // 2, 0)       # half a turn, as in training's evaluation
             ways = {'imagined': imagined, 'without actions': dream(a, a_mask & False, K),
                     'with those of another clip': dream(other, a_mask, K)}
-            film('actions', {'camera': x} | show(ways), fps)
+            film('actions', show(ways), fps)
     if report:
         encode.decode = decode = None       # from here on pictures are principal components
-        film('pca', {'camera': x} | show({'latents': z_raw, 'imagined': imagined}), fps)
+        film('pca', show({'latents': z_raw, 'imagined': imagined}), fps)
         training = shown(training_curves, f'{folder}/log.jsonl')
         if model.config['objective'] != 'direct':       # which knows no levels
             training += level_curve(z_true, a, a_mask, batch['z_mask'].to(device), words)
@@ -1119,7 +1104,7 @@ if __name__ == '__main__':
 <section><h2>Films</h2><p>{note}</p>{''.join(films)}</section>
 <section><h2>Planning</h2>{shown(plan_table, f'{folder}/plan.json')}
 {shown(embedded, f'{folder}/plan.mp4')}</section>
-<section><h2>Actions</h2>{action_curves(clips)}</section>
+<section><h2>Actions</h2>{action_curves()}</section>
 <section><h2>Configuration</h2>{table(trained.items())}</section>
 ''')
         print(f'wrote {out_dir}/report.html')

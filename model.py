@@ -164,21 +164,23 @@ class ViT(nn.Module):
     first, or to the class token alone (B, 1, width). grid is the side of the square of patches that
     it was trained on (DINOv2's and SigLIP 2's position embedding), or 0: any (DINOv3, rotary like
     V-JEPA 2). layer is the block whose tokens pass through the final norm; later ones are not run.
-    Inside: class token and registers (DINO's), patches."""
-    def __init__(self, width, depth, heads, hidden, gated, registers, patch, grid, family='dino'):
+    Inside: class token and registers (DINO's), patches. family 'mae': as 'dino', no LayerScale;
+    channels: of what it sees, in the place of 3."""
+    def __init__(self, width, depth, heads, hidden, gated, registers, patch, grid, family='dino',
+                 channels=3):
         super().__init__()
         self.patch = patch
         self.grid = grid
         self.family = family
         self.head = width // heads
         eps = 1e-6 if grid else 1e-5
-        dino = family == 'dino'
+        dino = family in ('dino', 'mae')
         learned = grid > 0 and family != 'vjepa2'
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if dino else None
         self.registers = nn.Parameter(torch.zeros(1, registers, width)) if registers else None
         places = grid * grid + 1 if dino else grid * grid
         self.pos_embed = nn.Parameter(torch.zeros(1, places, width)) if learned else None
-        self.patch_embed = nn.Conv2d(3, width, patch, patch)
+        self.patch_embed = nn.Conv2d(channels, width, patch, patch)
         self.blocks = nn.ModuleList(
             ViTBlock(width, heads, hidden, gated, eps, family) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps)
@@ -296,16 +298,16 @@ JOINED = [      # the last: of an MLP without a gate
     ('attn.qkv', 'attn.q attn.k attn.v'), ('mlp.fc1', 'mlp.gate mlp.up'), ('mlp.fc1', 'mlp.up')]
 
 
-def official(state):
+def official(state, names={}):
     """{key: tensor} under ViT's names, from a file of Meta, Hugging Face (as stored or in memory)
-    or timm."""
+    or timm. names: what else is replaced, before NAMES."""
     # a student first: its teacher, which is what publishers give away, replaces it
     keys = sorted(state, key=lambda key: 'student.' not in key)
     state = {re.sub(PREFIX, '', key): state[key] for key in keys}
     if 'reg_token' in state and 'pos_embed' in state:   # timm adds the class token's to it
         state['pos_embed'] = F.pad(state['pos_embed'], (0, 0, 1, 0))
     state = {key: value for key, value in state.items() if not re.match(UNUSED, key)}
-    for old, new in NAMES.items():
+    for old, new in (names | NAMES).items():
         state = {key.replace(old, new): value for key, value in state.items()}
     patch = state.get('patch_embed.weight')
     if patch is not None and patch.dim() == 5:  # V-JEPA 2: of two frames, here the same one twice
@@ -418,6 +420,9 @@ class Pixels(nn.Module):
         return F.fold(x, (self.size, self.width), self.patch, stride=self.patch).clamp(0, 1)
 
 
+IMAGENET = [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]        # mean and deviation of its colours
+
+
 class Encoder(nn.Module):
     """A ViT with the resize and the normalisation that it was trained with."""
     fit = None
@@ -439,7 +444,7 @@ class Encoder(nn.Module):
         for p in vit.parameters():
             digest.update(p.detach().flatten().view(torch.uint8).numpy())
         self.hash = digest.hexdigest()[:16]
-        moments = [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]    # ImageNet's
+        moments = IMAGENET
         if '_sat' in name:
             moments = [[0.430, 0.411, 0.296], [0.213, 0.156, 0.143]]
         if vit.family == 'siglip2':
@@ -1865,10 +1870,24 @@ def unstandard(z, stats):
     return z + stats['z_mean']
 
 
+def raw_latents(model, z):
+    """An encoder's latents (.., N, D), float32, of a model's, without the state."""
+    return unstandard(z[..., :math.prod(model.config['grid']), :].float(), model.stats)
+
+
 def components(a, stats):
     """Normalised actions (.., A) as a model takes them: if it was trained with --action_pca, their
     leading principal components."""
     return a @ stats['a_basis'] if 'a_basis' in stats else a
+
+
+def clip_inputs(clip, z, stats):
+    """What a model sees of a clip or a batch of data.Clips: latents (.., T, N, D) of z, which are
+    its frames' raw ones, with the state where there is one; a (.., T, A); a_mask (.., T)."""
+    z = standard(z, stats)
+    if 's' in clip:
+        z = add_state(z, clip['s'].to(z))
+    return z, components(clip['a'].to(z), stats), clip['a_mask'].to(z.device)
 
 
 def restore_encoder(config, stats, path='', grid=None):
@@ -1893,19 +1912,29 @@ def restore_encoder(config, stats, path='', grid=None):
     return encoder
 
 
+def open_run(path, device, K, guide, text, encoder_path):
+    """model, config of a checkpoint, as load has them, and its encoder, all on the device, or one
+    line: it is to imagine in K steps, as set_guide has it."""
+    model, config = load(path, device)
+    check_steps(K, model.config['k_max'])
+    set_guide(model, guide, text, config)
+    encoder = restore_encoder(config, model.stats, encoder_path, model.config['grid'])
+    return model, config, encoder.to(device)
+
+
 @torch.no_grad()
 def pictures(z, encoder, decoder=None):
-    """Raw latents (n, N, D) as uint8 frames (n, 3, height, width): through a decoder or the
+    """Raw latents (.., N, D) as uint8 frames (.., 3, height, width): through a decoder or the
     encoder's own, else the three leading principal components of all z given, as red, green and
     blue."""
     decode = decoder or encoder.decode
+    frames = z.float().flatten(0, -3)
     if decode:
-        x = torch.cat([decode(part) for part in z.float().split(32)])
+        x = torch.cat([decode(part) for part in frames.split(32)])
     else:
-        tokens = z.float().flatten(0, 1).cpu()
-        x = colours(tokens).view(*z.shape[:2], 3).mT
+        x = colours(frames.flatten(0, 1).cpu()).view(*frames.shape[:2], 3).mT
         x = F.interpolate(x.unflatten(2, encoder.grid), (encoder.size, encoder.width))
-    return (x * 255).round().to(torch.uint8).cpu()
+    return (x * 255).round().to(torch.uint8).cpu().unflatten(0, z.shape[:-2])
 
 
 def colours(z):

@@ -39,10 +39,9 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from decode import load_decoder
-from model import (WorldModel, add_state, channel_weights, check_steps, compile_layers,
-                   cost_weights, distance, encode_frames, half_weights, load, pictures, remember,
-                   restore_encoder, restore_probe, robot_state, robot_stats, rollout, set_guide,
-                   standard, unstandard)
+from model import (WorldModel, add_state, channel_weights, compile_layers, cost_weights, distance,
+                   encode_frames, half_weights, load, open_run, pictures, remember, restore_probe,
+                   robot_state, robot_stats, rollout, standard, unstandard)
 
 # --------------------------------------------------------------------------------------------------
 ckpt = 'out/ckpt.safetensors'        # or owner/name, of the hub
@@ -119,7 +118,7 @@ seed = 0
 device = 'auto'
 dtype = 'auto'          # float32 or bfloat16; auto = bfloat16 where the hardware multiplies it
 compile = False         # torch.compile: up to a minute at the start, for a closed loop
-config = data.override(globals(), sys.argv[1:] if __name__ == '__main__' else [])
+config = data.override(globals(), sys.argv[1:])
 # --------------------------------------------------------------------------------------------------
 
 
@@ -427,13 +426,11 @@ class Planner:
         self.tell = tell
         self.device = data.pick_device(o.device)
         self.autocast = data.autocast(self.device, o.dtype)
-        self.model, self.trained = load(ckpt, self.device)
+        self.model, self.trained, self.encoder = open_run(
+            ckpt, self.device, o.K, o.guide, o.text, o.encoder_path)
         self.model.requires_grad_(False)
         self.check_model(ckpt)
         self.make_fast(self.model)
-        encoder = restore_encoder(self.trained, self.model.stats, o.encoder_path,
-                                  self.model.config['grid'])
-        self.encoder = encoder.to(self.device)
         self.frame_size = self.encoder.size, self.encoder.width
         self.key = self.trained['action'] or 'action'       # the dataset's column
         self.a_mean, self.a_std, self.a_low, self.a_high = robot_stats(
@@ -468,8 +465,6 @@ class Planner:
 
     def check_model(self, ckpt):
         o = self.o
-        check_steps(o.K, self.model.config['k_max'])
-        set_guide(self.model, o.guide, o.text, self.trained)
         if o.method == 'policy' and (o.text or o.guide != 1):
             sys.exit('--method=policy: imagines nothing, it comes without --text and --guide')
         if not self.model.config['action_dim']:
