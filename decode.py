@@ -1081,9 +1081,9 @@ if __name__ == '__main__':
         with autocast:
             end = imagine_all(a[:, :context + 1], a_mask[:, :context + 1], k_max, graph=False)
         hook.remove()
-        levels = pictures(raw(*frames[1:], end), encode, decode)
-        film('denoising', {'a frame from noise': levels}, 10)
-        if kind == 'labelled' and B > 1:
+        film('denoising',
+             {'a frame from noise': pictures(raw(*frames[1:], end), encode, decode)}, 10)
+        if actions and kind == 'labelled' and B > 1:
             other = a.roll(B // 2, 0)       # half a turn, as in training's evaluation
             ways = {'imagined': imagined, 'without actions': dream(a, a_mask & False, K),
                     'with those of another clip': dream(other, a_mask, K)}

@@ -270,8 +270,9 @@ def test_films(trained, demo, tmp_path, capsys):
     assert torch.equal(imagined[:, :2], other[:, :2]) and not torch.equal(imagined[:, 2:], other[:, 2:])
     assert not torch.equal(imagined[:, 2:], without[:, 2:])
     os.remove(tmp_path / 'actions.mp4')
-    script('decode.py', *options, f'--unlabelled={demo[1].partition("=")[2]}')
-    assert not (tmp_path / 'actions.mp4').exists(), 'there are none'
+    for other in f'--unlabelled={demo[1].partition("=")[2]}', '--actions=False':
+        script('decode.py', *options, other)
+        assert not (tmp_path / 'actions.mp4').exists(), 'there are none to change'
 
 
 def test_actions_as_bars():
