@@ -2157,7 +2157,8 @@ class Clips:
         steps from the clip's first frame. Of a clip without actions, from which no policy learns,
         its own first frame."""
         if s not in self.kinds['labelled']:
-            return {name: v[:1] for name, v in clip.items()} | dict(text=clip['text'], left=0)
+            first = {name: v[:1] for name, v in clip.items() if name not in ('p', 'at')}
+            return first | dict(text=clip['text'], left=0)
         steps = np.random.default_rng((*seed, 101)).integers(self.goal_steps) + 1
         end = (self.sets[s].episodes[e].length - 1 - start) // self.frameskip
         left = min(int(clip['z_mask'].sum()) - 1 + int(steps), end)

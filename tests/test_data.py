@@ -1356,6 +1356,9 @@ def test_goals_of_a_batch(sensing):
     for rank in range(2):
         part, whole = clips(3, 4, rank, 2)[5]['goal'], some[5]['goal']
         assert torch.equal(part['left'], whole['left'][4 * rank:][:4]) and torch.equal(part['x'], whole['x'][4 * rank:][:4])
+    probed = clips(3)
+    probed.probed = True
+    assert all(torch.equal(probed[step]['goal']['x'], some[step]['goal']['x']) for step in range(8)), 'whichever clip is the first'
     otherwise, alike = clips(3, augment=1.0)[4], 0
     for x, goal, left in zip(otherwise['x'], otherwise['goal']['x'], otherwise['goal']['left']):
         if left == 0:
