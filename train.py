@@ -376,6 +376,9 @@ if align and not (project == 'learned' and probe):
 if align and align_dynamics and not self_forcing:
     sys.exit(f'--align_dynamics={align_dynamics}: wants --self_forcing above 0, which imagines the '
              'frames, or is to be 0')
+if align and align_dynamics and saved and probe != old['probe']:
+    sys.exit(f'--probe={probe}: {init or ckpt} was aligned to --probe={old["probe"]}; '
+             '--align_dynamics=0 lets it read another')
 config['probe_names'] = ''      # of those that it reads, at the end
 if clips.S and saved and 'z_pair' not in saved.stats:
     sys.exit(f'{init or ckpt}: was made before there was --state, and cannot go on with it')

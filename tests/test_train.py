@@ -147,6 +147,10 @@ def test_aligned_latents_tell_the_state(how, demo, tmp_path, monkeypatch):
     assert torch.equal(weights[2]['stats.z_basis'], weights[1]['stats.z_basis']) and 'align.token.weight' in net.stats
     assert not torch.equal(weights[2]['layers.0.attn.qkv.weight'], weights[1]['layers.0.attn.qkv.weight'])
     assert again['clips'].probed and not others['clips'].probed
+    for other in ['--resume=True', f'--out_dir={tmp_path}/a'], [f'--init={tmp_path}/b/ckpt.safetensors', f'--out_dir={tmp_path}/d']:
+        line = ends('train.py', *options, '--max_steps=6', f'--probe={data.ENVIRONMENT}.tip_x', *other)
+        assert line.startswith(f'--probe={data.ENVIRONMENT}.tip_x: ') and f'aligned to --probe={data.ENVIRONMENT};' in line
+    assert not (tmp_path / 'd').exists()
 
 
 def test_the_term_of_imagined_frames_is_that_of_what_follows(demo, tmp_path, monkeypatch):
