@@ -1127,6 +1127,8 @@ class LeRobot:
                 sys.exit(f'--state={part}: is what a simulator knows, not what a robot senses')
         self.state_numbers, names = self._numbers_of(state, '')
         self.state_names = [name for _, name in names]
+        if len({*self.state_names}) < len(names):       # of several keys, which share some
+            self.state_names = ['.'.join(name) for name in names]
         self.probe_numbers, names = self._numbers_of(probe, NO_PLACE)
         self.probe_names = ['.'.join(name) for name in names]
         self.state_dim = len(self.state_names)

@@ -811,7 +811,8 @@ class Planner:
     def there(self, E, states, goal_state):
         """Which of E robots are at the goal (E,), as --hold has it, and the rows (E, width) that
         let them rest."""
-        still = np.zeros((E, self.width), np.float32)
+        still = np.zeros((E, self.width), np.float32)       # constant numbers stay as they are
+        still = still.clip(self.a_low[0].numpy(), self.a_high[0].numpy())
         if not self.o.hold + self.o.hold_latents:
             return np.zeros(E, bool), still
         now = np.full((E, len(self.s_mean)), np.nan, np.float32)
@@ -1737,6 +1738,10 @@ if __name__ == '__main__':
                  'pictures) or with --watch (a folder of pictures), and --record with none of them')
     if record and goal:
         sys.exit('--record: comes without --goal')
+    if (start_state or goal_state) and not goal:
+        sys.exit('--start_state, --goal_state: come with --goal')
+    if (out or policy != 'random') and not record:
+        sys.exit('--policy, --out: come with --record; a trained policy acts by --method=policy')
     if rest and start:
         sys.exit('--hold, --hold_latents: come with --env or --watch, a plan for two pictures does '
                  'not end')

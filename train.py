@@ -458,6 +458,8 @@ def frames_with_numbers():
     batch = clips.some(1, most, 'labelled', clips.train)
     numbers = batch['p'][:, 0].to(device)
     known = numbers.isfinite().all(dim=1)
+    if not known.any():
+        sys.exit(f'--probe={probe}: no frame has all of them, which --align wants')
     at = batch['at'].to(device)[known]
     near = (at[:, None, :2] == at[:, :2]).all(dim=2)
     near &= (at[:, None, 2] - at[:, 2]).abs() <= 8 * frameskip

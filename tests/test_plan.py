@@ -1049,6 +1049,8 @@ def test_a_robot_that_is_there_rests(sensing, planned):
     assert torch.allclose(planned[1]['z_ctx'][:, -1, :-1], p.latents(x[:, 8:9])[:, 0], atol=1e-5), 'of now'
     for goal, reached in ([0.5, np.nan], True), ([np.nan, 0.5], False), ([np.nan, np.nan], False):
         assert p.there(2, [[far, [0.45, 99]]] * 2, [goal] * 2)[0].tolist() == [reached] * 2
+    p.a_low[:, 1] = p.a_high[:, 1] = 0.03
+    assert np.allclose(p.there(2, [[near]] * 2, wanted)[1], [[0, 0.03]] * 2), 'constant numbers stay as they are, at rest too'
     q = plan.Planner(f'{sensing}/ckpt.safetensors', known | dict(rest='state'), tell=False)
     assert np.allclose(q.act(x[0, :3], goals[0], None, [near] * 3, wanted[0]), near)
     assert not q.there(1, [[[0.5, np.nan]]], [[0.5, np.nan]])[0].any(), 'nobody knows all of where it is'
@@ -1466,6 +1468,8 @@ def test_a_plan_is_shown_through_the_decoder_beside_the_checkpoint(trained, tmp_
 @pytest.mark.parametrize('given, words', [
     (['--ckpt=nowhere.safetensors'], 'nowhere.safetensors: not a readable checkpoint'),
     (['--ckpt={tmp}/cut.safetensors'], 'cut.safetensors: not a readable checkpoint'),
+    (['--goal_state=1,2'], '--start_state, --goal_state: come with --goal'),
+    (['--policy=model'], '--policy, --out: come with --record'), (['--goal={goal}', '--out={tmp}/o'], '--policy, --out: come with --record'),
     (['--start={now}'], '--goal'), (['--watch={tmp}'], '--goal'),
     (['--goal={tmp}/none.png'], 'none.png: not a readable picture'), (['--goal={goal}', '--start_state=1'], '--start_state'),
     (['--goal={tmp}/wide.png'], 'wide.png: is 80 x 40 pixels, --env=demo 64 x 64: wants the same aspect'),

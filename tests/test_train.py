@@ -810,6 +810,9 @@ def test_a_probe_leaves_out_what_does_not_change(tmp_path, capsys):
     script('train.py', f'--labelled={tmp_path}/a,{tmp_path}/b', '--unlabelled=', *SMALL, '--max_steps=1', '--frameskip=1', '--val_share=0.3',
            '--probe=observation.state', f'--out_dir={tmp_path}/o')
     assert 'as they do not change: observation.state.lost, observation.state.stuck' in capsys.readouterr().out
+    assert '--probe=observation.state: no frame has all of them' in ends(
+        'train.py', f'--labelled={tmp_path}/a', '--unlabelled=', *SMALL, '--max_steps=1', '--probe=observation.state', '--channels=2',
+        '--project=learned', '--align=regress', '--align_dynamics=0', f'--out_dir={tmp_path}/p')
     net, config = model.load(tmp_path / 'o/ckpt.safetensors')
     assert config['probe_names'] == 'observation.state.turn.deg' and model.restore_probe(net.stats).turn.tolist() == [360]
     told = json.loads((tmp_path / 'o/log.jsonl').read_text().splitlines()[-1])['probe']['observation.state.turn.deg']['real']
