@@ -371,7 +371,7 @@ if probe and len(probed) != 1:
 probe_names = next(iter(probed), ())
 if project == 'learned' and not channels:
     sys.exit('--project=learned: wants --channels, how many numbers of a token it keeps')
-if align and not (project == 'learned' and probe):
+if align and not saved and not (project == 'learned' and probe):
     sys.exit(f'--align={align}: wants --project=learned, and --probe=.., what it is to tell')
 if align and align_dynamics and not self_forcing:
     sys.exit(f'--align_dynamics={align_dynamics}: wants --self_forcing above 0, which imagines the '

@@ -151,6 +151,9 @@ def test_aligned_latents_tell_the_state(how, demo, tmp_path, monkeypatch):
         line = ends('train.py', *options, '--max_steps=6', f'--probe={data.ENVIRONMENT}.tip_x', *other)
         assert line.startswith(f'--probe={data.ENVIRONMENT}.tip_x: ') and f'aligned to --probe={data.ENVIRONMENT};' in line
     assert not (tmp_path / 'd').exists()
+    tuned = script('train.py', *[o for o in options if '--probe' not in o], '--align_dynamics=0', '--max_steps=1',
+                   f'--init={tmp_path}/b/ckpt.safetensors', f'--out_dir={tmp_path}/d')
+    assert tuned['aligned'] and not tuned['clips'].probed, 'on data without these numbers'
 
 
 def test_the_term_of_imagined_frames_is_that_of_what_follows(demo, tmp_path, monkeypatch):
