@@ -1180,9 +1180,9 @@ def recorded(o):
     o.env = o.record
     check_loop(o)
     planner = Planner(o.ckpt, vars(o), tell=False)
-    if planner.frameskip % o.draw_every:
-        sys.exit(f'--draw_every={o.draw_every}: the planner looks at every '
-                 f'{planner.frameskip}th frame')
+    looks = 1 if o.controller else planner.frameskip
+    if looks % o.draw_every:
+        sys.exit(f'--draw_every={o.draw_every}: the planner looks at every {looks}th frame')
     sim = simulator(o.record, size, key=planner.key)
     demand(o.record, sim, 'restore pose far rest elsewhere asks script')
     check_robot(o, planner, sim)

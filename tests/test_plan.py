@@ -1318,6 +1318,7 @@ def test_what_a_planner_does_is_recorded(acting, tmp_path):
     off = b.rows(0)[0] - a.rows(0)[0]
     assert 0 < np.abs(off).max() and (b.rows(0) <= p.a_high[0].numpy() + 1e-6).all() and (b.rows(1) >= p.a_low[0].numpy() - 1e-6).all()
     for options, words in ((['--draw_every=3'], '--draw_every=3: the planner looks at every 2th frame'),
+                           (['--draw_every=2', '--controller=True'], '--draw_every=2: the planner looks at every 1th frame'),
                            (['--ckpt=/nowhere'], '/nowhere: not a readable')):
         assert words in ends('plan.py', *known, *options, f'--out={tmp_path}/c')
     assert not (tmp_path / 'c').exists()
