@@ -10,7 +10,8 @@ Train a world model on LeRobot datasets.
 
 Leaves out_dir/ckpt.safetensors, out_dir/optim.pt and out_dir/log.jsonl. What clips a step sees does
 not depend on the number of processes: a run may go on with another, but for the last digits of
-sums. torchrun --max-restarts goes on by itself.
+sums and the noise of what --self_forcing and --dream imagine. torchrun --max-restarts goes on by
+itself.
 """
 import copy
 import importlib
