@@ -229,8 +229,9 @@ if fsdp:
 if wandb:
     try:
         tracker = importlib.import_module('wandb')
-    except ImportError:
-        sys.exit(f'--wandb={wandb}: wants: pip install wandb')
+        tracker.login()         # it would be asked for after all else
+    except Exception as error:      # not installed, nobody's, not reached
+        sys.exit(f'--wandb={wandb}: wants: pip install wandb, and wandb login ({one_line(error)})')
 
 
 def say(text):

@@ -1364,6 +1364,9 @@ class Run:
         self.options, self.lines = options, []
     def log(self, entry, step):
         self.lines.append((step, entry))
+def login():
+    if refused:
+        raise ValueError(refused)
 def init(**options):
     runs.append(Run(**options))
     return runs[-1]
@@ -1376,8 +1379,10 @@ def test_wandb_gets_what_the_log_does(demo, tmp_path, monkeypatch):
     assert '--wandb=project: wants: pip install wandb' in ends('train.py', *options, '--max_steps=2')
     assert not (tmp_path / 'o').exists()
     monkeypatch.delitem(sys.modules, 'wandb')
-    (tmp_path / 'wandb.py').write_text(WANDB)
+    (tmp_path / 'wandb.py').write_text('refused = "No API key"' + WANDB)
     monkeypatch.syspath_prepend(tmp_path)
+    assert ends('train.py', *options, '--max_steps=2').endswith('(ValueError: No API key)') and not (tmp_path / 'o').exists()
+    sys.modules['wandb'].refused = ''
     script('train.py', *options, '--max_steps=2')
     script('train.py', *options, '--max_steps=4', '--resume=True')
     script('train.py', *options, '--max_steps=1')           # another run
