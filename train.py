@@ -911,6 +911,12 @@ def relabelled(z, a, a_mask, z_mask):
     return torch.where(some[:, :, None], guess, a), a_mask | some
 
 
+def unmarked_act(*frames):
+    """The policy's actions in the dream, whose mark of guesses no robot can execute."""
+    a = model.act(*frames)
+    return F.pad(a[:, :-1], (0, 1)) if relabel else a
+
+
 def averaged(values):
     """{name: 0-d tensor}, the means over all processes."""
     total = torch.stack([*values.values()]).float()
@@ -1098,7 +1104,7 @@ while step < max_steps and not stop:
                     text=told)
             z, a, a_mask, z_mask = (x[:, P:] for x in (z, a, a_mask, z_mask))   # for all else
             if dreaming and dream_steps:
-                error = dream_errors(ema_model, model.act, z, a, known[i:i + few], z_mask,
+                error = dream_errors(ema_model, unmarked_act, z, a, known[i:i + few], z_mask,
                                      eval_context, dream_steps, goal_weight, first + i,
                                      seed=hash((seed, step, row, 2)) % 2 ** 63)
                 error = (error * counted['dream'][i:i + few]).sum()

@@ -1000,6 +1000,10 @@ def test_clips_without_actions_get_the_policys(demo, tmp_path, monkeypatch):
             assert torch.equal(a_mask[without][given][:, 1:], z_mask[without][given][:, 1:]) and not a_mask[without][:, 0].any()
             assert not a[~a_mask].any() or torch.equal(a[~a_mask], b[~a_mask])
         assert low <= named <= high
+    g = script('train.py', *options, '--relabel=1.0', '--dream=0.5', f'--out_dir={tmp_path}/dream')
+    z, *_ = g['normalised'](g['clips'][0])
+    acts = g['model'].act(z[:, 0], z[:, 1], z[:, -1], torch.full((len(z),), 3))
+    assert acts[:, :-1].all() and not acts[:, -1].any(), 'nor does it learn in the dream that marks change what is imagined'
     a, b, plain = (safetensors.torch.load_file(tmp_path / share / 'ckpt.safetensors') for share in ('0.5', '1.0', '0.0'))
     assert all(torch.equal(a[k], b[k]) == k.removeprefix('ema.').startswith('policy.') for k in a if k.endswith(('in.weight', 'out.weight')) and 's_' not in k)
     begin = f'--init={tmp_path}/0.0/ckpt.safetensors', '--warmup=0', '--learning_rate=0', '--max_steps=1', '--save_interval=1'
