@@ -450,7 +450,7 @@ class Planner:
         self.reader = restore_probe(self.model.stats)
         names = self.trained['probe_names'].split(',')
         self.own = [i for i, name in enumerate(names) if name.startswith('observation.state.')]
-        if o.hold and not (o.rest and (self.S or self.own)):
+        if o.hold and not (o.rest and (len(self.s_mean) or self.own)):
             sys.exit(f'--hold={o.hold}: wants --rest, and a model that was trained with --state or '
                      '--probe=observation.state')
         if o.hold_latents and not (o.rest and 'z_pair' in self.model.stats):

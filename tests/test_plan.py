@@ -1029,7 +1029,7 @@ def test_the_planner_is_told_the_state(sensing, planned):
     assert alone.shape == (2,) and torch.allclose(planned[-1]['z_ctx'][0], planned[0]['z_ctx'][0], atol=1e-5)
 
 
-def test_a_robot_that_is_there_rests(sensing, planned):
+def test_a_robot_that_is_there_rests(sensing, planned, tmp_path):
     """Each on its own, for whole steps of the model; what was planned before is not done afterwards."""
     known = plan.config | SMALL_SEARCH | dict(hold=0.1)
     p = plan.Planner(f'{sensing}/ckpt.safetensors', known | dict(replan=3, rest='zero'), tell=False)
@@ -1054,6 +1054,9 @@ def test_a_robot_that_is_there_rests(sensing, planned):
     q = plan.Planner(f'{sensing}/ckpt.safetensors', known | dict(rest='state'), tell=False)
     assert np.allclose(q.act(x[0, :3], goals[0], None, [near] * 3, wanted[0]), near)
     assert not q.there(1, [[[0.5, np.nan]]], [[0.5, np.nan]])[0].any(), 'nobody knows all of where it is'
+    net, config = model.load(f'{sensing}/ckpt.safetensors')
+    model.save(f'{tmp_path}/ckpt.safetensors', net, config, {}, net.stats | dict(s_width=torch.zeros(1)))
+    assert '--hold=0.1: wants' in ends('plan.py', f'--ckpt={tmp_path}/ckpt.safetensors', '--hold=0.1', '--rest=zero'), 'another robot'
 
 
 def test_a_robot_without_sensors_rests_where_its_probe_reads_the_goal(trained, tmp_path):
