@@ -1130,6 +1130,8 @@ class LeRobot:
                 sys.exit(f'--state={part}: is what a simulator knows, not what a robot senses')
         self.state_numbers, names = self._numbers_of(state, '')
         self.state_names = [name for _, name in names]
+        if len({*self.state_names}) < len(names):       # of several keys, which share some
+            self.state_names = ['.'.join(name) for name in names]
         self.probe_numbers, names = self._numbers_of(probe, NO_PLACE)
         self.probe_names = ['.'.join(name) for name in names]
         self.state_dim = len(self.state_names)
@@ -2160,7 +2162,8 @@ class Clips:
         steps from the clip's first frame. Of a clip without actions, from which no policy learns,
         its own first frame."""
         if s not in self.kinds['labelled']:
-            return {name: v[:1] for name, v in clip.items()} | dict(text=clip['text'], left=0)
+            first = {name: v[:1] for name, v in clip.items() if name not in ('p', 'at')}
+            return first | dict(text=clip['text'], left=0)
         steps = np.random.default_rng((*seed, 101)).integers(self.goal_steps) + 1
         end = (self.sets[s].episodes[e].length - 1 - start) // self.frameskip
         left = min(int(clip['z_mask'].sum()) - 1 + int(steps), end)

@@ -447,7 +447,7 @@ class Planner:
         self.reader = restore_probe(self.model.stats)
         names = self.trained['probe_names'].split(',')
         self.own = [i for i, name in enumerate(names) if name.startswith('observation.state.')]
-        if o.hold and not (o.rest and (self.S or self.own)):
+        if o.hold and not (o.rest and (len(self.s_mean) or self.own)):
             sys.exit(f'--hold={o.hold}: wants --rest, and a model that was trained with --state or '
                      '--probe=observation.state')
         if o.hold_latents and not (o.rest and 'z_pair' in self.model.stats):
@@ -806,7 +806,8 @@ class Planner:
     def there(self, E, states, goal_state):
         """Which of E robots are at the goal (E,), as --hold has it, and the rows (E, width) that
         let them rest."""
-        still = np.zeros((E, self.width), np.float32)
+        still = np.zeros((E, self.width), np.float32)       # constant numbers stay as they are
+        still = still.clip(self.a_low[0].numpy(), self.a_high[0].numpy())
         if not self.o.hold + self.o.hold_latents:
             return np.zeros(E, bool), still
         now = np.full((E, len(self.s_mean)), np.nan, np.float32)
@@ -1175,9 +1176,9 @@ def recorded(o):
     o.env = o.record
     check_loop(o)
     planner = Planner(o.ckpt, vars(o), tell=False)
-    if planner.frameskip % o.draw_every:
-        sys.exit(f'--draw_every={o.draw_every}: the planner looks at every '
-                 f'{planner.frameskip}th frame')
+    looks = 1 if o.controller else planner.frameskip
+    if looks % o.draw_every:
+        sys.exit(f'--draw_every={o.draw_every}: the planner looks at every {looks}th frame')
     sim = simulator(o.record, size, key=planner.key)
     demand(o.record, sim, 'restore pose far rest elsewhere asks script')
     check_robot(o, planner, sim)
@@ -1733,6 +1734,10 @@ if __name__ == '__main__':
                  'pictures) or with --watch (a folder of pictures), and --record with none of them')
     if record and goal:
         sys.exit('--record: comes without --goal')
+    if (start_state or goal_state) and not goal:
+        sys.exit('--start_state, --goal_state: come with --goal')
+    if (out or policy != 'random') and not record:
+        sys.exit('--policy, --out: come with --record; a trained policy acts by --method=policy')
     if rest and start:
         sys.exit('--hold, --hold_latents: come with --env or --watch, a plan for two pictures does '
                  'not end')

@@ -10,7 +10,8 @@ Train a world model on LeRobot datasets.
 
 Leaves out_dir/ckpt.safetensors, out_dir/optim.pt and out_dir/log.jsonl. What clips a step sees does
 not depend on the number of processes: a run may go on with another, but for the last digits of
-sums. torchrun --max-restarts goes on by itself.
+sums and the noise of what --self_forcing and --dream imagine. torchrun --max-restarts goes on by
+itself.
 """
 import copy
 import importlib
@@ -228,8 +229,9 @@ if fsdp:
 if wandb:
     try:
         tracker = importlib.import_module('wandb')
-    except ImportError:
-        sys.exit(f'--wandb={wandb}: wants: pip install wandb')
+        tracker.login()         # it would be asked for after all else
+    except Exception as error:      # not installed, nobody's, not reached
+        sys.exit(f'--wandb={wandb}: wants: pip install wandb, and wandb login ({one_line(error)})')
 
 
 def say(text):
@@ -371,11 +373,14 @@ if probe and len(probed) != 1:
 probe_names = next(iter(probed), ())
 if project == 'learned' and not channels:
     sys.exit('--project=learned: wants --channels, how many numbers of a token it keeps')
-if align and not (project == 'learned' and probe):
+if align and not saved and not (project == 'learned' and probe):
     sys.exit(f'--align={align}: wants --project=learned, and --probe=.., what it is to tell')
 if align and align_dynamics and not self_forcing:
     sys.exit(f'--align_dynamics={align_dynamics}: wants --self_forcing above 0, which imagines the '
              'frames, or is to be 0')
+if align and align_dynamics and saved and probe != old['probe']:
+    sys.exit(f'--probe={probe}: {init or ckpt} was aligned to --probe={old["probe"]}; '
+             '--align_dynamics=0 lets it read another')
 config['probe_names'] = ''      # of those that it reads, at the end
 if clips.S and saved and 'z_pair' not in saved.stats:
     sys.exit(f'{init or ckpt}: was made before there was --state, and cannot go on with it')
@@ -455,6 +460,8 @@ def frames_with_numbers():
     batch = clips.some(1, most, 'labelled', clips.train)
     numbers = batch['p'][:, 0].to(device)
     known = numbers.isfinite().all(dim=1)
+    if not known.any():
+        sys.exit(f'--probe={probe}: no frame has all of them, which --align wants')
     at = batch['at'].to(device)[known]
     near = (at[:, None, :2] == at[:, :2]).all(dim=2)
     near &= (at[:, None, 2] - at[:, 2]).abs() <= 8 * frameskip
@@ -904,6 +911,12 @@ def relabelled(z, a, a_mask, z_mask):
     return torch.where(some[:, :, None], guess, a), a_mask | some
 
 
+def unmarked_act(*frames):
+    """The policy's actions in the dream, whose mark of guesses no robot can execute."""
+    a = model.act(*frames)
+    return F.pad(a[:, :-1], (0, 1)) if relabel else a
+
+
 def averaged(values):
     """{name: 0-d tensor}, the means over all processes."""
     total = torch.stack([*values.values()]).float()
@@ -1091,7 +1104,7 @@ while step < max_steps and not stop:
                     text=told)
             z, a, a_mask, z_mask = (x[:, P:] for x in (z, a, a_mask, z_mask))   # for all else
             if dreaming and dream_steps:
-                error = dream_errors(ema_model, model.act, z, a, known[i:i + few], z_mask,
+                error = dream_errors(ema_model, unmarked_act, z, a, known[i:i + few], z_mask,
                                      eval_context, dream_steps, goal_weight, first + i,
                                      seed=hash((seed, step, row, 2)) % 2 ** 63)
                 error = (error * counted['dream'][i:i + few]).sum()

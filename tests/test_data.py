@@ -1236,6 +1236,12 @@ def test_numbers_without_names_and_odd_keys(sensing, tmp_path):
     assert data.LeRobot(folder, state=STATE).state_names == ['0', '1', '2']        # which x is it?
     d = data.LeRobot(folder, state=f'{STATE}.2,{STATE}.0')
     assert np.array_equal(d.states(0), sensing[1]['a'][0][:, [2, 0]]) and d.state_names == ['2', '0']
+    info['features'][STATE]['names'], info['features']['action']['names'] = ['x', 'y', 'z'], ['x']
+    write_json(folder / 'meta/info.json', info)
+    assert data.LeRobot(folder, state=f'{STATE}.z,action').state_names == ['z', 'x']
+    assert data.LeRobot(folder, state=f'{STATE}.x,action').state_names == [f'{STATE}.x', 'action.x'], 'which x is it?'
+    info['features'][STATE]['names'] = None
+    write_json(folder / 'meta/info.json', info)
     for state in f'{STATE}.pan.pos', f'{STATE}.3', f'{STATE}.0,missing', 'observation.images.top', f'{STATE}.':
         d = data.LeRobot(folder, state=state)
         assert (d.state_dim, d.state_names, d.columns) == (0, [], ['action'])
@@ -1356,6 +1362,9 @@ def test_goals_of_a_batch(sensing):
     for rank in range(2):
         part, whole = clips(3, 4, rank, 2)[5]['goal'], some[5]['goal']
         assert torch.equal(part['left'], whole['left'][4 * rank:][:4]) and torch.equal(part['x'], whole['x'][4 * rank:][:4])
+    probed = clips(3)
+    probed.probed = True
+    assert all(torch.equal(probed[step]['goal']['x'], some[step]['goal']['x']) for step in range(8)), 'whichever clip is the first'
     otherwise, alike = clips(3, augment=1.0)[4], 0
     for x, goal, left in zip(otherwise['x'], otherwise['goal']['x'], otherwise['goal']['left']):
         if left == 0:

@@ -1029,7 +1029,7 @@ def test_the_planner_is_told_the_state(sensing, planned):
     assert alone.shape == (2,) and torch.allclose(planned[-1]['z_ctx'][0], planned[0]['z_ctx'][0], atol=1e-5)
 
 
-def test_a_robot_that_is_there_rests(sensing, planned):
+def test_a_robot_that_is_there_rests(sensing, planned, tmp_path):
     """Each on its own, for whole steps of the model; what was planned before is not done afterwards."""
     known = plan.config | SMALL_SEARCH | dict(hold=0.1)
     p = plan.Planner(f'{sensing}/ckpt.safetensors', known | dict(replan=3, rest='zero'), tell=False)
@@ -1049,9 +1049,14 @@ def test_a_robot_that_is_there_rests(sensing, planned):
     assert torch.allclose(planned[1]['z_ctx'][:, -1, :-1], p.latents(x[:, 8:9])[:, 0], atol=1e-5), 'of now'
     for goal, reached in ([0.5, np.nan], True), ([np.nan, 0.5], False), ([np.nan, np.nan], False):
         assert p.there(2, [[far, [0.45, 99]]] * 2, [goal] * 2)[0].tolist() == [reached] * 2
+    p.a_low[:, 1] = p.a_high[:, 1] = 0.03
+    assert np.allclose(p.there(2, [[near]] * 2, wanted)[1], [[0, 0.03]] * 2), 'constant numbers stay as they are, at rest too'
     q = plan.Planner(f'{sensing}/ckpt.safetensors', known | dict(rest='state'), tell=False)
     assert np.allclose(q.act(x[0, :3], goals[0], None, [near] * 3, wanted[0]), near)
     assert not q.there(1, [[[0.5, np.nan]]], [[0.5, np.nan]])[0].any(), 'nobody knows all of where it is'
+    net, config = model.load(f'{sensing}/ckpt.safetensors')
+    model.save(f'{tmp_path}/ckpt.safetensors', net, config, {}, net.stats | dict(s_width=torch.zeros(1)))
+    assert '--hold=0.1: wants' in ends('plan.py', f'--ckpt={tmp_path}/ckpt.safetensors', '--hold=0.1', '--rest=zero'), 'another robot'
 
 
 def test_a_robot_without_sensors_rests_where_its_probe_reads_the_goal(trained, tmp_path):
@@ -1318,6 +1323,7 @@ def test_what_a_planner_does_is_recorded(acting, tmp_path):
     off = b.rows(0)[0] - a.rows(0)[0]
     assert 0 < np.abs(off).max() and (b.rows(0) <= p.a_high[0].numpy() + 1e-6).all() and (b.rows(1) >= p.a_low[0].numpy() - 1e-6).all()
     for options, words in ((['--draw_every=3'], '--draw_every=3: the planner looks at every 2th frame'),
+                           (['--draw_every=2', '--controller=True'], '--draw_every=2: the planner looks at every 1th frame'),
                            (['--ckpt=/nowhere'], '/nowhere: not a readable')):
         assert words in ends('plan.py', *known, *options, f'--out={tmp_path}/c')
     assert not (tmp_path / 'c').exists()
@@ -1468,6 +1474,8 @@ def test_a_plan_is_shown_through_the_decoder_beside_the_checkpoint(trained, tmp_
 @pytest.mark.parametrize('given, words', [
     (['--ckpt=nowhere.safetensors'], 'nowhere.safetensors: not a readable checkpoint'),
     (['--ckpt={tmp}/cut.safetensors'], 'cut.safetensors: not a readable checkpoint'),
+    (['--goal_state=1,2'], '--start_state, --goal_state: come with --goal'),
+    (['--policy=model'], '--policy, --out: come with --record'), (['--goal={goal}', '--out={tmp}/o'], '--policy, --out: come with --record'),
     (['--start={now}'], '--goal'), (['--watch={tmp}'], '--goal'),
     (['--goal={tmp}/none.png'], 'none.png: not a readable picture'), (['--goal={goal}', '--start_state=1'], '--start_state'),
     (['--goal={tmp}/wide.png'], 'wide.png: is 80 x 40 pixels, --env=demo 64 x 64: wants the same aspect'),

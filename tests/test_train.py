@@ -147,6 +147,13 @@ def test_aligned_latents_tell_the_state(how, demo, tmp_path, monkeypatch):
     assert torch.equal(weights[2]['stats.z_basis'], weights[1]['stats.z_basis']) and 'align.token.weight' in net.stats
     assert not torch.equal(weights[2]['layers.0.attn.qkv.weight'], weights[1]['layers.0.attn.qkv.weight'])
     assert again['clips'].probed and not others['clips'].probed
+    for other in ['--resume=True', f'--out_dir={tmp_path}/a'], [f'--init={tmp_path}/b/ckpt.safetensors', f'--out_dir={tmp_path}/d']:
+        line = ends('train.py', *options, '--max_steps=6', f'--probe={data.ENVIRONMENT}.tip_x', *other)
+        assert line.startswith(f'--probe={data.ENVIRONMENT}.tip_x: ') and f'aligned to --probe={data.ENVIRONMENT};' in line
+    assert not (tmp_path / 'd').exists()
+    tuned = script('train.py', *[o for o in options if '--probe' not in o], '--align_dynamics=0', '--max_steps=1',
+                   f'--init={tmp_path}/b/ckpt.safetensors', f'--out_dir={tmp_path}/d')
+    assert tuned['aligned'] and not tuned['clips'].probed, 'on data without these numbers'
 
 
 def test_the_term_of_imagined_frames_is_that_of_what_follows(demo, tmp_path, monkeypatch):
@@ -806,6 +813,9 @@ def test_a_probe_leaves_out_what_does_not_change(tmp_path, capsys):
     script('train.py', f'--labelled={tmp_path}/a,{tmp_path}/b', '--unlabelled=', *SMALL, '--max_steps=1', '--frameskip=1', '--val_share=0.3',
            '--probe=observation.state', f'--out_dir={tmp_path}/o')
     assert 'as they do not change: observation.state.lost, observation.state.stuck' in capsys.readouterr().out
+    assert '--probe=observation.state: no frame has all of them' in ends(
+        'train.py', f'--labelled={tmp_path}/a', '--unlabelled=', *SMALL, '--max_steps=1', '--probe=observation.state', '--channels=2',
+        '--project=learned', '--align=regress', '--align_dynamics=0', f'--out_dir={tmp_path}/p')
     net, config = model.load(tmp_path / 'o/ckpt.safetensors')
     assert config['probe_names'] == 'observation.state.turn.deg' and model.restore_probe(net.stats).turn.tolist() == [360]
     told = json.loads((tmp_path / 'o/log.jsonl').read_text().splitlines()[-1])['probe']['observation.state.turn.deg']['real']
@@ -990,6 +1000,10 @@ def test_clips_without_actions_get_the_policys(demo, tmp_path, monkeypatch):
             assert torch.equal(a_mask[without][given][:, 1:], z_mask[without][given][:, 1:]) and not a_mask[without][:, 0].any()
             assert not a[~a_mask].any() or torch.equal(a[~a_mask], b[~a_mask])
         assert low <= named <= high
+    g = script('train.py', *options, '--relabel=1.0', '--dream=0.5', f'--out_dir={tmp_path}/dream')
+    z, *_ = g['normalised'](g['clips'][0])
+    acts = g['model'].act(z[:, 0], z[:, 1], z[:, -1], torch.full((len(z),), 3))
+    assert acts[:, :-1].all() and not acts[:, -1].any(), 'nor does it learn in the dream that marks change what is imagined'
     a, b, plain = (safetensors.torch.load_file(tmp_path / share / 'ckpt.safetensors') for share in ('0.5', '1.0', '0.0'))
     assert all(torch.equal(a[k], b[k]) == k.removeprefix('ema.').startswith('policy.') for k in a if k.endswith(('in.weight', 'out.weight')) and 's_' not in k)
     begin = f'--init={tmp_path}/0.0/ckpt.safetensors', '--warmup=0', '--learning_rate=0', '--max_steps=1', '--save_interval=1'
@@ -1354,6 +1368,9 @@ class Run:
         self.options, self.lines = options, []
     def log(self, entry, step):
         self.lines.append((step, entry))
+def login():
+    if refused:
+        raise ValueError(refused)
 def init(**options):
     runs.append(Run(**options))
     return runs[-1]
@@ -1366,8 +1383,10 @@ def test_wandb_gets_what_the_log_does(demo, tmp_path, monkeypatch):
     assert '--wandb=project: wants: pip install wandb' in ends('train.py', *options, '--max_steps=2')
     assert not (tmp_path / 'o').exists()
     monkeypatch.delitem(sys.modules, 'wandb')
-    (tmp_path / 'wandb.py').write_text(WANDB)
+    (tmp_path / 'wandb.py').write_text('refused = "No API key"' + WANDB)
     monkeypatch.syspath_prepend(tmp_path)
+    assert ends('train.py', *options, '--max_steps=2').endswith('(ValueError: No API key)') and not (tmp_path / 'o').exists()
+    sys.modules['wandb'].refused = ''
     script('train.py', *options, '--max_steps=2')
     script('train.py', *options, '--max_steps=4', '--resume=True')
     script('train.py', *options, '--max_steps=1')           # another run
