@@ -217,7 +217,8 @@ class ViT(nn.Module):
             angles = F.pad(angles, (2 * n, self.head - 6 * n))
         else:
             yx = torch.cartesian_prod((y + 0.5) / rows * 2 - 1, (x + 0.5) / columns * 2 - 1)
-            angles = (2 * math.pi * yx[:, :, None] / self.periods.float()).flatten(1)
+            angles = 2 * math.pi * yx[:, :, None] / self.periods.float()
+            angles = angles.flatten(1)
             angles = F.pad(angles, (0, 0, 1 + self.registers.shape[1], 0))
         return angles.cos(), angles.sin()
 
@@ -417,7 +418,8 @@ class Pixels(nn.Module):
     def decode(self, z):
         """The inverse, but for the components left out."""
         x = (z @ self.basis.T + self.mean).mT
-        return F.fold(x, (self.size, self.width), self.patch, stride=self.patch).clamp(0, 1)
+        frames = F.fold(x, (self.size, self.width), self.patch, stride=self.patch)
+        return frames.clamp(0, 1)
 
 
 IMAGENET = [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]        # mean and deviation of its colours
@@ -1327,7 +1329,8 @@ def previous_frames(z, memories=0):
     tau = torch.ones(z.shape[:2], device=z.device)
     tau[:, memories] = 0
     old, z = z.tensor_split([memories], dim=1)
-    z = torch.cat((old, F.pad(z, (0, 0, 0, 0, 1, -1))), dim=1)
+    before = F.pad(z, (0, 0, 0, 0, 1, -1))
+    z = torch.cat((old, before), dim=1)
     return z, tau, torch.ones_like(tau)
 
 
