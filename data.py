@@ -1126,8 +1126,9 @@ class LeRobot:
 
     def _choose_numbers(self, state, probe):
         for part in state.split(','):
-            if part.strip().startswith(ENVIRONMENT):
-                sys.exit(f'--state={part}: is what a simulator knows, not what a robot senses')
+            if part.strip().startswith((ENVIRONMENT, 'action')):
+                sys.exit(f'--state={part}: is what a simulator knows or a robot was told, not what '
+                         'it senses')
         self.state_numbers, names = self._numbers_of(state, '')
         self.state_names = [name for _, name in names]
         if len({*self.state_names}) < len(names):       # of several keys, which share some

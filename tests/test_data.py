@@ -1261,9 +1261,9 @@ def test_names_of_actions(sensing, tmp_path):
     assert data.LeRobot(folder, action=STATE).action_names == ['0', '1', '2']
 
 
-def test_what_a_simulator_knows_is_no_state(sensing):
-    for state in data.ENVIRONMENT, f'{STATE},{data.ENVIRONMENT}', f'{data.ENVIRONMENT}.0':
-        with pytest.raises(SystemExit, match='what a simulator knows, not what a robot senses'):
+def test_what_a_simulator_knows_or_a_robot_was_told_is_no_state(sensing):
+    for state in data.ENVIRONMENT, f'{STATE},{data.ENVIRONMENT}', f'{data.ENVIRONMENT}.0', 'action':
+        with pytest.raises(SystemExit, match='what a simulator knows or a robot was told, not what it senses'):
             data.LeRobot(sensing[0] / 'a', state=state)
 
 

@@ -1059,7 +1059,7 @@ def test_a_mistake_is_one_line_and_nothing_is_written(demo, tmp_path):
             (['--labelled=', '--unlabelled='], 'both empty'),
             (['--camera=wrist'], "has no camera 'wrist', only observation.images.top"),
             (['--state=torque'], '--state=torque: no labelled dataset has it; '),
-            (['--state=observation.environment_state'], 'what a simulator knows, not what a robot senses'),
+            (['--state=observation.environment_state'], 'what a simulator knows or a robot was told, not what it senses'),
             (['--augment=0.5'], '--augment=0.5: wants --cache=False'),
             (['--state=observation.state', '--channels=1'], '--state=observation.state: 2 numbers, a token holds 1'),
             (['--action=torque'], "has no numeric 'torque' to be an action, only action"),
