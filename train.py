@@ -292,6 +292,17 @@ if init:        # what its weights depend on comes with them
     for name in {'policy', 'text'} - given:
         globals()[name] = config[name] = old[name]
 
+if project == 'learned' and not channels:
+    sys.exit('--project=learned: wants --channels, how many numbers of a token it keeps')
+if align and not saved and not (project == 'learned' and probe):
+    sys.exit(f'--align={align}: wants --project=learned, and --probe=.., what it is to tell')
+if align and align_dynamics and not self_forcing:
+    sys.exit(f'--align_dynamics={align_dynamics}: wants --self_forcing above 0, which imagines the '
+             'frames, or is to be 0')
+if align and align_dynamics and saved and probe != old['probe']:
+    sys.exit(f'--probe={probe}: {init or ckpt} was aligned to --probe={old["probe"]}; '
+             '--align_dynamics=0 lets it read another')
+
 # the encoder and the model's shape come first: they are checked before anything is written
 if saved:
     config['encoder_path'] = encoder_path or old['encoder_path']
@@ -371,16 +382,6 @@ if probe and len(probed) != 1:
     sys.exit(f'--probe={probe}: wants the same numbers in all labelled datasets that have them, '
              f'and others than velocities; got {[*probed] or "none"}, where there are {have}')
 probe_names = next(iter(probed), ())
-if project == 'learned' and not channels:
-    sys.exit('--project=learned: wants --channels, how many numbers of a token it keeps')
-if align and not saved and not (project == 'learned' and probe):
-    sys.exit(f'--align={align}: wants --project=learned, and --probe=.., what it is to tell')
-if align and align_dynamics and not self_forcing:
-    sys.exit(f'--align_dynamics={align_dynamics}: wants --self_forcing above 0, which imagines the '
-             'frames, or is to be 0')
-if align and align_dynamics and saved and probe != old['probe']:
-    sys.exit(f'--probe={probe}: {init or ckpt} was aligned to --probe={old["probe"]}; '
-             '--align_dynamics=0 lets it read another')
 config['probe_names'] = ''      # of those that it reads, at the end
 if clips.S and saved and 'z_pair' not in saved.stats:
     sys.exit(f'{init or ckpt}: was made before there was --state, and cannot go on with it')
