@@ -1236,10 +1236,13 @@ def test_numbers_without_names_and_odd_keys(sensing, tmp_path):
     assert data.LeRobot(folder, state=STATE).state_names == ['0', '1', '2']        # which x is it?
     d = data.LeRobot(folder, state=f'{STATE}.2,{STATE}.0')
     assert np.array_equal(d.states(0), sensing[1]['a'][0][:, [2, 0]]) and d.state_names == ['2', '0']
-    info['features'][STATE]['names'], info['features']['action']['names'] = ['x', 'y', 'z'], ['x']
+    info['features'][STATE]['names'] = ['x', 'y', 'z']
+    info['features']['effort'] = info['features']['action'] | dict(names=['x'])
     write_json(folder / 'meta/info.json', info)
-    assert data.LeRobot(folder, state=f'{STATE}.z,action').state_names == ['z', 'x']
-    assert data.LeRobot(folder, state=f'{STATE}.x,action').state_names == [f'{STATE}.x', 'action.x'], 'which x is it?'
+    rows = pq.read_table(folder / 'data/chunk-000/file-000.parquet')
+    pq.write_table(rows.append_column('effort', rows['action']), folder / 'data/chunk-000/file-000.parquet')
+    assert data.LeRobot(folder, state=f'{STATE}.z,effort').state_names == ['z', 'x']
+    assert data.LeRobot(folder, state=f'{STATE}.x,effort').state_names == [f'{STATE}.x', 'effort.x'], 'which x is it?'
     info['features'][STATE]['names'] = None
     write_json(folder / 'meta/info.json', info)
     for state in f'{STATE}.pan.pos', f'{STATE}.3', f'{STATE}.0,missing', 'observation.images.top', f'{STATE}.':
