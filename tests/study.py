@@ -4,7 +4,7 @@ imagination is, and how often plans from pictures alone succeed. All else is equ
 
     python tests/study.py --weights=folder                  # hours on two cores; writes study/
     python tests/study.py --envs=PushT --only=pixels,class --steps=200
-    python tests/study.py --envs=PushT --only=patches,aligned --ahead=3,5,10,15,20,25       # also nearer goals
+    python tests/study.py --envs=PushT --only=patches,aligned --ahead=5,10,15,20      # also nearer goals
 
 A row that is in study/rows.jsonl is not made again, so it can be stopped, started and added to. Encoders whose file, such as
 dinov2_vits14.safetensors, is not in --weights have a row that says so. The table is printed at the end, and with --steps=0
