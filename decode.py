@@ -622,9 +622,9 @@ def drive(dream):
 
 def picture(world, dream, z):
     """That of latents (N, D): red, green and blue of every pixel, in base64."""
-    planner = world.planner
-    z = torch.stack([first for first, *_ in dream.first] + [z])     # components are of all of them
-    x = pictures(raw_latents(planner.model, z), planner.encoder, world.decode)[-1]
+    # the components are of the first frame as well
+    z = torch.stack([z] if world.decode else [dream.first[0][0], z])
+    x = pictures(raw_latents(world.planner.model, z), world.planner.encoder, world.decode)[-1]
     return b64encode(x.permute(1, 2, 0).numpy().tobytes()).decode()
 
 
@@ -1043,8 +1043,8 @@ if __name__ == '__main__':
     def show(ways):
         """The camera's pictures and those of raw latents {what they are: (B, T, N, D)}; in one
         call, as the colours of principal components only compare within it."""
-        drawn = pictures(torch.stack([*ways.values()]), encode, decode)
-        return {'camera': x} | dict(zip(ways, drawn))
+        return {'camera': x} | dict(
+            zip(ways, pictures(torch.stack([*ways.values()]), encode, decode)))
 
     imagined = dream(a, a_mask, K)
     ways = show({'latents of the camera': z_raw, 'imagined': imagined})

@@ -658,6 +658,18 @@ def test_visitors_have_dreams_of_their_own(server):
     assert new['dream'] != b['dream'] and new['steps'] == 0, 'one that is gone begins anew'
 
 
+def test_a_decoder_draws_only_what_is_shown(server, monkeypatch):
+    drawn = []
+
+    def decoder(z):
+        drawn.append(len(z))
+        return torch.zeros(len(z), 3, 64, 64)
+    monkeypatch.setattr(server, 'decode', decoder)
+    dream = ask(server, '/begin')['dream']
+    ask(server, '/step', dream=dream)
+    assert drawn == [1, 1]
+
+
 def test_a_long_dream_costs_what_a_short_one_does(server):
     dream = ask(server, '/begin')['dream']
     pictures, size = [], []
