@@ -36,8 +36,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import (IMAGENET, ViT, clip_inputs, clip_noise, encode_frames, official, one_line,
-                   open_run, pictures, raw_latents, read_tensors, robot_state, robot_stats,
+from model import (IMAGENET, ViT, clip_inputs, clip_noise, encode_frames, encoder_latents,
+                   official, one_line, open_run, pictures, read_tensors, robot_state, robot_stats,
                    rollout, shortcut_loss, standard, write_tensors)
 
 # --------------------------------------------------------------------------------------------------
@@ -624,7 +624,7 @@ def picture(world, dream, z):
     """That of latents (N, D): red, green and blue of every pixel, in base64."""
     # the components are of the first frame as well
     z = torch.stack([z] if world.decode else [dream.first[0][0], z])
-    x = pictures(raw_latents(world.planner.model, z), world.planner.encoder, world.decode)[-1]
+    x = pictures(encoder_latents(world.planner.model, z), world.planner.encoder, world.decode)[-1]
     return b64encode(x.permute(1, 2, 0).numpy().tobytes()).decode()
 
 
@@ -1032,7 +1032,7 @@ if __name__ == '__main__':
 
     def raw(*parts):
         """The encoder's latents (B, T, N, D) of parts of a clip, without the state."""
-        return raw_latents(model, torch.cat(parts, dim=1))
+        return encoder_latents(model, torch.cat(parts, dim=1))
 
     imagine_all = partial(rollout, model, z, seed=seed, text=words)
 

@@ -1873,7 +1873,7 @@ def unstandard(z, stats):
     return z + stats['z_mean']
 
 
-def raw_latents(model, z):
+def encoder_latents(model, z):
     """An encoder's latents (.., N, D), float32, of a model's, without the state."""
     return unstandard(z[..., :math.prod(model.config['grid']), :].float(), model.stats)
 
