@@ -1102,6 +1102,8 @@ class LeRobot:
         keys = keys or [key for key in numeric if key.startswith('action.')]
         if action:
             keys = [] if action == 'none' else [key.strip() for key in action.split(',')]
+        if len({*keys}) < len(keys):
+            sys.exit(f'{action}: names a key twice')
         for key in set(keys) - set(numeric):
             sys.exit(f'{self.root}: has no numeric {key!r} to be an action, only '
                      f'{", ".join(numeric)}')

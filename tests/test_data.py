@@ -555,6 +555,7 @@ def test_action_keys(tmp_path, action, keys):
 def test_action_key_refused(tmp_path, action):
     root = write_v2(tmp_path / 'd', 'v2.0', odd_columns, ODD, (N,))
     says(lambda: data.LeRobot(root, action=action), root, action.split(',')[-1], 'velocity')
+    says(lambda: data.LeRobot(root, action='velocity,action.arm, velocity'), 'velocity: names a key twice')
 
 
 def test_actions_plural(tmp_path):
