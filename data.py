@@ -1426,9 +1426,11 @@ class LeRobot:
         at = self._at(np.arange(e.length))
         parts = [np.zeros((e.length, 0), np.float32)]
         for key, numbers in chosen:
-            if rows[key].shape[1] <= max(numbers):
-                raise Bad(f'{key} has {rows[key].shape[1]} numbers in episode {e.index}, expected '
-                          f'{max(numbers) + 1} or more', self.place(e))
+            has = rows[key].shape
+            wants = int(at[-1]) + 1, max(numbers) + 1
+            if has[0] < wants[0] or has[1] < wants[1]:
+                raise Bad(f'{key} has shape {has} in episode {e.index}, expected {wants} or more',
+                          self.place(e))
             parts.append(rows[key][at][:, numbers])
         x = np.concatenate(parts, axis=1)
         return np.where(np.isfinite(x), x, np.nan)

@@ -2223,6 +2223,17 @@ def test_why_no_action_of_the_hub_can_be_read(hub, tmp_path):
     says(lambda: data.LeRobot('me/made'), 'file-000.parquet', 'action is string, not numbers')
 
 
+def test_states_that_the_hub_lacks(hub, sensing, tmp_path):
+    """Its tables are read when they are drawn: of an episode whose rows are too few nothing is known."""
+    edit_table(f'{shutil.copytree(sensing[0] / "a", tmp_path / "hub/me/sensing")}/{ROWS}', lambda t: t.slice(0, 40))
+    d = data.LeRobot('me/sensing', state=STATE, probe=data.ENVIRONMENT)
+    says(lambda: d.states(2), 'file-000.parquet', r'observation.state has shape (10, 3) in episode 2, expected (21, 3)',
+         error=data.Bad)
+    assert np.isnan(d.probed(2)).all() and np.array_equal(d.states(1), sensing[1]['a'][1])
+    c = data.Clips([d], [], 3, 2, 0, 2, 1.0, 0.25)
+    assert np.allclose(c.states[0][0], np.concatenate([sensing[1]['a'][e] for e in c.train[0] if e < 2]).mean(0))
+
+
 @pytest.mark.parametrize('workers', [0, 2])
 def test_streamed_batches_equal_local_ones(hub, tmp_path, workers):
     local = streamed(tmp_path / 'hub/me/many')
