@@ -262,7 +262,7 @@ def tell_quality(ways):
     if weights:
         measures['LPIPS'] = partial(perceptual_distance, weights)
     for name, measure in measures.items():
-        said = [f'{way} {sum(map(measure, truth, x)).item() / len(x):.3f}'
+        said = [f'{way} {torch.tensor([*map(measure, truth, x)]).mean():.3f}'
                 for way, x in ways.items()]
         print(f'{name} through the {by}: {", ".join(said)}')
 

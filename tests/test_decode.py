@@ -22,7 +22,7 @@ import data
 import decode
 import model
 import plan
-from conftest import SMALL, ends, script
+from conftest import SMALL, ends, script, write_lerobot
 from record_decoders import STEP
 from record_encoders import made_up
 
@@ -302,6 +302,15 @@ def test_held_out_episodes_that_cannot_be_read(trained, tmp_path, capsys, monkey
     monkeypatch.setattr(data.LeRobot, 'clip', damaged)
     said = ends('decode.py', f'--ckpt={trained}/ckpt.safetensors', '--rows=1', '--steps=2', f'--out_dir={tmp_path}/o')
     assert said.endswith('labelled: no held-out episode can be read') and 'left out: damaged' in capsys.readouterr().err
+
+
+def test_episodes_that_are_over_before_anything_is_imagined(trained, tmp_path, capsys):
+    """There is no camera to compare with, but films of what comes after."""
+    frame = data.demo_draw(np.array([[0.3, 0.5, 0.7, 0.6]]))[0]
+    write_lerobot(tmp_path / 'short', 3 * [{'observation.images.top': [frame] * 2, 'task': ''}], 10)
+    script('decode.py', f'--ckpt={trained}/ckpt.safetensors', f'--unlabelled={tmp_path}/short', f'--out_dir={tmp_path}/o',
+           '--rows=1', '--steps=2', '--K=1')
+    assert 'imagined nan, last frame nan' in capsys.readouterr().out and (tmp_path / 'o/rollout.mp4').exists()
 
 
 def test_each_mistake_is_one_line(trained, tmp_path):
