@@ -1937,7 +1937,8 @@ def import_hdf5(root, path, state='', filter_key=''):
                 for i in range(len(rows['actions'][1])):
                     frames = {}
                     vectors = defaultdict(list)
-                    for key, (column, x) in rows.items():
+                    for key in demos[0]:        # each demo may list them in an order of its own
+                        column, x = rows[key]
                         if column == 'image':
                             frames[key.removesuffix('_image')] = x[i]
                         else:

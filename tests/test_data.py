@@ -2712,6 +2712,23 @@ def test_robomimic_keys_and_filter_keys_are_chosen(tmp_path):
     assert d.state_names == [f'lang_emb_{i}' for i in range(9)] + [f'robot0_eef_pos_{i}' for i in range(3)]
 
 
+def test_robomimic_demos_that_list_their_keys_in_other_orders(tmp_path):
+    path = write_demos(tmp_path / 'a.hdf5', [3, 4])
+    import h5py
+    with h5py.File(path) as f, h5py.File(tmp_path / 'b.hdf5', 'w', track_order=True) as other:
+        other.create_group('data').attrs.update(f['data'].attrs)
+        for i, order in ((0, 1), (1, -1)):
+            demo = other.create_group(f'data/demo_{i}', track_order=True)
+            f.copy(f['data'][f'demo_{i}/actions'], demo)
+            obs = demo.create_group('obs', track_order=True)
+            for key in [*f[f'data/demo_{i}/obs']][::order]:
+                f.copy(f[f'data/demo_{i}/obs/{key}'], obs)
+    data.import_hdf5(tmp_path / 'o', tmp_path / 'b.hdf5')
+    d = data.LeRobot(tmp_path / 'o', state='observation.state')
+    assert d.state_names[:3] == [f'robot0_eef_pos_{i}' for i in range(3)]
+    assert np.allclose(d.states(1)[2], [2, 1, 2 / 7, 102, 101])
+
+
 def test_robomimic_without_a_simulator(tmp_path):
     """Its states are empty or dummies, and there is no object."""
     path = write_demos(tmp_path / 'a.hdf5', [3, 4])
