@@ -1334,7 +1334,9 @@ class LeRobot:
         # of two rows for one frame the first
         rows = rows[np.unique(columns['frame_index'][rows], return_index=True)[1]]
         out = {name: values[rows] for name, values in columns.items()}
-        late = np.abs(out['timestamp'] - out['frame_index'] / self.native).max(initial=0)
+        # (n, 1) where they are a state or probed as well
+        late = out['timestamp'].ravel() - out['frame_index'].ravel() / self.native
+        late = np.abs(late).max(initial=0)
         out['odd'] = late > 0.5 / self.native
         if out['odd']:
             warn(f'{self.name}, episode {e.index}: timestamps are up to {late:.3g} s off the grid '
@@ -1357,11 +1359,11 @@ class LeRobot:
         if not self.columns or len(frames) <= e.usable:
             return frames
         rows = self._rows_of(e)
-        ways = [rows['frame_index'].astype(int)]
+        ways = [rows['frame_index'].ravel().astype(int)]
         if rows['odd']:
             shown = self.read(video_times, self.place(e, camera))[frames]
             begin = shown[0] - 0.5 / self.native
-            ways = [np.searchsorted(shown, begin + rows['timestamp']), *ways]
+            ways = [np.searchsorted(shown, begin + rows['timestamp'].ravel()), *ways]
         for way in ways:
             if np.diff(way, prepend=-1, append=len(frames)).min() > 0:
                 return frames[way]

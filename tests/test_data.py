@@ -762,6 +762,19 @@ def test_the_frame_of_a_row(tmp_path, rows, columns, want):
     assert shown(d, 0) == want and d.rows(0)[:, 0].tolist() == [*range(rows)]
 
 
+@pytest.mark.parametrize('state', ['timestamp', 'frame_index', 'timestamp,frame_index'])
+def test_what_numbers_rows_may_be_a_state(tmp_path, capfd, state):
+    columns = dict(frame_index=HOLE, timestamp=np.array(LATER if state == 'timestamp' else HOLE) / 10)
+    root = numbered(tmp_path / 'd', 30, **columns)
+    features = read_json(f'{root}/meta/info.json')['features']
+    numbers = {name: dict(dtype='float32', shape=[1], names=None) for name in columns}
+    d = data.LeRobot(edit_info(root, features=features | numbers), state=state, probe=state)
+    want = np.stack([columns[name] for name in state.split(',')], axis=1)
+    assert np.allclose(d.states(0), want) and np.allclose(d.probed(0), want)
+    assert shown(d, 0) == (LATER if state == 'timestamp' else HOLE)
+    assert ('off the grid' in capfd.readouterr().err) == (state == 'timestamp')
+
+
 def test_rows_in_another_order_or_twice(tmp_path):
     order = np.random.default_rng(0).permutation(40)
     d = data.LeRobot(numbered(tmp_path / 'd', 40, frame_index=order, action=[[i, 0.] for i in order]))
