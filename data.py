@@ -1212,6 +1212,10 @@ class LeRobot:
             warn(f'{self.root}: its metadata list {len(rows) - len(episodes)} episodes again: the '
                  'last entry of each counts')
         self.listed = self.episodes = [episodes[i] for i in sorted(episodes)]
+        self.words = {}         # of tasks, by their numbers, where an episode has several
+        if any(len(e.tasks) > 1 for e in self.listed):
+            for row in self.load('meta/tasks.parquet' if self.v3 else 'meta/tasks.jsonl'):
+                self.words[row['task_index']] = row.get('task', row.get('__index_level_0__'))
 
     def _compare(self):
         """Find how much of every episode is there, name once what differs, drop what has nothing.
@@ -1494,6 +1498,14 @@ class LeRobot:
                 out.append(decode_picture(content, size))
         return torch.from_numpy(np.stack(out)).permute(0, 3, 1, 2)
 
+    def task(self, e, j):
+        """In words, what is done at frame j; of several tasks the row tells which."""
+        if len(e.tasks) > 1:
+            with suppress(Bad, LookupError, ValueError, OverflowError):     # it does not
+                numbers = self._rows_of(e, (*self.columns, 'task_index'))['task_index']
+                return self.words[int(numbers[self._at(j), 0])]
+        return e.tasks[0] if e.tasks else ''
+
     def clip(self, episode, start, T, frameskip, size=0, pixels=True, camera=''):
         """dict(x, a, a_mask, z_mask, task): T model steps of `frameskip` dataset frames each.
 
@@ -1516,7 +1528,7 @@ class LeRobot:
         a_mask[1:real] = np.isfinite(a[1:real]).all(1) & (self.action_dim > 0)
         a[~a_mask] = 0
         clip = dict(a=torch.from_numpy(a), a_mask=torch.from_numpy(a_mask),
-                    z_mask=torch.from_numpy(z_mask), task=e.tasks[0] if e.tasks else '')
+                    z_mask=torch.from_numpy(z_mask), task=self.task(e, start))
         if pixels:
             clip['x'] = self.frames(episode, np.minimum(f, f[real - 1]), size, camera)
         return clip

@@ -2929,3 +2929,28 @@ def test_a_clip_has_the_text_of_its_own_task(tmp_path):
         batch = clips[0]
         want = [tasks[e] for _, e, _, _ in clips.picks(0)]
         assert [bytes(t).rstrip(b'\0').decode() for t in batch['text']] == want and batch['text'].shape == (4, 128)
+
+
+@pytest.mark.parametrize('version', ['v2.1', 'v3.0'])
+def test_an_episode_of_several_tasks(made, tmp_path, version):
+    """Each row has the number of its own; what the metadata list is in no order, as lerobot makes it from a set."""
+    numbers, words = [2, 2, 2, 0, 0] + [1] * 12, ['b', 'c', 'a']
+    if version == 'v3.0':
+        root = shutil.copytree(made, tmp_path / 'd')
+        set_column(f'{root}/{ROWS}', 'task_index', [0] * 30 + numbers + [0] * 41)
+        set_column(f'{root}/meta/episodes/chunk-000/file-000.parquet', 'tasks', [['b'], ['c', 'b', 'a'], ['b']])
+        pq.write_table(pa.table({'task_index': range(3), '__index_level_0__': words}), f'{root}/meta/tasks.parquet')
+    else:
+        root = write_v2(tmp_path / 'd', version)
+        write_json(f'{root}/meta/tasks.jsonl', [dict(task_index=i, task=task) for i, task in enumerate(words)], lines=True)
+        write_json(f'{root}/meta/episodes.jsonl', [dict(episode_index=i, length=n, tasks=['c', 'b', 'a'] if i == 1 else ['b'])
+                                                   for i, n in enumerate(LENGTHS)], lines=True)
+        edit_table(f'{root}/data/chunk-000/episode_000001.parquet', lambda t: t.append_column('task_index', [numbers]))
+    for action in '', 'none':
+        d, half = (data.LeRobot(root, action=action, fps=fps) for fps in (0, 5))
+        assert [d.clip(1, j, 3, 1)['task'] for j in range(17)] == [words[i] for i in numbers]
+        assert [half.clip(1, j, 3, 1)['task'] for j in range(9)] == [words[i] for i in numbers[::2]]
+        assert d.clip(0, 3, 3, 1)['task'] == 'b'
+    (table,) = glob.glob(f'{root}/data/*/*1.parquet') or [f'{root}/{ROWS}']
+    edit_table(table, lambda t: t.drop_columns('task_index'))
+    assert data.LeRobot(root).clip(1, 9, 3, 1)['task'] == 'c'
