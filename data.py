@@ -1852,9 +1852,14 @@ def _shown(path):
         stream.thread_type = 'AUTO'
         start = float(stream.start_time * stream.time_base)
         rate = float(stream.average_rate or 30)
-        for frame in container.decode(stream):
-            duration = frame.duration * frame.time_base or 1 / rate
-            yield frame, (frame.time or start) - start + duration / 2, rate
+        frame = None
+        for after in container.decode(stream):      # a file's durations are of decoding, if any
+            then = (after.time or start) - start
+            if frame:
+                yield frame, (now + then) / 2, rate
+            frame, now = after, then
+        if frame:
+            yield frame, now + (frame.duration * frame.time_base or 1 / rate) / 2, rate
 
 
 def import_videos(root, pattern, fps=0, size=(0, 0)):

@@ -2599,10 +2599,11 @@ def test_rate_of_the_first_video(tmp_path, rate, fps):
     assert d.fps == fps and shown(d, 0) == list(range(40))
 
 
-def test_variable_frame_rate(tmp_path):
+@pytest.mark.parametrize('name, bf', [('a.mp4', '0'), ('a.mp4', '3'), ('a.mkv', '0')])
+def test_variable_frame_rate(tmp_path, name, bf):
     times = [1000 + t for t in (0, 33, 67, 150, 400, 433, 467, 500, 905, 1000)]  # a phone in the dark, and a late start
-    video(tmp_path / 'a.mp4', 10, 30, times=times, bf='0')
-    data.import_videos(tmp_path / 'out', f'{tmp_path}/*.mp4', 10)
+    video(tmp_path / name, 10, 30, times=times, bf=bf)
+    data.import_videos(tmp_path / 'out', f'{tmp_path}/a.*', 10)
     assert shown(data.LeRobot(tmp_path / 'out'), 0) == [0, 2, 3, 4, 4, 7, 7, 7, 8, 8, 9]
 
 
