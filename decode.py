@@ -358,8 +358,8 @@ def film(name, ways, fps):
     video, column = (torch.cat([*torch.cat(x, dim)], dim=2) for dim in (4, 3))
     path = f'{out_dir}/{name}'
     data.write_video(f'{path}.mp4', video, fps)
-    few = [*column[::-(-len(column) // 8)]]         # eight at most
-    data.write_image(f'{path}.png', torch.cat(few, dim=2))
+    # eight frames at most
+    data.write_image(f'{path}.png', torch.cat([*column[::-(-len(column) // 8)]], dim=2))
     made[path] = ' | '.join(ways)
     print(f'wrote {path}.mp4 and {name}.png: {made[path]}')
 
@@ -986,8 +986,8 @@ ask('/show')
 
 
 if __name__ == '__main__':
-    if channels < 16:
-        sys.exit(f'--channels: wants 16 or more, got {channels}')
+    if channels < 16 or not steps:
+        sys.exit(f'--channels={channels} --steps={steps}: want 16 and 1, or more')
     if train and decoder_path or decoder == 'rae' and not decoder_path:
         sys.exit('--decoder=rae: wants --decoder_path, which comes without --train')
     device = data.pick_device(device)

@@ -317,6 +317,7 @@ def test_each_mistake_is_one_line(trained, tmp_path):
     ckpt = f'--ckpt={trained}/ckpt.safetensors'
     assert 'not a readable checkpoint' in ends('decode.py', '--ckpt=none.safetensors')
     assert '--rows: wants 1 or more, got 0' in ends('decode.py', ckpt, '--rows=0')
+    assert '--channels=128 --steps=0: want 16 and 1, or more' in ends('decode.py', ckpt, '--steps=0')
     assert '--K=3' in ends('decode.py', ckpt, '--K=3')
     assert 'no such folder' in ends('decode.py', ckpt, '--labelled=nowhere')
 
