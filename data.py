@@ -1575,7 +1575,7 @@ def weighted(text):
     """
     out = []
     for part in text.split(','):
-        match = re.fullmatch(r'(.+?)(:(\d*\.?\d+))?', part.strip())
+        match = re.fullmatch(r'(.+?)(:(\d*\.?\d+(e[+-]\d+)?))?', part.strip())
         if match:
             out.append((match[1], match[3] and float(match[3])))
     return out
