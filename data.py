@@ -1843,23 +1843,25 @@ class Writer:
 
 
 def _shown(path):
-    """Yield the frames of any video, the seconds from its beginning until halfway to the next
-    frame, and its frames a second."""
+    """Yield the frames of any video, the seconds from the first until halfway to the next frame, and
+    its frames a second."""
     with reading(path), video_stream(open(path, 'rb')).container as container:
         stream = container.streams.video[0]
         if stream.start_time is None:
             raise Bad('no video with times in it')
         stream.thread_type = 'AUTO'
-        start = float(stream.start_time * stream.time_base)
         rate = float(stream.average_rate or 30)
         frame = None
         for after in container.decode(stream):      # a file's durations are of decoding, if any
-            then = (after.time or start) - start
+            then = after.time or 0.0
             if frame:
-                yield frame, (now + then) / 2, rate
+                yield frame, (now + then) / 2 - start, rate
+            else:
+                start = then
             frame, now = after, then
         if frame:
-            yield frame, now + (frame.duration * frame.time_base or 1 / rate) / 2, rate
+            duration = frame.duration * frame.time_base or 1 / rate
+            yield frame, now + duration / 2 - start, rate
 
 
 def import_videos(root, pattern, fps=0, size=(0, 0)):
