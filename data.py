@@ -1586,6 +1586,8 @@ def open_sets(text, *options):
     LeRobot's options."""
     sets = []
     for name, weight in weighted(text):
+        if weight == 0:
+            sys.exit(f'{text}: wants weights above 0')
         sets.append(LeRobot(name, *options))
         sets[-1].weight = weight or 0.0
     if len({ds.weight > 0 for ds in sets}) > 1:

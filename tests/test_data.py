@@ -1548,6 +1548,8 @@ def test_clips_are_shared_out_by_duration_or_weight(mixture):
     assert np.abs(counts(mixed(mixture, 'a:3,b:1', 'c:0.2,d:0.2')) - [.1875, .0625, .375, .375]).max() < 2e-3
     assert np.allclose(counts(mixed(mixture, 'a:1,b:3', '')), [.25, .75])
     says(lambda: mixed(mixture, 'a:3,b'), 'a:3', 'a weight for every dataset')
+    for weights in 'a:0', 'a:0,b:0.0', 'a:0,b:1':
+        says(lambda: mixed(mixture, weights), 'a:0', 'wants weights above 0')
     for weight in 3.0, 0.0001, 0.00001, 1e16:       # as a checkpoint spells them
         assert data.weighted(f'a:{weight},b') == [('a', weight), ('b', None)]
 
