@@ -2477,6 +2477,8 @@ def cache_folder(folder, ds, camera, settings):
         return hashlib.sha256(json.dumps(x, sort_keys=True).encode()).hexdigest()[:12]
 
     settings = settings | dict(camera=camera, fps=float(ds.fps))
+    if ds.ratio != 1:       # then which frames are used depends on where episodes begin
+        settings['frames'] = [e.usable for e in ds.episodes]
     source = ds.hub.repo if ds.hub else ds.root
     name = f'-{camera.rpartition(".")[2]}-{short(settings)}-'
     frames = f'{ds.fingerprint(camera)[:12]}-'

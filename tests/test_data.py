@@ -1865,6 +1865,21 @@ def test_a_cache_of_other_frames_is_refused_by_name(mixture, tmp_path):
     says(lambda: cache(small(root), folder=moved_too), str(moved_too), str(root / 'b'), 'changed')
 
 
+def test_a_cache_of_episodes_that_begin_elsewhere_now(tmp_path):
+    """In the same video; at a lower rate other frames of it are used, if as many."""
+    frames = np.arange(20, 220, 10, np.uint8)[:, None, None, None] * np.ones((16, 16, 3), np.uint8)
+    write_lerobot(tmp_path / 'd', [{TOP: x, 'task': ''} for x in (frames[:10], frames[10:])], 9)
+    for begin in 10, 7:
+        path = tmp_path / 'd/meta/episodes/chunk-000/file-000.parquet'
+        set_column(path, 'length', [begin, 20 - begin])
+        set_column(path, f'videos/{TOP}/from_timestamp', [0, begin / 9])
+        ds = data.LeRobot(tmp_path / 'd', action='none', fps=3)
+        latents = cache(types.SimpleNamespace(sets=[ds]), folder=tmp_path / 'l')
+        for e in range(2):
+            want = Mean()(ds.frames(e, range(ds.episodes[e].length), 16).float() / 255)
+            assert ds.total == 8 and np.allclose(latents[0, e, TOP]['z'], want.detach(), atol=2e-3)
+
+
 def test_damaged_latents_are_one_line(mixture, tmp_path):
     cache(small(mixture), folder=tmp_path)
     header = b"\x93NUMPY\1\0\x10\0{'descr': (      "
