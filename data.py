@@ -1845,8 +1845,8 @@ class Writer:
 
 
 def _shown(path):
-    """Yield the frames of any video, the seconds from the first until halfway to the next frame, and
-    its frames a second."""
+    """Yield the frames of any video, the seconds from the first until halfway to the next frame,
+    and its frames a second."""
     with reading(path), video_stream(open(path, 'rb')).container as container:
         stream = container.streams.video[0]
         if stream.start_time is None:
