@@ -96,6 +96,9 @@ class Decoder(nn.Module):
         self.up = nn.ModuleList(
             nn.ConvTranspose2d(n, n // 2, 4, 2, 1) for n in widths[:2])
         self.out = nn.Conv2d(channels // 4, 3 * 4, 3, padding=1)
+        # its key alone says something: others' latents may have the same shapes
+        of = f'{encoder.name} {encoder.hash[:9]} {encoder.layer} {encoder.pool} {self.side}'
+        self.register_buffer(of, torch.zeros(0))
 
     def forward(self, z):
         x = ((z - self.mean) / self.std).mT.unflatten(2, self.grid)
@@ -271,10 +274,10 @@ def open_clips(model, trained, encode):
     """What a checkpoint is looked at with: clips as in training, of one kind."""
     known = model.config['action_dim'] and (labelled or trained['labelled'] and not unlabelled)
     options = trained if known else trained | dict(action='none', state='')
-    names = 'camera action fps action_mode rotation cache_gb state'
     sets = data.open_sets(
         labelled or unlabelled or trained['labelled' if known else 'unlabelled'],
-        *[options[name] for name in names.split()])
+        *[options[name]
+          for name in 'camera action fps action_mode rotation cache_gb state'.split()])
     clips = data.Clips(sets if known else [], [] if known else sets, trained['frames'],
                        trained['frameskip'], (encode.size, encode.width), 1, 1.0,
                        trained['val_share'])
@@ -449,10 +452,9 @@ def embedded(f):
 
 def training_curves(f):
     """Figures of what train.py has logged."""
-    log = [*map(json.loads, f)]
     terms = {}
     val = {}
-    for entry in log:
+    for entry in map(json.loads, f):
         val = entry.get('val', val)
         for name in 'flow', 'bootstrap', 'self_forcing', 'policy':
             if entry.get(name) is not None:
@@ -525,8 +527,7 @@ REQUESTS = [f'POST/{path}' for path in 'show begin reset step drive undo goal'.s
 
 def open_server(clips, decode):
     """Its serve_forever() serves the page at http://host:server_port. It has what all dreams share;
-    about: what the page is told, of actions in the dataset's
-    units."""
+    about: what the page is told, of actions in the dataset's units."""
     import plan         # here, as it imports this file
     try:
         server = ThreadingHTTPServer((host, port), Visit)
@@ -662,10 +663,10 @@ def answer(world, path, asked):
     if len(world.dreams) > DREAMS:
         del world.dreams[next(iter(world.dreams))]
     z, a, known = dream.frames[-1]
-    action = world.planner.physical(a)[0].tolist() if known else None
     return world.about | dict(
         dream=token, picture=picture(world, dream, z), goal=dream.goal_picture,
-        action=action, steps=dream.steps, left=dream.left)
+        action=world.planner.physical(a)[0].tolist() if known else None, steps=dream.steps,
+        left=dream.left)
 
 
 class Visit(BaseHTTPRequestHandler):
@@ -1061,8 +1062,7 @@ if __name__ == '__main__':
         print(f'decoding a frame of {encode.size} x {encode.width} takes {1000 * one:.3g} ms, '
               f'imagining it {1000 * two:.3g} ms')
     else:
-        note = ('no decoder has been trained (--train=True): pictures are principal components of '
-                'the latents')
+        note = 'no decoder (--train=True): pictures are principal components of the latents'
         print(note)
 
     off = standard(imagined, model.stats) - standard(z_raw, model.stats)

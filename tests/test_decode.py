@@ -102,6 +102,11 @@ def test_a_decoder_is_trained_and_used(trained, tmp_path, capsys):
     with pytest.raises(SystemExit, match='the latents want'):       # a decoder of other latents
         decode.load_decoder(str(tmp_path), model.Pixels(28, 28, 7, dim=12), 'cpu')
     assert encoder.grid == (5, 5)
+    encoder = model.restore_encoder(config, {k: v for k, v in net.stats.items()})
+    assert decode.load_decoder(str(tmp_path), encoder, 'cpu')
+    encoder.layer = 5       # the same shapes, other features
+    with pytest.raises(SystemExit, match='the latents want'):
+        decode.load_decoder(str(tmp_path), encoder, 'cpu')
 
 
 def recorded_state(case, prefix=''):
