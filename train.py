@@ -345,10 +345,13 @@ for ds in sets['labelled']:
                  'name them by --action=..., or give it as --unlabelled')
 if not sets['labelled'] + sets['unlabelled']:
     sys.exit('--labelled and --unlabelled are both empty: there is nothing to learn from')
+rates = {ds.fps for ds in sets['labelled'] + sets['unlabelled']}
+if len(rates) > 1:
+    said = f'the datasets have {rates} frames per second'
+    if not frameskip:
+        sys.exit(f'--frameskip=0: {said}: give --fps as well')
+    say(f'{said}: a step of the model lasts longer in some; --fps makes them alike')
 if not frameskip:
-    rates = {ds.fps for ds in sets['labelled'] + sets['unlabelled']}
-    if len(rates) > 1:
-        sys.exit(f'--frameskip=0: the datasets have {rates} frames per second: give --fps as well')
     frameskip = config['frameskip'] = max(1, round(rates.pop() / 5))
 clips, long_clips = (
     data.Clips(sets['labelled'], sets['unlabelled'], T, frameskip, (encode.size, encode.width),

@@ -1125,6 +1125,20 @@ def test_other_rates_cameras_and_motions(tmp_path):
     assert '--fps' in ends('train.py', *SMALL, *options, '--fps=15', '--max_steps=6', '--resume=True')
 
 
+def test_datasets_of_different_rates_are_told(tmp_path, capsys):
+    x = np.random.default_rng(0).integers(0, 255, (30, 32, 32, 3), np.uint8)
+    for name, keys, fps in ('a', ('action',), 10), ('b', (), 30):
+        write_lerobot(tmp_path / name, [{'observation.images.top': x, 'task': 't'}
+                                             | {key: np.ones((30, 2)) for key in keys} for _ in range(3)], fps)
+    options = (*SMALL, f'--labelled={tmp_path / "a"}', f'--unlabelled={tmp_path / "b"}', '--max_steps=1',
+               f'--out_dir={tmp_path / "o"}')
+    assert 'give --fps' in ends('train.py', *options, '--frameskip=0')
+    script('train.py', *options)
+    assert 'lasts longer in some; --fps' in capsys.readouterr().out
+    script('train.py', *options, '--fps=10', '--frameskip=0', f'--out_dir={tmp_path / "p"}')
+    assert 'lasts longer' not in capsys.readouterr().out
+
+
 def test_bad_episodes_stop_the_run_above_max_bad(demo, tmp_path, capfd):
     root = shutil.copytree(demo[0].partition('=')[2], tmp_path / 'd')
     path = root / 'videos/observation.images.top/chunk-000/file-000.mp4'
