@@ -1681,6 +1681,8 @@ class Writer:
         if os.path.lexists(self.root):
             sys.exit(f'{self.root}: exists already, will not write over it')
         self.root = os.path.normpath(self.root)
+        if weighted(self.root) != [(self.root, None)]:      # no --labelled could name it
+            sys.exit(f'{self.root}: wants a name without a comma, and without :number at its end')
         self.tmp = own_tmp(self.root)
         for left in glob.glob(glob.escape(self.root) + '.*@*.tmp'):
             if not os.path.exists(f'{left}/meta/info.json'):        # which comes last
@@ -2743,6 +2745,8 @@ if __name__ == '__main__':
     if [labelled + unlabelled, videos, hdf5].count('') != 2:
         sys.exit('wants --labelled or --unlabelled, or else --videos or --hdf5 (python data.py '
                  '--help)')
+    if out and not (videos or hdf5) or filter_key and not hdf5:
+        sys.exit('--out comes with --videos or --hdf5, --filter_key with --hdf5')
     if videos or hdf5:
         if not out:
             sys.exit('--out: wants the folder that is to be written')

@@ -2539,6 +2539,8 @@ def test_the_demo_world_is_written_once(tmp_path):
 def test_a_writer_on_a_full_disk(tmp_path):
     (tmp_path / 'file').write_text('')
     says(lambda: data.Writer(tmp_path / 'file/d', 10), f'{tmp_path}/file/d', 'cannot be written')
+    for name in f'{tmp_path}/a,b', f'{tmp_path}/run_12:30', ' d':
+        says(lambda: data.Writer(name, 10), name, 'wants a name')
     for frames in 1, 600:       # at the end, and in between
         with pytest.raises(SystemExit, match='cannot be written'), data.Writer(tmp_path / 'd', 10) as writer:
             with full_disk():
@@ -2734,6 +2736,8 @@ def test_robomimic_demos_become_a_dataset(tmp_path, capfd):
     out = capfd.readouterr().out
     assert f'{tmp_path}/can: 12 episodes' in out and 'state 5\n' in out
     assert 'exists already' in ends('data.py', f'--hdf5={path}', f'--out={tmp_path}/can')
+    assert 'come' in ends('data.py', f'--labelled={tmp_path}/can', f'--out={tmp_path}/new')
+    assert 'come' in ends('data.py', f'--labelled={tmp_path}/can', '--filter_key=train')
 
 
 def test_robomimic_keys_and_filter_keys_are_chosen(tmp_path):
