@@ -2649,8 +2649,9 @@ def test_phones_videos_are_turned_upright(tmp_path, turn, place):
     """place: where the bright stripe of frame 4 is to be found, (row, column)."""
     video(tmp_path / 'a.mp4', 5, turn=turn)
     for size, want in (((0, 0), (64, 48) if turn % 180 else (48, 64)), ((32, 20), (32, 20))):
-        data.import_videos(tmp_path / f'{want}', f'{tmp_path}/*.mp4', 0, size)
-        x = data.LeRobot(tmp_path / f'{want}').frames(0, [4])[0].float().mean(0)
+        out = tmp_path / f'{want[0]} x {want[1]}'
+        data.import_videos(out, f'{tmp_path}/*.mp4', 0, size)
+        x = data.LeRobot(out).frames(0, [4])[0].float().mean(0)
         scale = torch.tensor(want) / torch.tensor((64, 48) if turn % 180 else (48, 64))
         assert tuple(x.shape) == want
         assert (((x > 120).nonzero() + .5).mean(0) / scale - torch.tensor(place)).abs().max() < 2
