@@ -2737,8 +2737,8 @@ def test_robomimic_demos_become_a_dataset(tmp_path, capfd):
     out = capfd.readouterr().out
     assert f'{tmp_path}/can: 12 episodes' in out and 'state 5\n' in out
     assert 'exists already' in ends('data.py', f'--hdf5={path}', f'--out={tmp_path}/can')
-    assert 'come' in ends('data.py', f'--labelled={tmp_path}/can', f'--out={tmp_path}/new')
-    assert 'come' in ends('data.py', f'--labelled={tmp_path}/can', '--filter_key=train')
+    assert '--out comes with' in ends('data.py', f'--labelled={tmp_path}/can', f'--out={tmp_path}/new')
+    assert '--filter_key with' in ends('data.py', f'--labelled={tmp_path}/can', '--filter_key=train')
 
 
 def test_robomimic_keys_and_filter_keys_are_chosen(tmp_path):
