@@ -1965,7 +1965,10 @@ def import_hdf5(root, path, state='', filter_key=''):
                     for key in demos[0]:        # each demo may list them in an order of its own
                         column, x = rows[key]
                         if column == 'image':
-                            frames[key.removesuffix('_image')] = x[i]
+                            camera = key.removesuffix('_image')
+                            if camera in frames:
+                                raise Bad(f'has two cameras {camera}: {camera} and {camera}_image')
+                            frames[camera] = x[i]
                         else:
                             vectors[column] += x[i].ravel().tolist()
                     writer.add(frames, extra=vectors)
@@ -2747,6 +2750,9 @@ if __name__ == '__main__':
                  '--help)')
     if out and not (videos or hdf5) or filter_key and not hdf5:
         sys.exit('--out comes with --videos or --hdf5, --filter_key with --hdf5')
+    unused = given(sys.argv[1:]) & {'cache_dir', 'store', 'encoder', 'encoder_path', 'layer', 'pool'}
+    if unused and not cache:
+        sys.exit(f'--{min(unused)}: comes with --cache=True')
     if videos or hdf5:
         if not out:
             sys.exit('--out: wants the folder that is to be written')

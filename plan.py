@@ -455,6 +455,9 @@ class Planner:
                      'before there was --state')
         if o.rest == 'state' and len(self.s_mean) != self.width:
             sys.exit(f'--rest=state: actions have {self.width} numbers, states {len(self.s_mean)}')
+        if o.rest == 'state' and self.trained['action_mode'] != 'absolute':
+            sys.exit('--rest=state: actions are motions (--action_mode='
+                     f'{self.trained["action_mode"]}), wants --rest=zero')
         self.past = (self.trained['eval_context'] - 1) * self.frameskip + 1
         self.action_names = re.findall('[^,]+', self.told('action_names'))
         self.state_names = re.findall('[^,]+', self.told('state_names'))

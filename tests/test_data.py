@@ -2776,6 +2776,10 @@ def test_robomimic_without_a_simulator(tmp_path):
             f[f'data/demo_{i}/states'] = np.empty((i * n, 0))
     data.import_hdf5(tmp_path / 'o', path)
     assert data.ENVIRONMENT not in read_json(tmp_path / 'o/meta/info.json')['features']
+    with h5py.File(path, 'a') as f:
+        for i in range(2):
+            f[f'data/demo_{i}/obs/agentview'] = f[f'data/demo_{i}/obs/agentview_image'][:]
+    assert 'two cameras agentview: agentview and agentview_image' in ends('data.py', f'--hdf5={path}', f'--out={tmp_path}/x')
 
 
 @pytest.mark.parametrize('changes, options, words', [
@@ -2852,7 +2856,7 @@ def test_command_line_caches_for_training(made, tmp_path, monkeypatch):
     ((), ['--labelled', '--videos']), (('--labelled=a', '--videos=b'), ['--labelled', '--videos']),
     (('--videos=a',), ['--out']), (('--hdf5=a',), ['--out']), (('--hdf5=a', '--videos=b'), ['--hdf5']), (('--workers=-1',), ['--workers: wants 0 or more, got -1']),
     (('--labelled={tmp}/nowhere',), ['nowhere', 'no such folder']),
-    (('--labelled=a', '--store=int4'), ['float16, int8']),
+    (('--labelled=a', '--store=int4'), ['float16, int8']), (('--labelled=a', '--cache_dir=l'), ['--cache_dir: comes with --cache']),
     (('--labelled=a', '--rotation=eular'), ['quat_xyzw', 'eular']),
     (('--labelled=a', '--action_mode=rel'), ['delta_tool']),
     (('--videos={tmp}/*.mp4', '--out={tmp}/o'), ['*.mp4']), (('--vidoes=a',), ['did you mean --videos?'])])

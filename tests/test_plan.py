@@ -1055,6 +1055,8 @@ def test_a_robot_that_is_there_rests(sensing, planned, tmp_path):
     assert np.allclose(q.act(x[0, :3], goals[0], None, [near] * 3, wanted[0]), near)
     assert not q.there(1, [[[0.5, np.nan]]], [[0.5, np.nan]])[0].any(), 'nobody knows all of where it is'
     net, config = model.load(f'{sensing}/ckpt.safetensors')
+    model.save(f'{tmp_path}/m.safetensors', net, config | dict(action_mode='delta'), {}, net.stats)
+    assert 'wants --rest=zero' in ends('plan.py', f'--ckpt={tmp_path}/m.safetensors', '--hold=0.1', '--rest=state'), 'motions'
     model.save(f'{tmp_path}/ckpt.safetensors', net, config, {}, net.stats | dict(s_width=torch.zeros(1)))
     assert '--hold=0.1: wants' in ends('plan.py', f'--ckpt={tmp_path}/ckpt.safetensors', '--hold=0.1', '--rest=zero'), 'another robot'
 
