@@ -2750,7 +2750,7 @@ if __name__ == '__main__':
                  '--help)')
     if out and not (videos or hdf5) or filter_key and not hdf5:
         sys.exit('--out comes with --videos or --hdf5, --filter_key with --hdf5')
-    unused = given(sys.argv[1:]) & {'cache_dir', 'store', 'encoder', 'encoder_path', 'layer', 'pool'}
+    unused = given(sys.argv[1:]) & {*'cache_dir store encoder encoder_path layer pool'.split()}
     if unused and not cache:
         sys.exit(f'--{min(unused)}: comes with --cache=True')
     if videos or hdf5:
