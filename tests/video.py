@@ -100,13 +100,13 @@ def errors(env, out):
     asked[0].stats = units[0].stats         # actions in units of its training
     clips = data.Clips(asked, [], 2, trained['frameskip'], (encode.size, encode.width), 1, 1.0, 0.5)
     clips.A = net.config['action_dim']      # one wider where guesses are marked
-    batch = clips.held_out(22, 64)['labelled']
+    batch = clips.some(22, 100, 'labelled', [range(len(asked[0].episodes))])
     z = model.encode_frames(encode, batch['x'], data.autocast(torch.device('cpu'), 'float32'))
     z = model.standard(z, net.stats)
     error = []
     for a in batch['a'], batch['a'].roll(32, 0):
         imagined = model.rollout(net, z[:, :2], a, batch['a_mask'])
-        error.append((imagined - z[:, 2:]).square().mean(dim=(2, 3)))           # (64, 20)
+        error.append((imagined - z[:, 2:]).square().mean(dim=(2, 3)))           # (100, 20)
     error.append((z[:, 1:2] - z[:, 2:]).square().mean(dim=(2, 3)))
     real = batch['z_mask'][:, 2:]
     mine, other, repeat = (torch.where(real, e, 0).sum(dim=0) / real.sum(dim=0) for e in error)     # (20,)
@@ -143,7 +143,7 @@ torch.set_num_threads(1)
 os.makedirs(folder, exist_ok=True)
 os.chdir(folder)
 for env in envs.split(','):
-    for i, (name, episodes) in enumerate((('few', ENVS[env][0]), ('rest', ENVS[env][1]), ('asked', 40))):
+    for i, (name, episodes) in enumerate((('few', ENVS[env][0]), ('rest', ENVS[env][1]), ('asked', 100))):
         record(env, name, episodes, i + 1)
     if env != 'demo':       # before two runs want the same
         run('data.py', '--cache=True', f'--labelled={env}/few,{env}/rest', '--unlabelled=', *ENVS[env][3].split())
