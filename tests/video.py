@@ -128,13 +128,13 @@ def row(name):
         shares, shuffled = errors(env, out)
         with open(f'{out}/plan.json') as f:
             methods = json.load(f)['methods']
-        low, high = methods['model']['ci95']
-        end, ever, chance, chance_ever = (methods[method][key] for method in ('model', 'random')
-                                          for key in ('success_end', 'success_ever'))
+        mine = methods['model']
+        low, high = mine['ci95']
+        chance = methods['random']
         text = ' / '.join('-' if math.isnan(share) else f'{share:.2f}' for share in shares)
         with open(done, 'w') as f:
-            f.write(f'| {name} | {text} | {shuffled:.2f} | {end:.2f} ({low:.2f} to {high:.2f}), {ever:.2f} | '
-                    f'{chance:.2f}, {chance_ever:.2f} |')
+            f.write(f'| {name} | {text} | {shuffled:.2f} | {mine["success_end"]:.2f} ({low:.2f} to {high:.2f}), '
+                    f'{mine["success_ever"]:.2f} | {chance["success_end"]:.2f}, {chance["success_ever"]:.2f} |')
     with open(done) as f:
         return f.read()
 
