@@ -403,6 +403,8 @@ if action_pca and (len(widths) != 1 or action_pca > clips.A):
 if push and rank == 0:      # a run of hours does not end in a typo
     api = HfApi(os.environ.get('HF_ENDPOINT'))
     push = data.answer_of_hub(push, lambda: api.create_repo(push, exist_ok=True), GRANT).repo_id
+    # create_repo is content with a token that only reads, where the repository is there
+    data.answer_of_hub(push, lambda: api.auth_check(push, write=True), GRANT)
 if resume:
     # datasets by their content: they may have moved
     fixed = ('relabel augment datasets camera action action_pca state action_mode rotation fps '

@@ -8,8 +8,8 @@ A stand-in for the Hugging Face hub: repositories in a folder, served on loopbac
     assert [r.status for r in hub.log if r.method == 'GET'] == [429, 200]
 
 It speaks what huggingface_hub asks for when it reads a dataset or a model: repo_info, list_repo_tree (always
-recursive) and hf_hub_download; and when the token TOKEN, of the user `me`, writes: create_repo and commits. A revision is main or the commit. Every file comes from here and by
-plain HTTP, where the real hub sends on to other hosts and to Xet.
+recursive) and hf_hub_download; and when the token TOKEN, of the user `me`, writes: create_repo, auth_check and commits
+(READER, of the same user, may not). A revision is main or the commit. Every file comes from here and by plain HTTP, where the real hub sends on to other hosts and to Xet.
 """
 import base64
 import collections
@@ -23,7 +23,9 @@ from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 ROUTE = re.compile(r'(?:(?:/api)?/datasets|/api/models|(?!/api))/([^/]+/[^/]+)(?:/(revision|tree|resolve)/([^/]+)/?(.*))?')
+AUTH = re.compile('/api/models/[^/]+/[^/]+/auth-check/write')
 TOKEN = 'hf_may_write'
+READER = 'hf_may_read'
 LARGE = '.mp4', '.parquet', '.safetensors', '.png'
 # range: '' or as asked for; time: of its start
 Request = collections.namedtuple('Request', 'method path range status time')
@@ -96,6 +98,9 @@ class Answer(http.server.BaseHTTPRequestHandler):
         self.began = time.monotonic()
         self.url = urlsplit(self.path)
         self.where = unquote(self.url.path)
+        if AUTH.fullmatch(self.url.path):
+            self.fault = Fault('', '', 0, None, '', {})
+            return self.json({}) if self.may_write() else None
         match = ROUTE.fullmatch(self.url.path)
         if not match:  # such as the client's own news, which no test is about
             return self.send_error(404)
@@ -146,8 +151,8 @@ class Answer(http.server.BaseHTTPRequestHandler):
         if self.where.startswith('/lfs/'):          # where a large file goes; the address is the permission
             self.hub.blobs[self.where[5:]] = body
             return self.json({})
-        if self.headers.get('Authorization') != f'Bearer {TOKEN}':
-            return self.answer(401, b'{"error": "Invalid username or password."}')
+        if not self.may_write():
+            return
         if self.where.endswith('/validate-yaml'):
             return self.json({'warnings': [], 'errors': []})
         if '/commit/' in self.where:
@@ -173,6 +178,15 @@ class Answer(http.server.BaseHTTPRequestHandler):
             self.json({'objects': objects})
 
     do_PUT = do_POST
+
+    def may_write(self):
+        """Of the token that came; otherwise that is the answer."""
+        token = self.headers.get('Authorization')
+        if token == f'Bearer {READER}':
+            self.answer(403, b'{"error": "this token does not write"}')
+        elif token != f'Bearer {TOKEN}':
+            self.answer(401, b'{"error": "Invalid username or password."}')
+        return token == f'Bearer {TOKEN}'
 
     def commit(self, entries):
         repo = re.fullmatch('/api/models/(.*)/commit/main', self.where)[1]

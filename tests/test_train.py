@@ -21,7 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 import data
 import model
 from conftest import ROOT, SMALL, ends, script, write_lerobot
-from hub import TOKEN, Hub
+from hub import Hub, READER, TOKEN
 
 
 def entries(out):
@@ -1364,6 +1364,13 @@ def test_mistakes_with_the_hub(away, demo, tmp_path, monkeypatch):
         assert line.startswith(f'{push}: ') and '--push wants owner/name and a token' in line, line
     monkeypatch.setenv('HF_TOKEN', 'hf_wrong')
     assert '401' in ends('train.py', *options, '--push=me/robot')
+    (away.root / 'me/robot').mkdir(parents=True)
+    (away.root / 'me/robot/README.md').write_text('mine')
+    with monkeypatch.context() as patch:
+        patch.setattr('huggingface_hub.constants.ENDPOINT', away.url)       # of what create_repo returns here
+        patch.setenv('HF_TOKEN', READER)        # create_repo takes it for a repository that is there
+        line = ends('train.py', *options, '--push=me/robot')
+    assert line.startswith('me/robot: ') and '403' in line and '--push wants owner/name and a token' in line, line
     assert not os.path.exists('o')
     for name, words in (('me/none', '404'), ('me/none@v1', '404'), ('a--b/c', 'a--b/c: not to be had')):
         for command in (('decode.py', f'--ckpt={name}'), ('plan.py', f'--ckpt={name}'),
