@@ -228,9 +228,9 @@ class Bad(ValueError):
         self.path = path
 
 
-class Away(Exception):
+class Away(SystemExit):
     """The hub cannot be reached for long: no fault of the data, so nothing is skipped because of
-    it."""
+    it. Where nobody waits for it to come back the program ends with its line."""
 
 
 _warned = set()     # lines, or causes, that were printed or in a worker go with its next batch
@@ -991,7 +991,7 @@ class LeRobot:
                 raise Bad(f'odd metadata ({error!r})', self.root) from None
             self._compare()
             self.stats = self._read_stats() if self.action_dim else None
-        except (Bad, Away) as error:
+        except Bad as error:
             sys.exit(str(error))
 
     # files
@@ -2027,6 +2027,19 @@ def text_bytes(words, most=128):
     return torch.tensor([*text[:most].ljust(most, b'\0')], dtype=torch.uint8)
 
 
+def hold_out(indices, val_share):
+    """Positions of the episodes that are trained on, and of the share that is held out, by their
+    indices in the dataset: where it grows, or one cannot be read, the others stay what they were.
+    """
+    share = Fraction(val_share).limit_denominator(1000)
+    val = [p for p, i in enumerate(indices) if (i * share + Fraction(1, 2)) % 1 < share]
+    if not val:
+        val = [len(indices) // 2]
+    if len(val) == len(indices):
+        val = val[1:]
+    return [p for p in range(len(indices)) if p not in val], val
+
+
 @dataclass(eq=False)
 class Clips:
     """Batches of clips from two lists of LeRobot; those of all ranks together depend on (seed,
@@ -2064,7 +2077,7 @@ class Clips:
         first = len(self.labelled)
         self.kinds = dict(labelled=range(first), unlabelled=range(first, len(self.sets)))
         share = self.labelled_share if self.labelled and self.unlabelled else bool(self.labelled)
-        self.share = Fraction(share).limit_denominator(1000)
+        self.share = Fraction(share).limit_denominator(10 ** 6)
         self.A = self.frameskip * max([ds.action_dim for ds in self.labelled], default=0)
         self.train = []         # episodes of each dataset
         self.val = []
@@ -2075,9 +2088,9 @@ class Clips:
             if n < 2:
                 sys.exit(f'{ds.root}: has {n} episode, splitting off whole episodes for validation '
                          'wants at least 2')
-            k = max(1, min(n - 1, round(n * self.val_share)))
-            self.val.append([int((i + 0.5) * n / k) for i in range(k)])
-            self.train.append([i for i in range(n) if i not in self.val[s]])
+            train, val = hold_out([e.index for e in ds.episodes], self.val_share)
+            self.train.append(train)
+            self.val.append(val)
             files = 1
             if ds.hub:      # half of the disk cache is in use
                 mb = ds.info.get('video_files_size_in_mb') or 10
@@ -2399,7 +2412,7 @@ class Lengths:
 
     def which(self, step):
         """The Clips that a step takes its batch from, and the number of that batch there."""
-        share = Fraction(self.share).limit_denominator(1000)
+        share = Fraction(self.share).limit_denominator(10 ** 6)
         number = math.floor(step * share)
         if math.floor((step + 1) * share) > number:
             return self.long, number
@@ -2783,8 +2796,5 @@ if __name__ == '__main__':
         device = pick_device(device, int(os.environ.get('LOCAL_RANK', 0)))
         rank = int(os.environ.get('RANK', 0))
         world = int(os.environ.get('WORLD_SIZE', 1))
-        try:
-            cached_latents(sets, encode.to(device), device, autocast(device, dtype), cache_dir,
-                           store, workers, rank, world)
-        except Away as error:
-            sys.exit(str(error))
+        cached_latents(sets, encode.to(device), device, autocast(device, dtype), cache_dir, store,
+                       workers, rank, world)

@@ -114,7 +114,8 @@ soft_cap = 50.0
 policy = False                  # a head learns to act without a search (plan.py --method=policy)
 policy_steps = 50               # goals of its training lie up to so many model steps after a clip
 relabel = 0.0                   # share of the clips without actions that get the policy's, from a
-                                # frame to the next, in the second half of the run
+                                # frame to the next, in the second half of the run, or of what is
+                                # before --dream
 relabel_weight = 1.0            # of a frame of theirs in the loss
 dream = 0.0                     # share of the run, its last, in which the world model rests and the
                                 # policy learns inside it, beside the data
@@ -142,7 +143,7 @@ max_steps = 1200
 learning_rate = 4e-3            # after warmup steps
 policy_rate = 0.0               # the policy's, which warms up and falls likewise; 0 = the same
 decay = 1.0                     # share of the run, its last, over which it falls linearly to min_lr
-min_lr = 5e-5
+min_lr = 5e-5                   # a lower learning_rate stays as it is
 warmup = 50
 weight_decay = 0.01             # on the matrices of linear layers
 beta1 = 0.9
@@ -251,8 +252,8 @@ GRANT = ('--push wants owner/name and a token that may write there (hf auth logi
 SHAPE = [*'size width layers heads kv_heads'.split(),
          *({*MODEL_DEFAULTS} - {'state_dim', 'policy', 'text'})]
 config |= dict(command=' '.join(sys.argv[1:]), processes=world)
-if int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) and os.path.isfile(ckpt):
-    # of torchrun --max-restarts; what another command has left is moved aside
+again = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))        # torchrun --max-restarts
+if again and not resume and os.path.isfile(ckpt):       # what another command has left is set aside
     resume = load(ckpt)[1].get('command') == config['command']
 saved = None        # what a run goes on from, or begins with
 if resume:
@@ -300,9 +301,6 @@ if align and not saved and not (project == 'learned' and probe):
 if align and align_dynamics and not self_forcing:
     sys.exit(f'--align_dynamics={align_dynamics}: wants --self_forcing above 0, which imagines the '
              'frames, or is to be 0')
-if align and align_dynamics and saved and probe != old['probe']:
-    sys.exit(f'--probe={probe}: {init or ckpt} was aligned to --probe={old["probe"]}; '
-             '--align_dynamics=0 lets it read another')
 
 # the encoder and the model's shape come first: they are checked before anything is written
 if saved:
@@ -361,6 +359,8 @@ clips, long_clips = (
     for T in (frames, long_frames))
 clips.count_faults({}, max_bad)
 batches = data.Lengths(clips, long_clips, long_share)
+if policy and not clips.A:
+    sys.exit('--policy=True: wants --labelled datasets, whose actions it learns')
 if relabel:
     clips.A = long_clips.A = clips.A + 1        # the last number marks guesses
 shape['action_dim'] = action_pca or clips.A
@@ -375,8 +375,6 @@ if text:
         sys.exit('--text=True: no episode of the datasets has a task in words')
     if longest > 128:
         data.warn('--text: tasks of more than 128 bytes are cut there')
-if policy and not clips.A:
-    sys.exit('--policy=True: wants --labelled datasets, whose actions it learns')
 if state and not clips.S:
     ds = (sets['labelled'] + sets['unlabelled'])[0]
     sys.exit(f'--state={state}: no labelled dataset has it; {ds.name} has {", ".join(ds.features)}')
@@ -387,6 +385,12 @@ if probe and len(probed) != 1:
              f'and others than velocities; got {[*probed] or "none"}, where there are {have}')
 probe_names = next(iter(probed), ())
 config['probe_names'] = ''      # of those that it reads, at the end
+config['align_names'] = ','.join(probe_names)
+if align and saved:
+    config['align_names'] = old.get('align_names', config['align_names'])
+    if align_dynamics and config['align_names'] != ','.join(probe_names):
+        sys.exit(f'--probe={probe}: {init or ckpt} was aligned to {config["align_names"]}, got '
+                 f'{",".join(probe_names)}; --align_dynamics=0 lets it read another')
 if clips.S and saved and 'z_pair' not in saved.stats:
     sys.exit(f'{init or ckpt}: was made before there was --state, and cannot go on with it')
 config['state_names'] = ';'.join(','.join(ds.state_names) for ds in sets['labelled'])
@@ -420,20 +424,24 @@ if resume:
             say(f'resume: {name} was {then}, now {now}')
 elif rank == 0:
     data.own(out_dir)
-    if os.path.exists(ckpt) or os.path.exists(log):     # no earlier run is lost
-        for i in itertools.count(1):
-            aside = f'{out_dir.rstrip("/")}.{i}'
-            if not os.path.exists(aside):
-                break
-        os.mkdir(aside)
-        for name in {*os.listdir(out_dir)} - {'.lock'}:
-            os.rename(f'{out_dir}/{name}', f'{aside}/{name}')
-        say(f'{out_dir} held an earlier run: it is now {aside}')
 if ddp:
     if rank == 0:
         meeting.set('checked', '')
     backend = 'nccl' if device.type == 'cuda' else 'gloo'
     dist.init_process_group(backend, store=meeting, rank=rank, world_size=world)
+    dist.barrier()      # all have read --init, which may lie in out_dir
+if rank == 0 and not resume and (os.path.exists(ckpt) or os.path.exists(log)):
+    # no earlier run is lost; folders are no part of it, such as --cache_dir
+    for i in itertools.count(1):
+        aside = f'{out_dir.rstrip("/")}.{i}'
+        if not os.path.exists(aside):
+            break
+    with data.writing(aside):
+        os.mkdir(aside)
+        for name in {*os.listdir(out_dir)} - {'.lock'}:
+            if os.path.isfile(f'{out_dir}/{name}'):
+                shutil.move(f'{out_dir}/{name}', f'{aside}/{name}')
+    say(f'{out_dir} held an earlier run: it is now {aside}')
 
 
 def raw_latents(batch, T=None):
@@ -509,7 +517,7 @@ def fit_projection(z, z_mean, z_basis):
         descent.step()
         descent.zero_grad()
         schedule.step()
-    # contiguous, as a checkpoint's are: sums in another order would have other last bits
+    # contiguous: see measure
     down = (down.detach() / size).contiguous()
     back = (back.detach() * size).contiguous()
     out = dict(z_basis=down, z_back=back)
@@ -533,7 +541,8 @@ def measure(x):
     if channels:
         z = z - stats['z_mean']
         basis = torch.linalg.eigh((z.T @ z).cpu().double())[1][:, -channels:].flip(1)
-        stats['z_basis'] = basis.float().to(device)
+        # contiguous, as a checkpoint's: sums in another order would have other last bits
+        stats['z_basis'] = basis.float().contiguous().to(device)
         share = (z @ stats['z_basis']).square().sum() / z.square().sum()
         say(f'{channels} principal components hold {share:.1%} of the variance')
         if project == 'learned':
@@ -594,7 +603,7 @@ if action_pca and not resume:       # makes a model for plan.py --coarse
         sys.exit(f'--action_pca={action_pca}: {len(chunks)} clips are longer than a model step')
     _, sizes, basis = torch.linalg.svd(chunks, full_matrices=False)
     basis = basis[:action_pca].T * (len(chunks) ** 0.5 / sizes[0])      # the first: variance 1
-    stats['a_basis'] = basis.float().to(device)
+    stats['a_basis'] = basis.float().contiguous().to(device)
     stats['a_chunks'] = (chunks @ basis).float()        # its plans are made of them
     # how much changes in a step (N, D): by that plan.py tells whether a goal is near
     stats['a_change'] = (z[:, 1] - z[:, 0])[known[:, 1], :N].square().mean(dim=0)
@@ -608,10 +617,12 @@ model = WorldModel(shape).to(device)
 if saved:
     fresh = model.state_dict()
     weights = saved.state_dict()
-    if relabel and saved.config['action_dim'] == clips.A - 1:       # it knows no guesses
+    more = clips.A - saved.config['action_dim']
+    # the last number marks guesses, of which one of both knows nothing
+    if relabel and more == 1 or old.get('relabel') and not relabel and more == -1:
         for name in {*weights} & {'a_in.weight', 'policy.out.weight', 'policy.out.bias'}:
-            more = [0, 1] if name == 'a_in.weight' else [0, 0] * (weights[name].dim() - 1) + [0, 1]
-            weights[name] = F.pad(weights[name], more)
+            last = [] if name == 'a_in.weight' else [0, 0] * (weights[name].dim() - 1)
+            weights[name] = F.pad(weights[name], [*last, 0, more])
     for name in fresh | weights:        # of actions or states of another width
         if name not in weights or name not in fresh or weights[name].shape != fresh[name].shape:
             how = 'begins anew' if name in fresh else 'is left out'
@@ -890,12 +901,13 @@ def get_lr(step, rate, end):
     if step < warmup:
         return rate * (step + 1) / warmup
     falls = max(1, min(decay * end, end - warmup))
-    return min_lr + (rate - min_lr) * min(1, max(0, end - step) / falls)
+    least = min(min_lr, rate)
+    return least + (rate - least) * min(1, max(0, end - step) / falls)
 
 
 def clip_length(T):
     """Frames of this step's clips: 2, 4, .. up to T while they grow."""
-    if step >= grow * max_steps:
+    if step >= min(grow * max_steps, awake):    # which .55 x 100 is not
         return T
     return 2 << int(math.ceil(math.log2(T / 2)) * step / (grow * max_steps))
 
@@ -1067,7 +1079,7 @@ while step < max_steps and not stop:
             p.requires_grad_(False)
         learning = apart[1]
         averages = [e for e, p in zip(ema_shards, params) if p in acting]
-    if relabel and 2 * step >= max_steps:
+    if relabel and 2 * step >= awake:
         a[:, P:], a_mask[:, P:] = relabelled(*(x[:, P:] for x in (z, a, a_mask, z_mask)))
     guessed = (a_mask[:, P:] & ~known).any(dim=1, keepdim=True)         # (B, 1)
     clip_weight = torch.where(guessed, relabel_weight, 1.0)
@@ -1081,7 +1093,7 @@ while step < max_steps and not stop:
     # spread
     _, n, counted = which_rows(z_mask, objective, options['bootstrap'], first, P)
     counted = {name: mask * clip_weight for name, mask in counted.items()}
-    counted['self_forcing'] = z_mask[:, P + forced:]
+    counted['self_forcing'] = z_mask[:, P + forced:] * clip_weight
     counted['policy'] = known[:, 1:]
     if clips.probed:
         p = batch['p'][:, :T].to(device, non_blocking=True)
@@ -1121,7 +1133,7 @@ while step < max_steps and not stop:
                 imagined = rollout(model, z[:, :forced], a, a_mask, K, grad=True,
                                    seed=hash((seed, step, row, K)) % 2 ** 63, text=told)
                 error = frame_errors(imagined, z[:, forced:], clips.S)
-                error = (error * z_mask[:, forced:]).sum()
+                error = (error * counted['self_forcing'][i:i + few]).sum()
                 terms['self_forcing'] = error.detach() / count['self_forcing']
                 error = error / count['self_forcing'].clamp(min=1e-6)
                 loss = loss + error / term_scale(rms, 'flow', 'self_forcing')

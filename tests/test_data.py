@@ -1482,6 +1482,29 @@ def test_no_episode_is_in_both_splits(world):
     assert set(held) == {'labelled', 'unlabelled'} and held['labelled']['x'].shape[:2] == (6, 4)
 
 
+@pytest.mark.parametrize('share', [0, .05, .1, .3, .5, 1])
+def test_a_dataset_that_grows_holds_out_what_it_held_out(share):
+    """So what is trained on with --init from then on is not asked about; nor where another episode cannot be read."""
+    splits = {}
+    for n in (2, 3, 7, 20, 100, 101, 237):
+        train, val = data.hold_out(range(n), share)
+        assert sorted(train + val) == [*range(n)] and train and val and abs(len(val) - n * share) <= 1
+        splits[n] = set(train), set(val)
+    for a, b in itertools.combinations(splits, 2):
+        assert not splits[a][0] & splits[b][1] or share in (0, 1), 'none that was trained on'
+    without = [i for i in range(100) if i != 7]
+    train, val = data.hold_out(without, share)
+    assert {without[i] for i in val} <= splits[100][1] and {without[i] for i in train} <= splits[100][0] or share in (0, 1)
+    assert sorted(splits[100][1]) == [*range(5, 100, 10)] or share != .1
+
+
+def test_a_small_share_is_not_none(world):
+    c = clips(world, share=.0004)
+    assert c.share == fractions.Fraction(4, 10000)
+    lengths = data.Lengths(c, clips(world), .0004)
+    assert sum(lengths.which(step)[0] is not c for step in range(10000)) == 4
+
+
 # order ----------------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope='module')

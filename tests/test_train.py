@@ -1,3 +1,4 @@
+import errno
 import io
 import itertools
 import json
@@ -156,6 +157,16 @@ def test_aligned_latents_tell_the_state(how, demo, tmp_path, monkeypatch):
     assert tuned['aligned'] and not tuned['clips'].probed, 'on data without these numbers'
 
 
+def test_guessed_clips_of_no_weight_teach_the_model_nothing(demo, tmp_path):
+    """Where all are guessed, from the middle of what the world model learns: neither by one step nor by imagining more."""
+    options = *demo, *SMALL, '--max_steps=8', '--frames=4', '--labelled_share=0', '--policy=True', '--relabel=1', '--relabel_weight=0', '--weight_decay=0'
+    options = *options, '--dream=0.5', '--dream_steps=0', '--log_interval=1', '--eval_interval=9'
+    script('train.py', *options, '--self_forcing=0.5', f'--out_dir={tmp_path}/a')
+    flows = [e.get('flow') for e in entries(tmp_path / 'a')[0]]
+    forced = [e.get('self_forcing') for e in entries(tmp_path / 'a')[0]]
+    assert flows[0] > 0 and flows[1] > 0 and not any(flows[2:4]) and not any(forced[2:4])
+
+
 def test_the_term_of_imagined_frames_is_that_of_what_follows(demo, tmp_path, monkeypatch):
     """Against the mean over the frames of both halves of a batch, by hand."""
     options = (*demo, *SMALL, '--channels=3', '--project=learned', f'--probe={data.ENVIRONMENT}', '--self_forcing=1', '--max_steps=1',
@@ -185,6 +196,14 @@ def test_mistakes_with_projections(demo, tmp_path):
                         (['--align=infonce', '--project=learned', '--channels=3', '--probe=observation.state'], '--self_forcing above 0')):
         assert said in ends('train.py', *demo, *SMALL, *given, '--max_steps=1', f'--out_dir={tmp_path}/o')
     assert not (tmp_path / 'o').exists()
+    given = *SMALL, '--max_steps=1', '--probe=observation.state', '--self_forcing=1', '--frames=4'
+    script('train.py', *demo, *given, '--channels=3', '--project=learned', '--align=regress', f'--out_dir={tmp_path}/a')
+    frames = np.random.default_rng(0).integers(0, 255, (30, 64, 64, 3), np.uint8)
+    rows = {'observation.images.top': frames, 'action': np.zeros((30, 2)), 'observation.state': frames[:, 0, :2, 0] / 1.0, 'task': ''}
+    write_lerobot(tmp_path / 'other', [rows] * 4, 10)
+    line = ends('train.py', f'--labelled={tmp_path}/other', *given, '--unlabelled=', f'--init={tmp_path}/a/ckpt.safetensors', f'--out_dir={tmp_path}/o')
+    assert line.startswith('--probe=observation.state: ') and 'was aligned to' in line and not (tmp_path / 'o').exists()
+    script('train.py', *demo, *given, f'--init={tmp_path}/a/ckpt.safetensors', f'--out_dir={tmp_path}/b')
 
 
 def test_actions_are_their_leading_principal_components(demo, tmp_path):
@@ -283,7 +302,7 @@ def test_resume_is_bitwise(demo, tmp_path, monkeypatch, cache, state, memory):
     """Six steps at once, or three, the file, and three more: the same file, bit for bit, and the same log."""
     options = (*demo, *SMALL, '--max_steps=6', '--save_interval=3', '--log_interval=1', '--eval_interval=3',
                '--bootstrap_start=0.2', f'--cache={cache}', '--workers=1', f'--state={state}', f'--policy={not cache or bool(state)}', f'--dream={0.7 * bool(state)}', f'--relabel={0.5 * (not cache or bool(state))}',
-               f'--attention={"factored" if cache else "flat"}', f'--memory={memory}')
+               f'--attention={"factored" if cache else "flat"}', f'--memory={memory}', f'--channels={8 if cache else 0}')
     whole, half = tmp_path / 'whole', tmp_path / 'half'
     save = model.save
 
@@ -418,6 +437,8 @@ def test_torchruns_restarts_go_on(half, monkeypatch, tmp_path):
     first = entries(out)
     script('train.py', *options)
     assert entries(out) == first and not os.path.exists(tmp_path / 'out.2')
+    script('train.py', *options, '--max_steps=23', '--resume=True')     # the checkpoint is another command's
+    assert [e['step'] for e in entries(out)[0]] == [22, 23] and not os.path.exists(tmp_path / 'out.2')
 
 
 @pytest.mark.parametrize('options, left', [
@@ -442,6 +463,24 @@ def test_an_earlier_run_is_moved_aside(demo, tmp_path, capsys):
     assert f'it is now {out}.2' in capsys.readouterr().out
     line = ends('train.py', *demo, *SMALL, f'--out_dir={out}/log.jsonl')
     assert line.startswith(f'{out}/log.jsonl: cannot be written')
+
+
+def test_folders_in_that_of_an_earlier_run_stay(demo, tmp_path, monkeypatch):
+    """A dataset, a cache, another run; and what is moved may be moved to another disk."""
+    out = tmp_path / 'out'
+    inside = out / 'data'
+    shutil.copytree(demo[0].partition('=')[2], inside)
+    options = f'--labelled={inside}', '--unlabelled=', *SMALL, '--max_steps=1', f'--cache_dir={out}/latents', f'--out_dir={out}'
+    script('train.py', *options)
+    cached = sorted((out / 'latents').rglob('*'))
+
+    def other_disk(a, b):
+        raise OSError(errno.EXDEV, 'Invalid cross-device link')
+    with monkeypatch.context() as patch:
+        patch.setattr(os, 'rename', other_disk)
+        script('train.py', *options)
+    assert {p.name for p in (tmp_path / 'out.1').iterdir()} == {'ckpt.safetensors', 'optim.pt', 'log.jsonl'}
+    assert sorted((out / 'latents').rglob('*')) == cached and inside.is_dir()
 
 
 def test_the_loss_falls(demo, tmp_path):
@@ -604,6 +643,8 @@ def test_two_processes_train_one_model(demo, tmp_path):
     steps, vals = entries(out)
     assert [e['step'] for e in steps] == [4, 8, 12] and vals[-1]['step'] == 12 and said.count('trained 12 steps') == 1
     assert 'Warning' not in errors and said.count(f' MB in {out}/latents@') == 2 and not list(out.glob('latents*'))
+    finish(*demo, *SMALL, '--batch_size=2', '--max_steps=1', f'--init={out}/ckpt.safetensors', f'--out_dir={out}')
+    assert model.load(f'{out}.1/ckpt.safetensors')[0].step == 12 and model.load(out / 'ckpt.safetensors')[0].step == 1
     _, errors = finish(*demo, *SMALL, '--batch_size=3', f'--out_dir={out}', code=1)
     assert errors.count('--batch_size=3: 3 clips a step in all do not divide by 2 processes') == 1
 
@@ -703,6 +744,9 @@ def test_rate_warms_up_stays_and_falls(demo, tmp_path):
     lr = [e['lr'] for e in entries(tmp_path / 'o')[0]]
     assert lr[:4] == pytest.approx([0.00025, 0.0005, 0.00075, 0.001]) and lr[4:11] == [0.001] * 7
     assert lr[11:] == pytest.approx([0.0001 + 0.0009 * (20 - s) / 10 for s in range(11, 20)])
+    script('train.py', *demo, *SMALL, '--max_steps=8', '--log_interval=1', '--warmup=2', '--learning_rate=0.00001',
+           '--eval_interval=100', f'--out_dir={tmp_path / "low"}')
+    assert [e['lr'] for e in entries(tmp_path / 'low')[0]][1:] == [1e-5] * 7, 'a rate below min_lr does not rise'
 
 
 def test_what_the_optimizer_is_given(demo, tmp_path):
@@ -906,6 +950,9 @@ def test_clips_grow(demo, tmp_path, monkeypatch):
         lengths.append(z.shape[1]) or loss(run, z, *rest, **more)))
     script('train.py', *demo, *SMALL, '--max_steps=12', '--frames=8', '--grow=0.5', f'--out_dir={tmp_path / "o"}')
     assert lengths == [2] * 3 + [4] * 3 + [8] * 6
+    # .55 x 100 is more than 55; a dream wants whole clips
+    options = *demo, *SMALL, '--max_steps=100', '--frames=4', '--eval_interval=200', '--grow=0.55', '--policy=True', '--dream=0.45'
+    script('train.py', *options, '--dream_steps=1', '--batch_size=1', f'--out_dir={tmp_path / "d"}')
 
 
 def test_a_world_model_learns_the_same_with_a_policy_beside_it(demo, tmp_path):
@@ -1012,7 +1059,10 @@ def test_clips_without_actions_get_the_policys(demo, tmp_path, monkeypatch):
     assert torch.equal(c['a_in.weight'][:, :-1], plain['ema.a_in.weight']) and not c['a_in.weight'][:, -1].any()
     assert torch.equal(c['policy.out.weight'][:-1], plain['ema.policy.out.weight']) and not c['policy.out.weight'][-1].any()
     script('plan.py', f'--ckpt={tmp_path}/1.0/ckpt.safetensors', '--episodes=2', '--budget=2', '--method=policy', f'--out_dir={tmp_path}/plan')
-    for options, words in ((['--relabel=0.5'], '--relabel=0.5: wants --policy=True'), (['--relabel=0.5', '--policy=True', '--unlabelled='], 'and --unlabelled'), (['--relabel=2', '--policy=True'], '--relabel: wants 0 to 1')):
+    script('train.py', *demo, *SMALL, '--policy=True', *begin, f'--init={tmp_path}/marks/ckpt.safetensors', f'--out_dir={tmp_path}/none')
+    d = safetensors.torch.load_file(tmp_path / 'none/ckpt.safetensors')
+    assert d.keys() == plain.keys() and all(torch.equal(d[k], plain[f'ema.{k}']) for k in d if k.startswith(('a_in', 'policy'))), 'and forgets them'
+    for options, words in ((['--relabel=0.5', '--policy=True', '--labelled='], '--policy=True: wants --labelled'), (['--relabel=0.5'], '--relabel=0.5: wants --policy=True'), (['--relabel=0.5', '--policy=True', '--unlabelled='], 'and --unlabelled'), (['--relabel=2', '--policy=True'], '--relabel: wants 0 to 1')):
         assert words in ends('train.py', *demo, *SMALL, *options, f'--out_dir={tmp_path}/q')
 
 
@@ -1162,6 +1212,18 @@ def test_a_dataset_of_the_hub_is_pinned_in_the_checkpoint(demo, tmp_path, monkey
         (tmp_path / 'hub/me/robot/README.md').write_text('a new revision')
         g = script('train.py', *options, '--max_steps=4', '--resume=True')
         assert g['clips'].sets[0].name == pinned and model.load(tmp_path / 'o' / 'ckpt.safetensors')[0].step == 4
+
+
+def test_a_hub_that_is_away_ends_the_run_with_its_line(demo, tmp_path, monkeypatch):
+    frames = data.LeRobot.frames
+
+    def away(ds, episode, numbers, *rest):
+        if len(numbers) > 1:        # not the first look
+            raise data.Away('me/robot: not to be had: 503')
+        return frames(ds, episode, numbers, *rest)
+    monkeypatch.setattr(data.LeRobot, 'frames', away)
+    for cache in True, False:
+        assert ends('train.py', *demo, *SMALL, f'--cache={cache}', f'--out_dir={tmp_path}/o').startswith('me/robot: not to be had: 503')
 
 
 def random_weights(name, path):
