@@ -63,7 +63,7 @@ action_mode = 'absolute'        # delta, delta_tool: motions of poses in the bas
 action_pca = 0                  # principal components of a long model step's actions, which then
                                 # stand for them: for plan.py --coarse; 0 = all actions
 rotation = 'euler'              # of poses: euler, quat_xyzw, quat_wxyz, rotvec, rot6d or rot6d_rows
-state = ''                      # keys, or numbers of them (observation.state.elbow), one token more:
+state = ''                      # keys, numbers of them (observation.state.elbow), one more token:
                                 # as they are, so that angles that go round want sine and cosine
 probe = ''                      # likewise: read from latents at the end, for errors with units
 fps = 0.0                       # frames per second that are taken from every dataset; 0 = all
