@@ -1751,7 +1751,7 @@ class Writer:
     def _end_files(self):
         for container in self.videos.values():
             finish(container)
-        if self.videos:
+        if self.videos and self.table:      # no table: none of their episodes is whole
             self.table.close()
 
     def end_episode(self, task):

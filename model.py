@@ -587,7 +587,7 @@ CONFIG_DEFAULTS = dict(     # what planning and decoding read of a run, where it
     encoder='pixels', encoder_path='', layer=-1, frame_height=0, frame_width=0, pool=1, frames=4,
     labelled='', unlabelled='', camera='', action='', fps=0.0, action_mode='absolute',
     rotation='euler', cache_gb=50.0, val_share=0.1, frameskip=2, eval_context=2, encoder_hash='',
-    state='', state_names='', probe_names='', action_names='', cameras='', rates='',
+    state='', state_names='', probe_names='', action_names='', action_keys='', cameras='', rates='',
     p_null=0.05)
 
 TEXT_HIDDEN = 0.1       # share of the clips whose text is hidden in training

@@ -87,7 +87,7 @@ cost = 'all'            # distance to the goal: all = over the steps, last = at 
 mask = ''               # a picture, white where the goal counts; '' = everywhere
 state_weight = 1.0      # of the robot's own state beside the picture, where the goal's is known: 1
                         # = for random pairs of frames as much as the picture; 0 = none
-smooth = 0.0            # weight of squared changes of the action, in normalised units
+smooth = 0.0            # weight of squared changes from row to row, in normalised units
 hold = 0.0              # rest while the robot is that close to the goal's place, in the dataset's
                         # units, as it senses or else a probe of observation.state reads: where
                         # that is all that the goal asks for; 0 = never
@@ -281,9 +281,12 @@ def to_steps(a, rows, A):
     return F.pad(a, (0, A - a.shape[-1]))
 
 
-def goal_cost(imagine, z_goal, a_last, known, weight, o, seed):
+def goal_cost(imagine, z_goal, a_last, known, weight, o, seed, rows, width):
     """The cost of a plan, a function (actions (E, M, H, A), iteration) -> (E, M): distance to the
-    goal and smoothness, also from the last action a_last (E, A) where it is known (E,)."""
+    goal and smoothness from row to row, also from the last action a_last (E, A) where it is known
+    (E,)."""
+    last = to_rows(a_last[:, None], rows, width)[:, None, -1:]          # (E, 1, 1, width)
+
     def cost(actions, i):
         distances = []
         for s in range(o.seeds):
@@ -292,8 +295,9 @@ def goal_cost(imagine, z_goal, a_last, known, weight, o, seed):
             if o.cost == 'last':
                 z = z[:, :, -1:]
             distances.append(distance(z, z_goal[:, None, None], weight).mean(dim=2))
-        change = (actions[:, :, :1] - a_last[:, None, None]) * known[:, None, None, None]
-        change = torch.cat((change, actions.diff(dim=2)), dim=2)
+        way = to_rows(actions, rows, width)                 # (E, M, H x rows, width)
+        change = (way[:, :, :1] - last) * known[:, None, None, None]
+        change = torch.cat((change, way.diff(dim=2)), dim=2)
         return torch.stack(distances).mean(dim=0) + o.smooth * change.square().mean(dim=(2, 3))
     return cost
 
@@ -382,8 +386,8 @@ def plan(model, z_ctx, a_ctx, z_goal, o, seed=0, low=-5.0, high=5.0, a_mask=None
         return z.unflatten(0, (E, M))
 
     weight = cost_weights(model, tokens, o.state_weight, o.robot)
-    step_cost = goal_cost(imagine, z_goal, a_ctx[:, -1], a_mask[:, -1], weight, o, seed)
-
+    step_cost = goal_cost(imagine, z_goal, a_ctx[:, -1], a_mask[:, -1], weight, o, seed, rows,
+                          width)
     cost = in_parts(step_cost, plans_at_once(z_goal, o), rows, A)
     std = o.init_std if mean is None else o.warm_std or o.init_std
     mean = to_rows(z_ctx.new_zeros(E, o.horizon, A) if mean is None else mean, rows, width)
@@ -432,7 +436,7 @@ class Planner:
         self.check_model(ckpt)
         self.make_fast(self.model)
         self.frame_size = self.encoder.size, self.encoder.width
-        self.key = self.trained['action'] or 'action'       # the dataset's column
+        self.key = self.told('action_keys') or self.trained['action'] or 'action'   # column
         self.a_mean, self.a_std, self.a_low, self.a_high = robot_stats(
             self.model.stats, o.robot, ckpt)
         # constant dimensions stay at their mean
@@ -470,6 +474,9 @@ class Planner:
         o = self.o
         if o.method == 'policy' and (o.text or o.guide != 1):
             sys.exit('--method=policy: imagines nothing, it comes without --text and --guide')
+        weighs = o.mask or o.smooth or o.cost != 'all'
+        if o.method == 'policy' and weighs and not o.coarse:
+            sys.exit('--method=policy: weighs nothing, comes without --mask, --smooth and --cost')
         if not self.model.config['action_dim']:
             sys.exit(f'{ckpt}: was trained without actions, there is nothing to search')
         if 'a_basis' in self.model.stats:
@@ -490,6 +497,8 @@ class Planner:
 
     def read_coarse(self, path):
         """The model of --coarse, which has to know latents and states as self.model does."""
+        if self.o.budget_ms:
+            sys.exit('--coarse: comes without --budget_ms, as sub-goals take their time')
         model, _ = load(path, self.device)
         if 'a_basis' not in model.stats:
             sys.exit(f'--coarse={path}: was trained without --action_pca')
@@ -737,8 +746,8 @@ class Planner:
         everything has E in front. A search happens every `replan` x frameskip calls; the calls
         between them return at once.
         """
-        frames = np.asarray(frames)
-        goal = np.asarray(goal)
+        frames = np.ascontiguousarray(frames)       # torch takes no negative strides
+        goal = np.array(goal)           # a copy: the caller may fill a buffer anew
         if goal.ndim == 3:      # one robot
             frames = frames.reshape(1, -1, *frames.shape[-3:])
             if states is not None:
@@ -746,20 +755,16 @@ class Planner:
             rest = (None if x is None else np.asarray(x)[None]
                     for x in (actions, states, goal_state))
             return self.act(frames, goal[None], *rest)[0]
+        if self.z is not None and not self.done:
+            self.reset()
+            raise ValueError(f'the last call was interrupted: begin anew, with {self.past} frames')
         E = len(goal if self.z is None else self.z)
-        for x in (frames, goal[:, None]):
-            if x.dtype != np.uint8 or x.shape[::4] != (E, 3):
-                raise ValueError(f'pictures {x.dtype} {x.shape}: wants uint8 ({E}, n, H, W, 3)')
         if actions is not None:
-            actions = np.asarray(actions, float)
-            wants = (E, self.width) if self.z is not None else (E, frames.shape[1] - 1, self.width)
-            if actions.shape != wants or not np.isfinite(actions).all():
-                raise ValueError(f'actions {actions.shape}: wants finite numbers {wants}')
+            actions = np.array(actions, float)
+        if states is not None:
+            states = np.asarray(states, np.float32)
+        self.check_seen(E, frames, goal, actions)
         self.check_states((E, frames.shape[1]), states, goal_state)
-        if aspects_differ(frames.shape[2:], goal.shape[1:]):
-            raise ValueError(
-                f'the goal picture is {goal.shape[2]} x {goal.shape[1]} pixels, the frames are '
-                f'{frames.shape[3]} x {frames.shape[2]}: wants the same aspect')
         if self.z is None:
             self.see_past(frames, actions, states)
         else:
@@ -773,7 +778,7 @@ class Planner:
         if not self.done:       # a model step begins
             self.held, self.still = self.there(E, states, goal_state)
         self.done.append(self.next_row())
-        return self.done[-1]
+        return self.done[-1].copy()
 
     @torch.no_grad()
     def control(self):
@@ -833,6 +838,19 @@ class Planner:
             still = np.nan_to_num(now)
             there &= np.isfinite(now).all(axis=1)
         return there, still
+
+    def check_seen(self, E, frames, goal, actions):
+        for x in (frames, goal[:, None]):
+            if x.dtype != np.uint8 or x.shape[::4] != (E, 3):
+                raise ValueError(f'pictures {x.dtype} {x.shape}: wants uint8 ({E}, n, H, W, 3)')
+        if actions is not None:
+            wants = (E, self.width) if self.z is not None else (E, frames.shape[1] - 1, self.width)
+            if actions.shape != wants or not np.isfinite(actions).all():
+                raise ValueError(f'actions {actions.shape}: wants finite numbers {wants}')
+        if aspects_differ(frames.shape[2:], goal.shape[1:]):
+            raise ValueError(
+                f'the goal picture is {goal.shape[2]} x {goal.shape[1]} pixels, the frames are '
+                f'{frames.shape[3]} x {frames.shape[2]}: wants the same aspect')
 
     def check_states(self, shape, states, goal_state):
         width = len(self.s_mean)
@@ -1194,7 +1212,7 @@ def record_dataset(o):
     Row i's action is what was done after frame i, flattened (discrete: one-hot); observation.state
     what the robot senses, observation.environment_state what restores a simulator that can be
     restored, else all vectors of the observation: no model may see that. Ctrl-C ends the
-    recording and keeps it, a second one the program.
+    recording and keeps it, a second one the program; an exception keeps the episodes before.
     """
     if not o.out:
         sys.exit('--out: wants the folder that is to be written')
@@ -1205,6 +1223,21 @@ def record_dataset(o):
     choose = None if planner else one_of(o.policy, sim)
     sim.space.seed(o.seed)
     sim.space.sample()          # which nobody does: a seed records what it has always recorded
+    failed = None
+    gop = max(2, o.draw_every)      # what is read of them begins at a key frame
+    with data.Writer(o.out, fps, sim.names, sim.name, gop=gop) as writer:
+        try:
+            record_episodes(o, planner, sense, sim, choose, writer)
+        except Exception as error:      # of a simulator or a policy
+            if not writer.rows or getattr(error, 'errno', None) in data.OUR_DISK:
+                raise
+            failed = error
+    print(f'wrote {o.out}: {len(writer.rows)} episodes at {fps:g} frames per second')
+    if failed:
+        raise failed
+
+
+def record_episodes(o, planner, sense, sim, choose, writer):
     rng = np.random.default_rng(o.seed)
     stop = False
 
@@ -1214,32 +1247,30 @@ def record_dataset(o):
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     signal.signal(signal.SIGINT, interrupt)
-    gop = max(2, o.draw_every)      # what is read of them begins at a key frame
-    with data.Writer(o.out, fps, sim.names, sim.name, gop=gop) as writer:
-        for i in tqdm(range(o.episodes), f'recording {o.out}', disable=None):
-            sim.reset(seed=int(rng.integers(2 ** 31)))
-            if planner:
-                choose = begin_question(o, planner, sim, sense, i, rng)
-            for step in range(o.budget if planner else o.steps or sys.maxsize):
-                if step % o.draw_every == 0:
-                    frame = sim.frame()
-                action = choose(sim.observation, frame, step, rng)
-                columns = sim.columns(action) | {data.ENVIRONMENT: sim.state()}
-                writer.add(frame, columns.pop('action'), sim.sensors(), columns)
-                sim.step(action)
-                if sim.over or stop:
-                    break
-            writer.end_episode(sim.name)
-            if stop:
+    for i in tqdm(range(o.episodes), f'recording {o.out}', disable=None):
+        sim.reset(seed=int(rng.integers(2 ** 31)))
+        if planner:
+            choose = begin_question(o, planner, sim, sense, i, rng)
+        for step in range(o.budget if planner else o.steps or sys.maxsize):
+            if step % o.draw_every == 0:
+                frame = sim.frame()
+            action = choose(sim.observation, frame, step, rng)
+            columns = sim.columns(action) | {data.ENVIRONMENT: sim.state()}
+            writer.add(frame, columns.pop('action'), sim.sensors(), columns)
+            sim.step(action)
+            if sim.over or stop:
                 break
-    print(f'wrote {o.out}: {i + 1} episodes at {fps:g} frames per second')
+        writer.end_episode(sim.name)
+        if stop:
+            break
 
 
 # --------------------------------------------------------------------------------------------------
 # The closed loop. A policy is a function (frames, goals, past) -> actions (E, width), as a
 # planner's act: frames (E, n, H, W, 3) since its last call, pictures of the goals, at first the
 # actions between the first frames; with `sense` also what the robots sensed at the frames (E, n,
-# S), and what they are to sense. A planner is never handed a simulator; baselines may know theirs.
+# S), and what they are to sense. A planner is never handed a simulator. Baselines see nothing: they
+# are functions of what would hold the robots still, (E, width).
 
 @dataclasses.dataclass
 class Question:
@@ -1279,27 +1310,29 @@ def question(sim, i, rng, goals, goal_steps, past):
             return Question(states[-past:], between, begin, sim.state(), sim.pose(), expert)
 
 
+def look(sims, states):
+    """Frames (E, n, H, W, 3) and what robots sense (E, n, S) in n states of each question."""
+    shown = []
+    sensed = []
+    for sim, several in zip(sims, states):
+        for state in several:
+            sim.restore(state)
+            shown.append(sim.frame())
+            sensed.append(sim.sensors())
+    n = len(states[0])
+    return [np.stack(x).reshape(len(sims), n, *np.shape(x[0])) for x in (shown, sensed)]
+
+
 def play(policy, sims, questions, budget, see, sense=False):
     """A fixed budget of steps under a policy, all episodes abreast: poses (budget + 1, E, ..),
     actions (budget, E, width), and where see is set the frames (budget + 1, E, H, W, 3) and goals
     (E, H, W, 3)."""
-    def look(states):       # of all questions
-        shown = []
-        sensed = []
-        for sim, several in zip(sims, states):
-            for state in several:
-                sim.restore(state)
-                shown.append(sim.frame())
-                sensed.append(sim.sensors())
-        n = len(states[0])
-        return [np.stack(x).reshape(len(sims), n, *np.shape(x[0])) for x in (shown, sensed)]
-
     frames = goals = sensed = wanted = None
     if see:
-        goals, wanted = look([[q.goal] for q in questions])
+        goals, wanted = look(sims, [[q.goal] for q in questions])
         goals = goals[:, 0]
         wanted = wanted[:, 0]
-        frames, sensed = look([q.states for q in questions])
+        frames, sensed = look(sims, [q.states for q in questions])
     past = np.stack([q.actions for q in questions])
     states = [q.states[-1] for q in questions]
     poses, executed = [], []
@@ -1308,6 +1341,7 @@ def play(policy, sims, questions, budget, see, sense=False):
         poses.append([])
         now = []
         felt = []
+        rests = []
         for e, sim in enumerate(sims):
             if t == 0 or sim.exact:         # such a one plays all episodes in turn
                 sim.restore(states[e])
@@ -1315,7 +1349,9 @@ def play(policy, sims, questions, budget, see, sense=False):
                 sim.step(executed[-1][e])
                 states[e] = sim.state()
             poses[-1].append(sim.pose())
-            if t > 0 and see:
+            if not see:
+                rests.append(sim.rest())
+            elif t > 0:
                 now.append(sim.frame())
                 felt.append(sim.sensors())
         if see:
@@ -1325,30 +1361,34 @@ def play(policy, sims, questions, budget, see, sense=False):
             shown.append(frames[:, -1])
             data.progress(f'playing {len(sims)} episodes:', f'step {t} of {budget}')
         if t < budget:
-            senses = (sensed, wanted) if sense else ()
-            executed.append(np.asarray(policy(frames, goals, past, *senses)))
+            given = rests,
+            if see:
+                given = frames, goals, past
+            if sense:
+                given += sensed, wanted
+            executed.append(np.asarray(policy(*given)))
             past = None
     return np.array(poses), np.array(executed), shown, goals
 
 
 # baselines
 
-def replay(sims, questions):    # the script's own actions, then rest
+def replay(questions):      # the script's own actions, then rest
     experts = [iter(q.expert) for q in questions]
-    return lambda *_: [next(actions, sim.rest()) for sim, actions in zip(sims, experts)]
+    return lambda rests: [next(actions, rest) for rest, actions in zip(rests, experts)]
 
 
-def baselines(planner, sims, questions, rng):
+def baselines(planner, questions, rng):
     """What planning has to beat: {name: policy}; an expert where goals are of one."""
     bounds = planner.a_low[0], planner.a_high[0]
     mean = itertools.cycle(planner.a_mean.numpy())          # frameskip rows
     policies = {
-        'random': lambda *_: rng.uniform(*bounds, (len(sims), planner.width)),
-        'zero': lambda *_: [sim.rest() for sim in sims],
-        'mean': lambda *_: [next(mean)] * len(sims),
+        'random': lambda rests: rng.uniform(*bounds, (len(rests), planner.width)),
+        'zero': lambda rests: rests,
+        'mean': lambda rests: [next(mean)] * len(rests),
     }
     if questions[0].expert:
-        policies['expert'] = replay(sims, questions)
+        policies['expert'] = replay(questions)
     return policies
 
 
@@ -1452,7 +1492,13 @@ def check_robot(o, planner, sim):
                  f'was trained with {planner.width}{instead}')
     if planner.key not in sim.columns(sim.rest()):
         sys.exit(f'--env={o.env}: has no {planner.key}, the actions that {o.ckpt} was trained with')
-    if o.env == 'demo' and (planner.a_high - data.DEMO_STEP).abs().max() > 0.1 * data.DEMO_STEP:
+    if not sim.fps:
+        sys.exit(f'--env={o.env}: does not say its frames per second')
+    if planner.fps and abs(planner.fps / sim.fps - 1) > 0.01:
+        data.warn(f'--env={o.env} has {sim.fps:g} frames per second, rows of {o.ckpt} are '
+                  f'{planner.fps:.3g} a second: a step of the model is of another time')
+    other = planner.action_names not in ([], ['0', '1'], data.DEMO_NAMES['action'])
+    if o.env == 'demo' and (other or planner.a_high.max() > 1.1 * data.DEMO_STEP):
         sys.exit(f'{o.ckpt}: was trained on another robot, not on the demo world{instead}')
 
 
@@ -1537,7 +1583,7 @@ def evaluate(o):
         if name.startswith('model, '):
             methods[name]['drop'] = methods['model']['success_end'] - row['success_end']
         tell(name, methods[name], sim.unit, len(worlds))
-    for name, policy in baselines(planner, sims, questions, rng).items():
+    for name, policy in baselines(planner, questions, rng).items():
         poses, executed, _, _ = play(policy, sims, questions, o.budget, False)
         methods[name], _ = score(sims, questions, poses, executed)
         tell(name, methods[name], sim.unit, o.episodes)
@@ -1548,9 +1594,11 @@ def evaluate(o):
     print(json.dumps(report))
     with data.writing(folder), open(f'{folder}/plan.json', 'w') as f:
         json.dump(report, f, indent=1)
-    data.write_image(f'{folder}/goal.png', torch.from_numpy(asked_goal).permute(2, 0, 1))
     data.write_video(f'{folder}/plan.mp4', video, min(sim.fps, 10))
-    print(f'wrote {folder}/plan.json, {folder}/plan.mp4 and {folder}/goal.png')
+    print(f'wrote {folder}/plan.json and {folder}/plan.mp4')
+    if not os.path.exists(f'{folder}/goal.png'):        # it may be somebody's own
+        data.write_image(f'{folder}/goal.png', torch.from_numpy(asked_goal).permute(2, 0, 1))
+        print(f'wrote {folder}/goal.png')
     return report
 
 
@@ -1737,6 +1785,10 @@ if __name__ == '__main__':
                  'pictures) or with --watch (a folder of pictures), and --record with none of them')
     if record and goal:
         sys.exit('--record: comes without --goal')
+    if shift and (record or goal):
+        sys.exit('--shift: comes with neither --record nor --goal')
+    if policy == 'model' and 'steps' in data.given(sys.argv[1:]):
+        sys.exit('--steps: --policy=model acts for --budget steps')
     if (start_state or goal_state) and not goal:
         sys.exit('--start_state, --goal_state: come with --goal')
     if (out or policy != 'random') and not record:

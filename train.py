@@ -395,6 +395,7 @@ if clips.S and saved and 'z_pair' not in saved.stats:
     sys.exit(f'{init or ckpt}: was made before there was --state, and cannot go on with it')
 config['state_names'] = ';'.join(','.join(ds.state_names) for ds in sets['labelled'])
 config['action_names'] = ';'.join(','.join(ds.action_names) for ds in sets['labelled'])
+config['action_keys'] = ';'.join(','.join(ds.action_keys) for ds in sets['labelled'])
 config['cameras'] = ';'.join(ds.camera for ds in sets['labelled'])
 config['rates'] = ';'.join(str(ds.fps * ds.rows_each) for ds in sets['labelled'])
 if clips.S > shape['dim']:

@@ -516,9 +516,9 @@ MUTATIONS = [
     ('plan.py', 'actions[lead - past + 1:]', 'actions[:past - 1]',
      'test_plan.py test_questions'),
     ('plan.py', "writer.add(frame, columns.pop('action'), sim.sensors(), columns)\n"
-     '                sim.step(action)',
+     '            sim.step(action)',
      'sim.step(action)\n'
-     "                writer.add(frame, columns.pop('action'), sim.sensors(), columns)",
+     "            writer.add(frame, columns.pop('action'), sim.sensors(), columns)",
      'test_simulators.py frame_before_them'),
 
     # pictures of latents

@@ -1263,6 +1263,7 @@ def test_what_sub_goals_want(acting, coarse, trained, demo, tmp_path):
     for ckpt, coarsely, options, words in (
             (coarse, '', [], f'{coarse}: was trained with --action_pca'),
             (f'{acting}/ckpt.safetensors', f'{acting}/ckpt.safetensors', [], 'was trained without --action_pca'),
+            (f'{acting}/ckpt.safetensors', coarse, ['--budget_ms=5'], '--coarse: comes without --budget_ms'),
             (f'{acting}/ckpt.safetensors', f'{tmp_path}/none.safetensors', [], 'none.safetensors: not a readable checkpoint'),
             (f'{acting}/ckpt.safetensors', f'{tmp_path}/other.safetensors', [], 'has another z_std than --ckpt'),
             (f'{trained}/ckpt.safetensors', coarse, [], 'has another s_mean than --ckpt'),
@@ -1395,7 +1396,7 @@ def test_the_closed_loop_with_a_state_and_without(sensing, tmp_path, capsys):
 
 def test_states_of_pictures(sensing, trained, tmp_path):
     now, goal = pictures(tmp_path)
-    given = f'--ckpt={sensing}/ckpt.safetensors', f'--start={now}', f'--goal={goal}', f'--out_dir={tmp_path}/o', *QUICK, '--samples=40'
+    given = f'--ckpt={sensing}/ckpt.safetensors', f'--start={now}', f'--goal={goal}', f'--out_dir={tmp_path}/o', *QUICK, '--samples=160'
 
     def planned(*options):
         script('plan.py', *given, *options)
@@ -1403,7 +1404,7 @@ def test_states_of_pictures(sensing, trained, tmp_path):
     both = planned('--start_state=0.2,0.5', '--goal_state=0.5,0.5')
     assert np.array_equal(both, planned('--start_state=y=0.5,x=0.2', '--goal_state=y=.5, x=5e-1'))
     assert not np.array_equal(both, planned()) and both.shape == (4, 2)
-    assert not np.array_equal(both, planned('--start_state=0.2,0.5', '--goal_state=y=0.1'))
+    assert not np.array_equal(*(planned('--start_state=0.2,0.5', f'--goal_state=y={y}', '--state_weight=1000') for y in (.1, .9)))
     for options, words in ((['--goal_state=.5,.5'], '--goal_state: wants --start_state as well'),
                            (['--start_state=.5'], '--start_state=.5: wants 2 numbers (x, y), or some'),
                            (['--goal_state=1,2,3'], '--goal_state=1,2,3: '),
@@ -1413,8 +1414,9 @@ def test_states_of_pictures(sensing, trained, tmp_path):
                            (['--hold=1', '--rest=zero'], '--hold, --hold_latents: come with --env or --watch'),
                            (['--start_state=x=1', '--goal_state=y=1'], 'of the same numbers'),
                            (['--method=policy'], '--method=policy --proposals=0 --controller=False: '), (['--controller=True'], 'was trained without --policy'), (['--method=policy', '--replan=2'], 'with --replan=1, not 2'),
-                           (['--method=policy', '--guide=2'], 'comes without --text and --guide'), (['--proposals=3'], 'was trained without --policy'),
-                           (['--proposals=300'], '--proposals=300: wants at most samples=40'),
+                           (['--method=policy', '--guide=2'], 'comes without --text and --guide'), (['--method=policy', '--mask=m.png'], 'comes without --mask'), (['--method=policy', '--smooth=1'], '--smooth and --cost'),
+                           (['--method=policy', '--cost=last'], '--smooth and --cost'), (['--proposals=3'], 'was trained without --policy'),
+                           (['--proposals=300'], '--proposals=300: wants at most samples=160'),
                            ([f'--ckpt={trained}/ckpt.safetensors', '--goal_state=1,2'], 'was trained without --state')):
         assert words in ends('plan.py', *given, *options)
     for ckpt, options in (sensing, ['--hold=1']), (trained, ['--hold=1', '--rest=zero']):
@@ -1499,6 +1501,8 @@ def test_a_plan_is_shown_through_the_decoder_beside_the_checkpoint(trained, tmp_
     (['--cost=best'], '--cost: wants one of all, last'), (['--goals=none'], '--goals: wants one of expert, random'),
     (['--method=sgd'], '--method: wants one of cem, icem, mppi, adam'),
     (['--dtype=float16'], '--dtype'), (['--device=tpu'], '--device=tpu'), (['--shift=fog'], '--shift'),
+    (['--record=demo', '--out={tmp}/r', '--shift=light'], '--shift: comes with neither'), (['--goal=g.png', '--shift=light'], '--shift: comes with neither'),
+    (['--record=demo', '--out={tmp}/r', '--policy=model', '--steps=7'], '--steps: --policy=model acts for --budget'),
     (['--shift=light,fog'], 'fog'), (['--env=nowhere/X-v0'], 'nowhere'),
     (['--env={tmp}/none.py:Robot'], '{tmp}/none.py:Robot: no such file, or nothing of that name in it'),
     (['--goal_steps=2'], '--goal_steps=2'), (['--elites=7'], '--elites=7: wants at most samples=6'),
@@ -1538,6 +1542,118 @@ def test_a_folder_in_which_another_process_writes(trained, tmp_path):
     assert f'{tmp_path}/file: ' in ends('plan.py', given[0], f'--out_dir={tmp_path}/file', *QUICK)
 
 
+class Targets(plan.Demo):
+    """The demo world by places: to rest is to stay at this one."""
+    space = plan.Box([0, 0], [1, 1])
+
+    def step(self, action):
+        super().step((np.asarray(action) - self.now[:2]).clip(-data.DEMO_STEP, data.DEMO_STEP))
+
+    def rest(self):
+        return self.now[:2].copy()
+
+    def script(self, rng):
+        act = super().script(rng)
+        return lambda: self.now[:2] + act()
+
+
+def test_each_robot_rests_where_it_is():
+    sim = Targets()
+    rng = np.random.default_rng(0)
+    asked = [plan.question(sim, i, rng, 'expert', 6, 3) for i in range(3)]
+    of_data = types.SimpleNamespace(a_low=torch.zeros(1, 2), a_high=torch.ones(1, 2), a_mean=torch.zeros(1, 2), width=2)
+    policies = plan.baselines(of_data, asked, rng)
+    for name, begin in ('zero', 0), ('expert', 6):
+        poses, executed, *_ = plan.play(policies[name], [sim] * 3, asked, 12, False)
+        assert np.allclose(poses[begin:, :, :2], poses[begin, :, :2], atol=1e-6)
+    assert np.allclose(poses[6, :, :2], [q.pose[:2] for q in asked]), 'the expert got there'
+
+
+@pytest.mark.parametrize('rows', [1, 2])
+def test_smooth_plans_change_little_from_row_to_row(rows):
+    """Of a robot's own numbers, not of what pads them; from the last row that was executed."""
+    generator = torch.Generator().manual_seed(0)
+    way = torch.randn(1, 5, 4, 2, generator=generator)          # (E, M, rows of the plan, width)
+    last = torch.randn(1, rows, 2, generator=generator)
+    net = types.SimpleNamespace(stats={'z_std': torch.ones(2)}, config=dict(state_dim=0, grid=(1, 1)))
+    for known in True, False:
+        cost = plan.goal_cost(lambda actions, seed: torch.zeros(1, 5, 4 // rows, 1, 2), torch.zeros(1, 1, 2), plan.to_steps(last, rows, 7)[:, 0],
+                              torch.tensor([known]), torch.ones(1, 2), options(smooth=0.7), 0, rows, 2)
+        got = cost(plan.to_steps(way, rows, 7), 0)
+        first = (way[:, :, :1] - last[:, None, -1:]) * known
+        want = 0.7 * torch.cat((first, way[:, :, 1:] - way[:, :, :-1]), dim=2).square().mean(dim=(2, 3))
+        assert torch.allclose(got, want, atol=1e-6)
+
+
+def test_a_planner_keeps_nothing_of_the_callers(trained):
+    """Buffers are filled anew, answers changed; and pictures are views, or lists of states."""
+    options = plan.config | SMALL_SEARCH | dict(iterations=1, replan=2)
+    p = plan.Planner(f'{trained}/ckpt.safetensors', options, tell=False)
+    x, goals = film(1, 8)[0], film(2, 1, seed=1)[:, 0]
+    goal = goals[0].copy()
+    row = p.act(x[:3], goal)
+    kept = row.copy()
+    row *= 100
+    done = np.full(2, .01)
+    z = p.z_of_goal.clone()
+    p.act(x[3], goal)
+    assert np.allclose(p.done[0][0], kept), 'that was executed'
+    p.act(x[4], goal, done)
+    done[:] = .02
+    goal[:] = goals[1]
+    p.act(x[5], goal, done)
+    assert torch.allclose(p.z_of_goal, p.latents(goals[1][None])) and not torch.equal(p.z_of_goal, z)
+    p.act(x[6], goal, done)
+    assert np.allclose(p.physical(p.a[0, -1])[:2], [[.02, .02], [.02, .02]])
+    p.reset()
+    flipped = p.act(x[:3, ..., ::-1], goal[..., ::-1])
+    p.reset()
+    p.restart()
+    assert np.allclose(p.act(x[:3, ..., ::-1].copy(), goal[..., ::-1].copy()), flipped, atol=.2)
+
+    def interrupted():
+        raise KeyboardInterrupt
+    p.search = interrupted
+    p.restart()
+    with pytest.raises(KeyboardInterrupt):
+        p.act(x[:3], goal)
+    with pytest.raises(ValueError, match='the last call was interrupted: begin anew, with 3 frames'):
+        p.act(x[3], goal, done)
+    del p.search
+    p.act(x[:3], goal)
+
+
+def test_states_may_be_lists(acting):
+    p = plan.Planner(f'{acting}/ckpt.safetensors', plan.config | dict(method='policy'), tell=False)
+    x, goals = film(2, 3), film(2, 1, seed=1)[:, 0]
+    states = np.full((2, 3, 2), .4)
+    rows = p.act(x, goals, None, states, [[.5, .5]] * 2)
+    p.reset()
+    assert np.array_equal(p.act(x, goals, None, states.tolist(), [[.5, .5]] * 2), rows)
+
+
+def test_a_simulator_of_another_rate_is_told(trained, capsys):
+    p = plan.Planner(f'{trained}/ckpt.safetensors', plan.config, tell=False)
+    o = options(ckpt='x')
+    sim = plan.Demo()
+    plan.check_robot(o, p, sim)
+    p.a_high = p.a_high * .8        # nobody went that fast
+    plan.check_robot(o, p, sim)
+    assert capsys.readouterr().err == ''
+    p.fps = 12.0
+    plan.check_robot(o, p, sim)
+    assert 'demo has 10 frames per second, rows of x are 12 a second' in capsys.readouterr().err
+    sim.fps = None
+    with pytest.raises(SystemExit, match='--env=demo: does not say its frames per second'):
+        plan.check_robot(o, p, sim)
+
+
+def test_somebodys_own_goal_picture_stays(trained, tmp_path):
+    (tmp_path / 'goal.png').write_bytes(b'mine')
+    evaluated(trained, tmp_path, episodes=1, budget=2, blind_episodes=1)
+    assert (tmp_path / 'goal.png').read_bytes() == b'mine' and (tmp_path / 'plan.json').exists()
+
+
 def test_another_robots_checkpoint(tmp_path):
     rng = np.random.default_rng(0)
     for key, scale, words in (('action.hand', .05, '--env=demo: has no action.hand'),
@@ -1549,7 +1665,7 @@ def test_another_robots_checkpoint(tmp_path):
                     a = rng.uniform(-scale, scale, 2)
                     writer.add(x, action=a if key == 'action' else None, extra={} if key == 'action' else {key: a})
                 writer.end_episode('')
-        script('train.py', f'--labelled={tmp_path / f"{key}-set"}', '--unlabelled=', f'--action={key}', *SMALL,
+        script('train.py', f'--labelled={tmp_path / f"{key}-set"}', '--unlabelled=', *SMALL,
                '--max_steps=1', '--workers=0', f'--out_dir={out}')
         assert words in ends('plan.py', f'--ckpt={out}/ckpt.safetensors', *QUICK)
         assert not [name for name in os.listdir(out) if name.startswith('plan')]

@@ -223,7 +223,7 @@ def test_a_checkpoint_knows_its_robots(arm_ckpt, tmp_path):
 
 def test_old_checkpoints_get_the_defaults_of_training():
     trains = constants('train.py') | dict(labelled='', unlabelled='', encoder_hash='', state_names='',
-                                         probe_names='', action_names='', cameras='', rates='')
+                                         probe_names='', action_names='', action_keys='', cameras='', rates='')
     assert model.CONFIG_DEFAULTS == {k: trains[k] for k in model.CONFIG_DEFAULTS}
 
 

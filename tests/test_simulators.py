@@ -116,7 +116,7 @@ def questions(env, n, goals, goal_steps, past=3, seed=0, **given):
     (MAZE, 100, 6, 1.0, 'action'), (REACH, 25, 4, 1.0, 'action'), (PUSH, 25, 4, 1.0, 'action')], ids=NAMES.get)
 def test_the_script_itself_reaches_its_goals_and_rest_does_not(env, goal_steps, n, least, key):
     sims, asked = questions(env, n, 'expert', goal_steps, key=key)
-    for policy, reaches in ((plan.replay(sims, asked), True), (lambda *_: [sim.rest() for sim in sims], False)):
+    for policy, reaches in ((plan.replay(asked), True), (lambda rests: rests, False)):
         poses, actions, _, _ = plan.play(policy, sims, asked, goal_steps + 1, False)
         assert poses.shape[:2] == (goal_steps + 2, n) and actions.shape[:2] == (goal_steps + 1, n)
         assert np.allclose(poses[0], [q.begin for q in asked], atol=1e-9)
@@ -554,6 +554,22 @@ def test_ctrl_c_keeps_what_was_recorded(sums, monkeypatch, when, lengths):
     assert [len(a) for a in rows(d)] == lengths
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert abs(np.diff(levels(d, 1)) - 1).max() < 1.5
+
+
+@pytest.mark.parametrize('fails', [1, 3])
+def test_an_exception_keeps_the_episodes_before(sums, monkeypatch, fails):
+    calls = itertools.count()
+
+    def act(observation, frame, step, rng):
+        if next(calls) // 10 == fails - 1 and step == 4:
+            raise ZeroDivisionError('of a policy')
+        return [[1, 1]]
+    monkeypatch.setattr(plan, 'find_policy', lambda policy, sim: act)
+    with pytest.raises(ZeroDivisionError):
+        record(sums / 'd', episodes=5)
+    assert (sums / 'd').exists() == (fails == 3)
+    if fails == 3:
+        assert [len(a) for a in rows(data.LeRobot(sums / 'd'))] == [10, 10]
 
 
 @pytest.mark.parametrize('given, words', [
