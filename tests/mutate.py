@@ -546,6 +546,25 @@ MUTATIONS = [
     ('plan.py', 'planner.model.stats), planner.encoder, decoder)', 'planner.model.stats), planner.encoder)',
      'test_plan.py shown_through'),
 
+    # arrays of the caller, files and rates of before
+    ('train.py', 'if again and not resume and', 'if again and', 'test_train.py restarts_go'),
+    ('train.py', 'least = min(min_lr, rate)', 'least = min_lr', 'test_train.py rate_warms'),
+    ('train.py', "if os.path.isfile(f'{out_dir}/{name}'):", 'if True:', 'test_train.py folders_in_that'),
+    ('train.py', 'basis.float().contiguous().to(device)\n        share', 'basis.float().to(device)\n        share', 'test_train.py resume_is_bitwise'),
+    ('train.py', "config['align_names'] != ','.join(probe_names)", 'False', 'test_train.py mistakes_with_projections'),
+    ('train.py', "old.get('relabel') and not relabel and more == -1", 'False', 'test_train.py clips_without_actions'),
+    ('train.py', 'z_mask[:, P + forced:] * clip_weight', 'z_mask[:, P + forced:]', 'test_train.py guessed_clips'),
+    ('train.py', 'if relabel and 2 * step >= awake:', 'if relabel and 2 * step >= max_steps:', 'test_train.py guessed_clips'),
+    ('train.py', 'min(grow * max_steps, awake)', 'grow * max_steps', 'test_train.py clips_grow'),
+    ('train.py', 'api.auth_check(push, write=True)', 'None', 'test_train.py mistakes_with_the_hub'),
+    ('data.py', '(i * share + Fraction(1, 2)) % 1 < share', 'p % max(2, len(indices) // 10) == 1', 'test_data.py grows_holds_out'),
+    ('plan.py', 'return self.done[-1].copy()', 'return self.done[-1]', 'test_plan.py keeps_nothing'),
+    ('plan.py', 'actions = np.array(actions, float)', 'actions = np.asarray(actions, float)', 'test_plan.py keeps_nothing'),
+    ('plan.py', 'goal = np.array(goal)', 'goal = np.asarray(goal)', 'test_plan.py keeps_nothing'),
+    ('plan.py', 'rests.append(sim.rest())', 'rests = [s.rest() for s in sims]', 'test_plan.py rests_where'),
+    ('plan.py', 'change = (way[:, :, :1] - last)', 'change = (way[:, :, :1] - 0 * last)', 'test_plan.py from_row_to_row'),
+    ('plan.py', "self.told('action_keys') or ", '', 'test_plan.py another_robots'),
+
     # sub-goals
     ('train.py', 'basis[:action_pca].T * (len(chunks) ** 0.5 / sizes[0])', 'basis[:, :action_pca]', 'test_train.py are_their_leading'),
     ('train.py', "name.startswith(('s_', 'a_'))", "name.startswith('s_')", 'test_train.py are_their_leading'),
