@@ -2037,7 +2037,7 @@ def hold_out(indices, val_share):
         val = [len(indices) // 2]
     if len(val) == len(indices):
         val = val[1:]
-    return [p for p in range(len(indices)) if p not in val], val
+    return sorted({*range(len(indices))} - {*val}), val
 
 
 @dataclass(eq=False)

@@ -293,7 +293,7 @@ MUTATIONS = [
      'test_data.py by_duration_or_weight'),
     ('data.py', 'p=weights / weights.sum()', 'p=None',
      'test_data.py drawn_by_weight'),
-    ('data.py', '[p for p in range(len(indices)) if p not in val], val', '[*range(len(indices))], val',
+    ('data.py', 'sorted({*range(len(indices))} - {*val}), val', '[*range(len(indices))], val',
      'test_data.py in_both_splits'),
     ('data.py', 'begin = self.rank * self.batch_size\n        return', 'begin = 0\n        return',
      'test_data.py ranks_together'),
