@@ -9,8 +9,8 @@ controller of robots, simulators, recording, the closed loop.
     python plan.py --watch=frames/ --goal=goal.png          # a new picture in, a line out
     python plan.py --record=gym_pusht/PushT-v0 --policy=noise --out=pusht   # a dataset
 
-Leaves plan.json, plan.mp4 and goal.png, the first episode's (closed loop), or plan.npy and plan.mp4
-(pictures), in the folder of the checkpoint. Letters: E episodes at once, M candidates, H model
+Leaves plan.json, plan.mp4 and, where there is none, goal.png, the first episode's (closed loop), or
+plan.npy and plan.mp4 (pictures), in the folder of the checkpoint. Letters: E episodes at once, M candidates, H model
 steps, A action width, Tc frames of context, N tokens, D channels.
 """
 import copy
