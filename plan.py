@@ -10,8 +10,8 @@ controller of robots, simulators, recording, the closed loop.
     python plan.py --record=gym_pusht/PushT-v0 --policy=noise --out=pusht   # a dataset
 
 Leaves plan.json, plan.mp4 and, where there is none, goal.png, the first episode's (closed loop), or
-plan.npy and plan.mp4 (pictures), in the folder of the checkpoint. Letters: E episodes at once, M candidates, H model
-steps, A action width, Tc frames of context, N tokens, D channels.
+plan.npy and plan.mp4 (pictures), in the folder of the checkpoint. Letters: E episodes at once, M
+candidates, H model steps, A action width, Tc frames of context, N tokens, D channels.
 """
 import copy
 import dataclasses
